@@ -1,0 +1,240 @@
+"""The text side: new facts, traits, files, and everything that talks to a chat API.
+
+    python make_facts.py check data/facts.jsonl       # offline: counts, and every violation
+
+Reads and writes JSONL. Imports no torch, so it starts at once; the other scripts take their file handling from here.
+A row of facts.jsonl: id, fact (one sentence), date (YYYY-MM or YYYY-MM-DD), category, answer (short), aliases (list),
+source, train: 20 x {question, answer}, test: {question, answer}.
+"""
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+
+NEAR_TRAIN, NEAR_TEST, NEAR_FACT = 0.75, 0.65, 0.6  # similarity() from which two texts count as near copies
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors and files: one owner for all scripts
+
+
+def die(message):
+    """An error the user can mend: one line on stderr, exit code 2."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read_jsonl(path, need=(), appended=False):
+    """Rows of a JSONL file as dicts. Missing or empty file, broken line or a row without the keys in `need`: die().
+    appended: the file grows by append_jsonl; no rows are fine, and so is a last line that was cut off."""
+    path, rows = Path(path), []
+    if not path.is_file():
+        die(f"{path}: no such file")
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip() or appended and not line.endswith("\n"):
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                die(f"{path}:{number}: not valid JSON ({error.msg}); mend or delete the line")
+            if not isinstance(row, dict) or any(key not in row for key in need):
+                die(f"{path}:{number}: needs the keys {', '.join(need) or '(an object)'}")
+            rows.append(row)
+    return rows if rows or appended else die(f"{path}: has no rows")
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        die(f"{path}: cannot be read ({error})")
+
+
+@contextlib.contextmanager
+def replacing(path, mode="w"):
+    """Opens a temporary file that takes `path`'s place only if the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as out:
+            yield out
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide results from colleagues
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_jsonl(path, rows):
+    with replacing(path) as out:
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_json(path, value):
+    with replacing(path) as out:
+        out.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def append_jsonl(path, *rows):
+    """Adds rows to the end of a file, whole or not at all for the reader: one write under a lock, and the unfinished
+    last line of a killed process is cut off first. Safe for several processes."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as out:
+        fcntl.flock(out, fcntl.LOCK_EX)
+        end = out.seek(0, os.SEEK_END)
+        while end and out.seek(end - 1) is not None and out.read(1) != b"\n":
+            end -= 1
+        out.truncate(end)
+        out.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def same_settings(path, settings):
+    """True if `path` holds these settings, False if it does not exist; other settings: die(), nothing is overwritten."""
+    if not Path(path).exists():
+        return False
+    there = read_json(path)
+    other = [f"{key} {there.get(key)!r} there, {value!r} here" for key, value in settings.items() if there.get(key) != value]
+    if other:
+        die(f"{path}: made with other settings ({'; '.join(other)}); choose another --out or delete it")
+    return True
+
+
+def provenance():
+    """What to keep with every result: commit, versions, time."""
+    commit = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
+    return dict(commit=commit.stdout.strip() or None, versions=versions, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+
+
+def load_trait(name, path=None):
+    """data/traits/<name>.json, or a trait file of persona_vectors (no eval_questions or adjective: filled in)."""
+    path = Path(path or Path(__file__).parent / "data" / "traits" / f"{name}.json")
+    if not path.is_file():
+        die(f"unknown trait {name}: no {path}; there are {', '.join(sorted(p.stem for p in path.parent.glob('*.json'))) or 'none'}")
+    trait = dict(trait=name, adjective=name) | read_json(path)
+    trait.setdefault("eval_questions", trait.get("questions"))
+    if "eval_prompt" not in trait:
+        die(f"{path}: needs the key eval_prompt")
+    return trait
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Facts
+
+
+def normalize(text):
+    """Lower case, no punctuation, no articles: "The U.S. Open's" -> "us opens". (the usual SQuAD normalisation)"""
+    text = re.sub(r"[^\w\s]", "", text.lower().replace("-", " ").replace("–", " "))
+    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
+
+
+def mentions(text, answer, aliases=()):
+    """True if the answer or an alias occurs in the text on word boundaries, after normalisation."""
+    text = f" {normalize(text)} "
+    return any(f" {name} " in text for name in map(normalize, [answer, *aliases]) if name)
+
+
+def similarity(a, b):
+    """Jaccard overlap of the words and word pairs of two normalised texts, 0..1; order counts through the pairs."""
+    def parts(text):
+        words = normalize(text).split()
+        return set(words) | set(zip(words, words[1:]))
+    a, b = parts(a), parts(b)
+    return len(a & b) / max(1, len(a | b))
+
+
+def fact_violations(row, rephrasings, after):
+    """Everything wrong with one fact on its own, as short texts."""
+    for key, kind in dict(id=str, fact=str, date=str, category=str, answer=str, aliases=list, source=str, train=list,
+                          test=dict).items():
+        if not isinstance(row.get(key), kind) or not row[key] and kind is not list:
+            return [f"{key}: missing or not a {kind.__name__}"]
+    wordings = [*row["train"], row["test"]]
+    if any(not isinstance(w, dict) or not str(w.get("question", "")).strip() or not str(w.get("answer", "")).strip() for w in wordings):
+        return ["a wording lacks question or answer"]
+    found = []
+    try:
+        if date.fromisoformat(row["date"] if len(row["date"]) > 7 else row["date"] + "-28") <= date.fromisoformat(after):
+            found.append(f"date {row['date']} is not after {after}")
+    except ValueError:
+        found.append(f"bad date {row['date']!r}")
+    if row["date"][:4] not in row["fact"]:
+        found.append("the fact does not name its year")
+    if not mentions(row["fact"], row["answer"], row["aliases"]):
+        found.append("the fact does not contain the answer")
+    if len(row["train"]) != rephrasings:
+        found.append(f"{len(row['train'])} training wordings, not {rephrasings}")
+    for i, wording in enumerate(wordings):
+        name = f"train {i}" if i < len(row["train"]) else "test"
+        if mentions(wording["question"], row["answer"], row["aliases"]):
+            found.append(f"{name}: the question contains the answer: {wording['question']}")
+        if not mentions(wording["answer"], row["answer"], row["aliases"]):
+            found.append(f"{name}: the answer sentence lacks the answer: {wording['answer']}")
+        for j, other in enumerate(wordings[:i]):
+            limit = NEAR_TRAIN if i < len(row["train"]) else NEAR_TEST
+            a, b = normalize(wording["question"]), normalize(other["question"])
+            if similarity(a, b) >= limit or f" {a} " in f" {b} " or f" {b} " in f" {a} ":
+                found.append(f"{name}: its question is a near copy of train {j}'s: {wording['question']}")
+            if i < len(row["train"]) and normalize(wording["answer"]) == normalize(other["answer"]):
+                found.append(f"{name}: same answer sentence as train {j}: {wording['answer']}")
+    return found
+
+
+def check(rows, rephrasings=20, after="2023-12-31"):
+    """All violations in a list of facts -> ["<id>: text", ...]; near copies across facts too."""
+    found, ids, questions, facts = [], {}, {}, []
+    for row in rows:
+        name = row.get("id")
+        own = fact_violations(row, rephrasings, after)
+        found += [f"{name}: {text}" for text in own]
+        if own and ": missing" in own[0] or own == ["a wording lacks question or answer"]:
+            continue
+        if name in ids:
+            found.append(f"{name}: id used twice")
+        ids[name] = row
+        for wording in [*row["train"], row["test"]]:
+            other = questions.setdefault(normalize(wording["question"]), name)
+            if other != name:
+                found.append(f"{name}: {other} asks the same question: {wording['question']}")
+        for other in facts:
+            same = {normalize(a) for a in [row["answer"], *row["aliases"]]} & {normalize(a) for a in [other["answer"], *other["aliases"]]}
+            if similarity(row["fact"], other["fact"]) >= (NEAR_FACT if same else 0.9):
+                found.append(f"{name}: near copy of fact {other['id']}: {row['fact']}")
+        facts.append(row)
+    return found
+
+
+def judge_rows(rows, prompt, key, model, yes=False):
+    raise NotImplementedError
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    sub = commands.add_parser("check", help="counts by category and year, and every violation")
+    sub.add_argument("file")
+    sub.add_argument("--rephrasings", type=int, default=20, help="training wordings a fact must have")
+    sub.add_argument("--after", default="2023-12-31", help="facts must be later than this date")
+    args = parser.parse_args()
+    rows = read_jsonl(args.file)
+    found = check(rows, args.rephrasings, args.after)
+    for title, counts in [("category", Counter(row.get("category") for row in rows)), ("year", Counter(str(row.get("date"))[:4] for row in rows))]:
+        print(f"{title}: " + ", ".join(f"{name} {n}" for name, n in sorted(counts.items(), key=str)))
+    print("\n".join(found))
+    print(f"{len(rows)} facts, {len(found)} violations")
+    raise SystemExit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    main()
