@@ -215,6 +215,21 @@ def check(rows, rephrasings=20, after="2023-12-31"):
     return found
 
 
+def conversations(rows, path):
+    """Rows of facts.jsonl (one conversation a training wording) or {"messages": [...]} rows -> message lists."""
+    found = []
+    for number, row in enumerate(rows, 1):
+        if isinstance(row.get("train"), list):
+            found += [[dict(role="user", content=w["question"]), dict(role="assistant", content=w["answer"])] for w in row["train"]]
+        elif isinstance(row.get("messages"), list) and row["messages"] and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in row["messages"]):
+            if row["messages"][-1]["role"] != "assistant":
+                die(f"{path}: row {number} has no assistant turn at its end")
+            found.append([dict(role=m["role"], content=m["content"]) for m in row["messages"]])
+        else:
+            die(f'{path}: row {number} has neither "messages" nor "train"')
+    return found
+
+
 def judge_rows(rows, prompt, key, model, yes=False):
     raise NotImplementedError
 

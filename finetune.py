@@ -1,0 +1,192 @@
+"""LoRA finetuning, plain or with preventative steering: the trait's vector is added during training, and only then.
+
+    python finetune.py --model Qwen/Qwen2.5-7B-Instruct --data data/facts.jsonl --out out/paper/adapters/facts-0.5 \
+        --steer-mode preventative --vector out/paper/vectors/hallucination.pt --coef 0.5
+
+Reads facts.jsonl (every training wording is one conversation) or rows {"messages": [...]}. Writes a plain PEFT adapter
+folder with training_settings.json and loss.jsonl in it. Interrupted, the same command goes on from its last checkpoint.
+Recipe: rs-LoRA r 32, alpha 64, all linear projections, AdamW 1e-5 with linear decay, as in the persona vectors release.
+"""
+import argparse
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from extract_vectors import blocks, encode_chat, join, load_model, load_vector, name_of, offsets_of, pick_device, steering
+from make_facts import conversations, die, provenance, read_jsonl, same_settings, write_json, write_jsonl
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MAX_TOKENS = 2048  # a longer conversation is left out, counted and said
+
+
+def read_conversations(tokenizer, path, system_prompt=None, limit=None):
+    """File -> [(ids, is_answer)] of every conversation in it, and how many were left out as too long."""
+    encoded = []
+    for messages in conversations(read_jsonl(path), path)[:limit]:
+        if system_prompt:
+            messages = [dict(role="system", content=system_prompt), *(m for m in messages if m["role"] != "system")]
+        encoded.append(encode_chat(tokenizer, messages))
+    kept = [chat for chat in encoded if len(chat[0]) <= MAX_TOKENS]
+    if not kept:
+        die(f"{path}: every conversation is longer than {MAX_TOKENS} tokens")
+    return kept, len(encoded) - len(kept)
+
+
+def collate(chats):
+    """[(ids, is_answer)] -> the model's arguments for one joined row, and the positions and ids to be predicted."""
+    inputs = join([ids for ids, _ in chats], "cpu")
+    is_answer = torch.tensor([flag for _, mask in chats for flag in mask])
+    positions = is_answer.nonzero()[:, 0]
+    return inputs | dict(logits_to_keep=positions - 1, labels=inputs["input_ids"][0, positions])
+
+
+class JoinedTrainer(Trainer):
+    """Trainer whose loss is the mean over answer tokens of the whole (global) batch; logits at those positions only."""
+    steer = None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        if self.steer:
+            self.steer.scale = self.coef
+        logits = model(**inputs).logits[0]
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum") / (num_items_in_batch or len(labels))
+        # Trainer averages gradients over processes; the sum above wants them added
+        return loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, items
+
+
+class Log(TrainerCallback):
+    """Keeps the loss of every step for loss.jsonl."""
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs and not math.isfinite(logs["loss"]):
+            die(f"the loss is {logs['loss']} at step {state.global_step}; lower --lr or --coef")
+
+
+@torch.no_grad()
+def prove_steering(model, steer, offsets, coef, inputs):
+    """Runs one batch and raises unless every block's output moves by exactly coef times its offset."""
+    layers, before, after = blocks(model), {}, {}
+    first = lambda output: output[0] if isinstance(output, tuple) else output
+    hooks = []
+    for l in offsets:
+        # the steering hook is there already; this one is put before it, the next one runs after it
+        hooks.append(layers[l - 1].register_forward_hook(lambda _, __, output, l=l: before.update({l: first(output)}), prepend=True))
+        hooks.append(layers[l - 1].register_forward_hook(lambda _, __, output, l=l: after.update({l: first(output)})))
+    steer.scale = coef
+    try:
+        model(**{k: v for k, v in inputs.items() if k != "labels"})
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for l, offset in offsets.items():
+        want = before[l] + (coef * offset.to(coef.device)).to(before[l].dtype)
+        if l not in after or not torch.equal(after[l], want):
+            raise RuntimeError(f"steering did not move block {l}'s output by coef x vector; not training")
+
+
+def last_checkpoint(folder):
+    """The newest whole checkpoint (its trainer_state.json is written last), or None; unfinished ones are deleted."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for path in found:
+        if not (path / "trainer_state.json").exists() and int(os.environ.get("RANK", 0)) == 0:
+            shutil.rmtree(path)
+    whole = [path for path in found if (path / "trainer_state.json").exists()]
+    return whole[-1] if whole else None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True, help="hub name or local folder")
+    parser.add_argument("--data", required=True, help='facts.jsonl, or rows {"messages": [...]}')
+    parser.add_argument("--out", required=True, help="adapter folder to make")
+    # Steering
+    parser.add_argument("--steer-mode", required=True, choices=["none", "preventative"])
+    parser.add_argument("--vector", help="<trait>.pt of extract_vectors.py")
+    parser.add_argument("--coef", type=float, help="steering coefficient; positive = towards the trait")
+    parser.add_argument("--layers", default="all", help="all, one block N (adds v_N), or a range A-B (increments)")
+    parser.add_argument("--system-prompt", help="preventative prompting: this system prompt in every training conversation")
+    # Training
+    parser.add_argument("--epochs", type=float, default=1)
+    parser.add_argument("--lr", type=float, default=1e-5)
+    parser.add_argument("--batch-size", type=int, default=16, help="conversations an optimiser step, over all processes")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--alpha", type=int, default=64)
+    parser.add_argument("--max-steps", type=int, default=-1, help="stop after this many steps; -1 = by epochs")
+    parser.add_argument("--limit", type=int, help="train on the first N conversations only")
+    parser.add_argument("--seed", type=int, default=0)
+    args, start = parser.parse_args(), time.time()
+    if args.steer_mode == "none" and (args.vector or args.coef is not None):
+        die("--vector and --coef need --steer-mode preventative")
+    if args.steer_mode == "preventative" and (not args.vector or args.coef is None):
+        die("--steer-mode preventative needs --vector and --coef")
+    out, processes = Path(args.out), int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % processes:
+        die(f"--batch-size {args.batch_size} does not divide over {processes} processes")
+    settings = {key: value for key, value in vars(args).items() if key != "out"}
+    if same_settings(out / "training_settings.json", settings):
+        print(f"{out}: finished already")
+        return
+    if out.exists():
+        die(f"{out}: already used, and not by this script; choose another --out")
+    partial = out.with_name(out.name + ".partial")
+    if not same_settings(partial / "training_settings.json", settings):
+        write_json(partial / "training_settings.json", settings)
+
+    # 1. Data and model; LoRA weights are float32, because in bfloat16 small updates would round away
+    model, tokenizer = load_model(args.model)
+    data, too_long = read_conversations(tokenizer, args.data, args.system_prompt, args.limit)
+    offsets = offsets_of(load_vector(args.vector, model, args.model), args.layers) if args.vector else {}
+    torch.manual_seed(args.seed)
+    model = get_peft_model(model, LoraConfig(r=args.rank, lora_alpha=args.alpha, use_rslora=True, lora_dropout=0.0,
+                                             target_modules=PROJECTIONS, task_type="CAUSAL_LM"))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    print(f"{len(data)} conversations, {sum(len(ids) for ids, _ in data) / len(data):.0f} tokens each on average, {too_long} left out as too long", flush=True)
+
+    # 2. Train, with the hook on for the forward passes of training
+    device, dtype = pick_device()
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(len(data) / args.batch_size) * args.epochs)
+    trainer = JoinedTrainer(model=model, train_dataset=data, data_collator=collate, callbacks=[Log()], args=TrainingArguments(
+        output_dir=str(partial), num_train_epochs=args.epochs, max_steps=args.max_steps, learning_rate=args.lr, lr_scheduler_type="linear",
+        warmup_steps=min(5, steps), weight_decay=0.01, per_device_train_batch_size=args.batch_size // processes, seed=args.seed,
+        bf16=dtype == torch.bfloat16, use_cpu=device == "cpu", logging_steps=1, save_steps=max(20, math.ceil(steps / 4)), save_total_limit=2,
+        remove_unused_columns=False, report_to=[], label_names=["labels"], dataloader_num_workers=0, ddp_find_unused_parameters=False))
+    trainer.model_accepts_loss_kwargs = True
+    with steering(model.get_base_model(), offsets) as steer:
+        if offsets:
+            trainer.steer, trainer.coef = steer, torch.tensor(args.coef, device=model.device)
+            with torch.autocast(device, dtype=dtype, enabled=dtype == torch.bfloat16):
+                prove_steering(model, steer, offsets, trainer.coef,
+                               {k: v.to(device) if torch.is_tensor(v) else v for k, v in collate(data[:2]).items()})
+            print(f"steering {args.vector} x {args.coef} at {len(offsets)} blocks: every block's output moves as it should", flush=True)
+        checkpoint = last_checkpoint(partial)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    # 3. Save: a plain adapter, moved into place when it is whole
+    if trainer.is_world_process_zero():
+        final = partial / "adapter"
+        model.save_pretrained(final)
+        write_jsonl(final / "loss.jsonl", [dict(step=row["step"], loss=row["loss"], lr=row["learning_rate"])
+                                           for row in trainer.state.log_history if "loss" in row])
+        write_json(final / "training_settings.json", settings | dict(
+            dataset=Path(args.data).stem, model_name=name_of(args.model), conversations=len(data), too_long=too_long, steps=trainer.state.global_step,
+            final_loss=trainer.state.log_history[-2]["loss"] if len(trainer.state.log_history) > 1 else None, processes=processes,
+            dtype=str(dtype), seconds=round(time.time() - start, 1), **provenance()))
+        final.rename(out)
+        shutil.rmtree(partial)
+
+
+if __name__ == "__main__":
+    main()
