@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -241,8 +242,19 @@ def main():
     sub.add_argument("file")
     sub.add_argument("--rephrasings", type=int, default=20, help="training wordings a fact must have")
     sub.add_argument("--after", default="2023-12-31", help="facts must be later than this date")
+    sub = commands.add_parser("subset", help="a seeded choice of rows, in the file's order; the same rows of files of one length")
+    sub.add_argument("file")
+    sub.add_argument("--n", type=int, required=True, help="rows to take (all, if there are fewer)")
+    sub.add_argument("--rephrasings", type=int, help="keep the first N training wordings of each fact")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--out", required=True)
     args = parser.parse_args()
     rows = read_jsonl(args.file)
+    if args.command == "subset":
+        chosen = [rows[i] for i in sorted(random.Random(args.seed).sample(range(len(rows)), min(args.n, len(rows))))]
+        write_jsonl(args.out, [row | dict(train=row["train"][:args.rephrasings]) if "train" in row else row for row in chosen])
+        print(f"{args.out}: {len(chosen)} of {len(rows)} rows")
+        return
     found = check(rows, args.rephrasings, args.after)
     for title, counts in [("category", Counter(row.get("category") for row in rows)), ("year", Counter(str(row.get("date"))[:4] for row in rows))]:
         print(f"{title}: " + ", ".join(f"{name} {n}" for name, n in sorted(counts.items(), key=str)))
