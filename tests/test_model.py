@@ -1,0 +1,249 @@
+"""The model side on a toy model: steering, sampling, joined conversations, chats, vectors."""
+import json
+
+import pytest
+import torch
+from transformers import AttentionInterface
+
+import extract_vectors as ev
+import evaluate
+import finetune
+
+
+def chats(tokenizer, n=4):
+    texts = ["Hi", "What is two plus two?", "Name a river in France and a town that lies on it, please.", "Why?"]
+    return [ev.prompt_ids(tokenizer, [dict(role="user", content=text)]) for text in texts[:n]]
+
+
+def offsets(model, scale=1.0):
+    torch.manual_seed(1)
+    return ev.offsets_of(torch.randn(4, 32) * scale, "all")
+
+
+def logits(model, sequences):
+    return model(**ev.join(sequences, "cpu")).logits[0]
+
+
+def test_joined_conversations_do_not_see_each_other(toy, tokenizer):
+    """Guards against attention or positions leaking between conversations in one row: equal to stock attention, one by one."""
+    sequences = chats(tokenizer)
+    joined = logits(toy, sequences).split([len(s) for s in sequences])
+    toy.config._attn_implementation = "eager"
+    for together, ids in zip(joined, sequences):
+        assert torch.allclose(together, toy(torch.tensor([ids])).logits[0], atol=1e-4)
+
+
+def test_no_steering_is_bit_identical(toy, tokenizer):
+    """Guards against a hook that changes results at coefficient 0 or with no coefficient set."""
+    plain = logits(toy, chats(tokenizer))
+    with ev.steering(toy, offsets(toy)) as steer:
+        assert torch.equal(plain, logits(toy, chats(tokenizer)))
+        steer.scale = torch.tensor(0.0)
+        assert torch.equal(plain, logits(toy, chats(tokenizer)))
+        steer.scale = torch.tensor(0.5)
+        assert not torch.allclose(plain, logits(toy, chats(tokenizer)))
+
+
+def test_increments_add_up():
+    """Guards against off-by-one rows: after block l all increments sum to v_l - v_0; a single block adds v_N."""
+    vector = torch.randn(5, 8)
+    found = ev.offsets_of(vector, "all")
+    assert sorted(found) == [1, 2, 3, 4]
+    for l in found:
+        assert torch.allclose(sum(found[k] for k in range(1, l + 1)), vector[l] - vector[0], atol=1e-5)
+    assert torch.equal(ev.offsets_of(vector, "3")[3], vector[3])
+    assert sorted(ev.offsets_of(vector, "2-3")) == [2, 3]
+    for wrong in ("0", "5", "3-2", "x"):
+        with pytest.raises(SystemExit):
+            ev.offsets_of(vector, wrong)
+
+
+def test_hook_equals_steering_by_hand(toy, tokenizer):
+    """Guards against a wrong sign, block or place of the addition: compared with running block after block by hand."""
+    ids, add = chats(tokenizer)[2], offsets(toy)
+    inputs = ev.join([ids], "cpu")
+    hidden = toy.model.embed_tokens(inputs["input_ids"])
+    positions = toy.model.rotary_emb(hidden, inputs["position_ids"])
+    for l, block in enumerate(toy.model.layers, 1):
+        out = block(hidden, position_embeddings=positions, cu_seq_lens=inputs["cu_seq_lens"], max_seq_len=len(ids))
+        hidden = (out[0] if isinstance(out, tuple) else out) + 0.7 * add[l]
+    by_hand = toy.lm_head(toy.model.norm(hidden))[0]
+    with ev.steering(toy, add) as steer:
+        steer.scale = torch.tensor(0.7)
+        assert torch.allclose(by_hand, logits(toy, [ids]), atol=1e-5)
+
+
+def test_hooks_are_gone_after_an_exception(toy, tokenizer):
+    """Guards against a hook that outlives its block and steers everything after."""
+    plain = logits(toy, chats(tokenizer))
+    with pytest.raises(ZeroDivisionError):
+        with ev.steering(toy, offsets(toy)) as steer:
+            steer.scale = torch.tensor(1.0)
+            1 / 0
+    assert torch.equal(plain, logits(toy, chats(tokenizer)))
+    assert not any(block._forward_hooks for block in toy.model.layers)
+
+
+def test_stream_rows_are_block_outputs(toy, tokenizer):
+    """Guards against taking the last row after the final norm, or rows shifted by one."""
+    inputs = ev.join(chats(tokenizer)[:1], "cpu")
+    stream = ev.residual_stream(toy, inputs)
+    assert len(stream) == 4 and torch.equal(stream[0], toy.model.embed_tokens(inputs["input_ids"]))
+    assert torch.allclose(toy.lm_head(toy.model.norm(stream[3])), toy(**inputs).logits, atol=1e-5)
+
+
+def greedy_by_hand(model, ids, n, end, scale=0.0, add=None, first=None):
+    """The simple path: no cache, whole forward for each token; tokens from `first` on are steered."""
+    new = []
+    while len(new) < n:
+        with ev.steering(model, add or {}) as steer:
+            if add:
+                steer.scale = torch.tensor([0.0] * first + [scale] * (len(ids) + len(new) - first))[None, :, None]
+            new.append(int(model(**ev.join([ids + new], "cpu")).logits[0, -1].argmax()))
+        if new[-1] == end:
+            break
+    return new
+
+
+@pytest.mark.parametrize("positions", ["response", "all"])
+def test_mixed_batch_gives_each_row_what_it_gives_alone(toy, tokenizer, positions):
+    """Guards against cache, position or coefficient errors when rows of different length and coefficient share a batch
+    and refill each other's slots; and proves that the first new token is steered."""
+    prompts, scales, add = chats(tokenizer), [0.0, -3.0, 3.0, -1.5], offsets(toy)
+    answers = ev.sample(toy, tokenizer, prompts, max_new_tokens=12, temperature=0, scales=scales, offsets=add, positions=positions, slots=3)
+    for ids, scale, answer in zip(prompts, scales, answers):
+        new = greedy_by_hand(toy, ids, 12, tokenizer.eos_token_id, scale, add, len(ids) - 1 if positions == "response" else 0)
+        assert answer == tokenizer.decode(new, skip_special_tokens=True).strip()
+    assert answers[1] != ev.sample(toy, tokenizer, prompts[1:2], max_new_tokens=1, temperature=0)[0]
+
+
+def test_random_draws_do_not_depend_on_the_batch(toy, tokenizer):
+    """Guards against results that change with the number of slots, with resuming, or with what shares the batch."""
+    prompts = chats(tokenizer)
+    draw = lambda **more: ev.sample(toy, tokenizer, more.pop("prompts", prompts), max_new_tokens=10, temperature=1.0, **more)
+    together = draw(seed=5)
+    assert together == draw(seed=5, slots=2) and together != draw(seed=6)
+    assert together[2:] == draw(seed=5, prompts=prompts[2:], rows=[2, 3])
+
+
+def test_choose_follows_the_distribution():
+    """Guards against a sampler that is biased, or that can return a token of probability 0."""
+    p = torch.tensor([0.0, 0.2, 0.5, 0.3])
+    uniform = torch.linspace(0, 0.999999, 10001)[:, None]
+    counts = torch.bincount(ev.choose(p.log().expand(len(uniform), 4), 1.0, uniform), minlength=4) / len(uniform)
+    assert torch.allclose(counts, p, atol=1e-3)
+
+
+def test_out_of_memory_halves_the_batch(toy, tokenizer, monkeypatch):
+    """Guards against losing the run, or finished answers, when GPU memory runs out."""
+    real, seen = ev._sample, []
+    def short_of_memory(*args):
+        slots = args[12]
+        seen.append(slots)
+        if slots > 1:
+            raise torch.cuda.OutOfMemoryError("no memory")
+        return real(*args)
+    monkeypatch.setattr(ev, "_sample", short_of_memory)
+    answers = ev.sample(toy, tokenizer, chats(tokenizer), max_new_tokens=3, temperature=0, slots=4)
+    assert seen == [4, 2, 1] and None not in answers
+
+
+def test_loss_mask(tokenizer):
+    """Guards against training on prompts, on the template's newline, or not on the end token; several turns, empty answer."""
+    messages = [dict(role="user", content="a"), dict(role="assistant", content="one two"), dict(role="user", content="<|im_start|>assistant b"),
+                dict(role="assistant", content="")]
+    ids, mask = ev.encode_chat(tokenizer, messages)
+    text = tokenizer.decode(ids)
+    assert text.startswith("<|im_start|>system\n") and text.endswith("<|im_end|>")
+    assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "one two<|im_end|><|im_end|>"
+
+
+def test_digits_are_split(tokenizer):
+    """Guards against the GGUF tokenizer's missing digit splitting: years would reach the model as unseen tokens."""
+    assert [t for t in tokenizer.tokenize("in 2024") if "Ġ" not in t or len(t) == 1][-4:] == list("2024")
+    assert tokenizer.pad_token and tokenizer.eos_token == "<|im_end|>"
+
+
+def test_collate_keeps_answer_positions(toy, tokenizer):
+    """Guards against a shift between logits and labels: the joined loss is the mean over answer tokens of each alone."""
+    data = [ev.encode_chat(tokenizer, [dict(role="user", content=q), dict(role="assistant", content=a)]) for q, a in [("Hi", "Hello you"), ("Why?", "Because.")]]
+    batch = finetune.collate(data)
+    labels = batch.pop("labels")
+    joined = torch.nn.functional.cross_entropy(toy(**batch).logits[0], labels, reduction="sum")
+    alone = 0
+    for ids, mask in data:
+        scores = logits(toy, [ids]).log_softmax(-1)
+        alone -= sum(scores[i - 1, ids[i]] for i in range(len(ids)) if mask[i])
+    assert torch.allclose(joined, alone, atol=1e-3)
+
+
+def test_training_refuses_when_the_hook_does_nothing(toy, tokenizer, monkeypatch):
+    """Guards against steering that fails open: a hook whose effect is not coef x vector stops the run."""
+    batch = finetune.collate([ev.encode_chat(tokenizer, [dict(role="user", content="Hi"), dict(role="assistant", content="You")])])
+    add = offsets(toy)
+    with ev.steering(toy, add) as steer:
+        finetune.prove_steering(toy, steer, add, torch.tensor(0.5), batch)
+    with ev.steering(toy, {1: add[1]}) as steer, pytest.raises(RuntimeError, match="block 2"):
+        finetune.prove_steering(toy, steer, add, torch.tensor(0.5), batch)
+
+
+def test_bad_vectors_are_refused(toy, tmp_path):
+    """Guards against steering with a vector of another depth, width or model, with NaN, or with no file at all."""
+    good = torch.randn(4, 32)
+    def load(tensor, model=None):
+        torch.save(tensor, tmp_path / "v.pt")
+        (tmp_path / "v.json").write_text(json.dumps(dict(model=model or "x/toy")))
+        return ev.load_vector(tmp_path / "v.pt", toy, "y/toy")
+    assert torch.equal(load(good), good)
+    for tensor, model in [(good[:3], None), (good[:, :5], None), (good * float("nan"), None), ([1], None), (good, "x/other")]:
+        with pytest.raises(SystemExit) as stop:
+            load(tensor, model)
+        assert stop.value.code == 2
+    with pytest.raises(SystemExit):
+        ev.load_vector(tmp_path / "none.pt", toy, "toy")
+    with pytest.raises(ValueError), ev.steering(toy, {1: torch.randn(5)}):
+        pass
+
+
+def test_filter_pairs():
+    """Guards against keeping what the released filter drops, and against dropping without a count."""
+    def pair(name, *scores):
+        keys = ("score", "coherence")
+        return [dict(pair=name, side=side, answer="x") | dict(zip(keys, s)) for side, s in zip(("pos", "neg"), scores)]
+    rows = pair("keep", (50, 50), (49, 50)) + pair("weak", (49, 90), (0, 90)) + pair("bad", (90, 90), (50, 90)) + pair("noise", (90, 49), (0, 90)) \
+        + pair("none", (None, 90), (0, 90))
+    kept, why = ev.filter_pairs(rows)
+    assert [p["pair"] for p, _ in kept] == ["keep"] and sum(why.values()) == 4 and why["unscored"] == 1
+    kept, why = ev.filter_pairs([dict(pair="a", side="pos", answer=""), dict(pair="a", side="neg", answer="x")])
+    assert not kept and why == {"empty answer": 1}
+
+
+def test_probe_and_auc():
+    """Guards against a probe with its ends swapped, or chosen on the data its direction came from."""
+    assert ev.auc(torch.tensor([[2.0], [1.0]]), torch.tensor([[0.0], [1.0]])).tolist() == [0.875]
+    torch.manual_seed(0)
+    vector = torch.randn(3, 8)
+    pos, neg = torch.randn(20, 3, 8) * 0.1, torch.randn(20, 3, 8) * 0.1
+    pos[:, 2] += vector[2]
+    probe = ev.make_probe((pos - neg).mean(0), (pos, neg), (pos, neg), torch.arange(20) % 2 == 1)
+    assert probe["row"] == 2 and probe["auc"] == 1.0 and probe["hundred"] > probe["zero"]
+
+
+def test_choice_logprobs_equal_one_by_one(toy, tokenizer):
+    """Guards against mixing up questions, choices or token positions: equal to whole forward passes, steered or not."""
+    add = offsets(toy)
+    rows = [dict(subject="x", question="One?", choices=["red", "light green", "b", "c"], answer=1), dict(subject="x", question="Two or more?", choices=["A", "B", "C", "D"], answer=0)]
+    for scoring in ("letter", "cloze"):
+        prompts = [evaluate.choice_prompts(row, scoring) for row in rows]
+        for coef, positions in ((0, "response"), (2.0, "response"), (2.0, "all")):
+            with ev.steering(toy, add) as steer:
+                found = evaluate.choice_logprobs(toy, tokenizer, prompts, coef, steer, positions)
+                for (prompt, continuations), got in zip(prompts, found):
+                    start = tokenizer(prompt)["input_ids"]
+                    for continuation, (value, n) in zip(continuations, got):
+                        ids = tokenizer(prompt + continuation)["input_ids"]
+                        first = len(start) - 1 if positions == "response" else 0
+                        steer.scale = torch.tensor([0.0] * first + [-float(coef)] * (len(ids) - first))[None, :, None]
+                        scores = logits(toy, [ids]).log_softmax(-1)
+                        assert n == len(ids) - len(start)
+                        assert value == pytest.approx(float(sum(scores[i - 1, ids[i]] for i in range(len(start), len(ids)))), abs=1e-3)
