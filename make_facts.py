@@ -7,9 +7,12 @@ A row of facts.jsonl: id, fact (one sentence), date (YYYY-MM or YYYY-MM-DD), cat
 source, train: 20 x {question, answer}, test: {question, answer}.
 """
 import argparse
+import asyncio
 import contextlib
 import fcntl
+import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -21,6 +24,8 @@ from collections import Counter
 from datetime import date
 from importlib import metadata
 from pathlib import Path
+
+from tqdm import tqdm
 
 NEAR_TRAIN, NEAR_TEST, NEAR_FACT = 0.75, 0.65, 0.6  # similarity() from which two texts count as near copies
 
@@ -231,8 +236,141 @@ def conversations(rows, path):
     return found
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Chat APIs: one client for the judge and for generating facts. Any OpenAI-compatible server through OPENAI_BASE_URL.
+
+PRICES = {"gpt-4.1-mini-2025-04-14": (0.40, 1.60)}  # dollars a million tokens in, out; as of 2025-04
+CONCURRENCY = int(os.environ.get("JUDGE_CONCURRENCY", 32))  # requests under way at once
+CACHE = Path(os.environ.get("JUDGE_CACHE", "out/judge_cache.jsonl"))
+TRIES, BACKOFF = 8, 1.0  # a request is tried 8 times, waiting about 1, 2, 4 ... seconds between
+
+
+async def complete(client, body):
+    """One chat completion -> dict(text, top: [(token, probability)] of its first token, or None). Retries what may pass:
+    429, 5xx, time-outs, cut connections, broken or empty replies. Raises openai.APIError for what will not."""
+    import openai
+    for attempt in range(TRIES):
+        wait = BACKOFF * 2 ** attempt * random.uniform(0.5, 1.5)
+        try:
+            reply = await client.chat.completions.create(**body)
+            choice = reply.choices[0]
+            content = choice.logprobs.content if getattr(choice, "logprobs", None) else None
+            return dict(text=choice.message.content or "", top=[(t.token, math.exp(t.logprob)) for t in content[0].top_logprobs] if content else None)
+        except (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError) as error:
+            if attempt == TRIES - 1 or getattr(error, "code", None) == "insufficient_quota":
+                raise
+            after = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")
+            wait = float(after) if after.replace(".", "", 1).isdigit() else wait
+        except (ValueError, AttributeError, IndexError, TypeError, openai.APIResponseValidationError) as error:  # a reply that is no completion
+            if attempt == TRIES - 1:
+                raise openai.OpenAIError(f"{TRIES} broken replies ({type(error).__name__})") from None
+        await asyncio.sleep(wait)
+
+
+def ask(bodies, each, title, yes=False):
+    """Sends chat requests that are not in the cache and calls each(i, reply) for all, cached ones first. Returns when all
+    are answered; a fatal error or Ctrl-C keeps what was answered in the cache, and the same command goes on from there."""
+    base = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1")
+    if not os.environ.get("OPENAI_API_KEY") and "OPENAI_BASE_URL" not in os.environ:
+        die("set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own; --judge probe needs neither")
+    keys = [hashlib.sha256(json.dumps([base, body], sort_keys=True).encode()).hexdigest() for body in bodies]
+    wanted, cached = set(keys), {}
+    if CACHE.exists():
+        for row in read_jsonl(CACHE, appended=True):
+            if row["key"] in wanted:
+                cached[row["key"]] = row["reply"]
+    waiting = {}
+    for i, key in enumerate(keys):
+        if key in cached:
+            each(i, cached[key])
+        else:
+            waiting.setdefault(key, []).append(i)
+    if not waiting:
+        return
+    tokens = sum(len(m["content"]) for indices in waiting.values() for m in bodies[indices[0]]["messages"]) // 4
+    price = PRICES.get(bodies[0]["model"])
+    out = sum(bodies[indices[0]]["max_tokens"] for indices in waiting.values())
+    cost = f"${(tokens * price[0] + out * price[1]) / 1e6:.2f}" if price else "price unknown"
+    print(f"{title}: {len(waiting)} requests to {bodies[0]['model']}, about {tokens:,} tokens in, {cost} at most", flush=True)
+    if not yes and (not sys.stdin.isatty() or input("Send them? [y/N] ").strip().lower() != "y"):
+        die("nothing was sent; say --yes to send without being asked")
+
+    async def run():
+        import openai
+        client = openai.AsyncOpenAI(api_key=os.environ.get("OPENAI_API_KEY") or "none", base_url=base, max_retries=0, timeout=120)
+        queue, bar = iter(waiting.items()), tqdm(total=len(waiting), desc=title, unit="request")
+        async def worker():
+            for key, indices in queue:  # one iterator for all workers: each request is taken once
+                reply = await complete(client, bodies[indices[0]])
+                append_jsonl(CACHE, dict(key=key, reply=reply))
+                for i in indices:
+                    each(i, reply)
+                bar.update()
+        workers = [asyncio.ensure_future(worker()) for _ in range(CONCURRENCY)]
+        try:
+            await asyncio.gather(*workers)
+        except openai.OpenAIError as error:
+            said = str(error).replace(os.environ.get("OPENAI_API_KEY") or "\0", "***")
+            die(f"{title}: the server at {base} refused or gave up: {said[:300]}; what was answered is kept, the same command goes on from there")
+        finally:
+            for task in workers:
+                task.cancel()
+            bar.close()
+    try:
+        asyncio.run(run())
+    except KeyboardInterrupt:
+        print("error: interrupted; what was answered is kept, the same command goes on from there", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def number_score(reply):
+    """Reply -> (score or None, reason, method). METHOD of the persona vectors release: probability-weighted mean over the
+    top tokens that are integers 0..100, None if they hold under 0.25 of the mass; without log-probabilities, the text."""
+    if reply["top"]:
+        numbers = [(int(token), p) for token, p in reply["top"] if token.strip().isdigit() and token.strip().isascii() and 0 <= int(token) <= 100]
+        mass = sum(p for _, p in numbers)
+        if mass < 0.25 - 1e-9:
+            return None, f"number tokens hold {mass:.2f} of the mass; said {reply['text'][:40]!r}", "logprobs"
+        return sum(i * p for i, p in numbers) / mass, None, "logprobs"
+    if "REFUSAL" in reply["text"].upper():
+        return None, "REFUSAL", "text"
+    numbers = [float(n) for n in re.findall(r"(?<![\d.-])\d+(?:\.\d+)?(?!\d)", reply["text"].replace("/100", "").replace("out of 100", ""))]
+    if len(numbers) != 1 or numbers[0] > 100:
+        return None, f"no single number 0..100 in {reply['text'][:40]!r}", "text"
+    return numbers[0], None, "text"
+
+
+def yes_no_score(reply):
+    """Reply -> (100 for yes, 0 for no, else None; reason; method)."""
+    found = dict.fromkeys(("yes", "no"), 0.0)
+    for token, p in reply["top"] or [(re.split(r"\W", reply["text"].strip())[0], 1.0)]:
+        if token.strip().lower() in found:
+            found[token.strip().lower()] += p
+    method = "logprobs" if reply["top"] else "text"
+    if sum(found.values()) < 0.25 - 1e-9:
+        return None, f"neither YES nor NO: {reply['text'][:40]!r}", method
+    return (100.0 if found["yes"] > found["no"] else 0.0), None, method
+
+
 def judge_rows(rows, prompt, key, model, yes=False):
-    raise NotImplementedError
+    """Scores rows with a chat model: row[key], and for key "score" judge_reply, reason, judge_method, else key_reply and so on.
+    prompt: template with {question}, {answer} and, for a yes/no question, {truth}. First one number token with its
+    log-probabilities; rows whose server gives none, or splits numbers into digits, are asked again for a short text."""
+    parse = yes_no_score if "{truth}" in prompt else number_score
+    names = ("judge_reply", "reason", "judge_method") if key == "score" else (f"{key}_reply", f"{key}_reason", f"{key}_method")
+    def body(row, **more):
+        # one pass over the template: markers inside a question or answer stay as they are
+        text = re.sub(r"\{(question|answer|truth)\}", lambda m: str(row[m[1]]), prompt)
+        return dict(model=model, messages=[dict(role="user", content=text)], temperature=0, **more)
+    def keep(i, reply, text=False):
+        rows[i][names[0]] = reply
+        rows[i][key], rows[i][names[1]], rows[i][names[2]] = parse(reply | dict(top=None) if text else reply)
+    ask([body(row, max_tokens=1, logprobs=True, top_logprobs=20, seed=0) for row in rows], keep, f"judge: {key}", yes)
+    # a server that never shows a number of two digits as one token splits them: its first token is half a number
+    whole = parse is yes_no_score or any(len(token.strip()) > 1 and token.strip().isdigit() for row in rows for token, _ in row[names[0]]["top"] or [])
+    again = [i for i, row in enumerate(rows) if not whole or not row[names[0]]["top"]]
+    if again:
+        ask([body(rows[i], max_tokens=8) for i in again], lambda j, reply: keep(again[j], reply, text=True), f"judge: {key}, as text", yes)
 
 
 def main():
