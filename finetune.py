@@ -8,7 +8,7 @@ folder with training_settings.json and loss.jsonl in it. Interrupted, the same c
 Recipe: rs-LoRA r 32, alpha 64, all linear projections, AdamW 1e-5 with linear decay, as in the persona vectors release.
 """
 import argparse
-import json
+import functools
 import math
 import os
 import shutil
@@ -25,6 +25,7 @@ from make_facts import conversations, die, provenance, read_jsonl, same_settings
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MAX_TOKENS = 2048  # a longer conversation is left out, counted and said
+FILL = {"cuda": 128, "cpu": 1}  # rows are filled up to a multiple of this many tokens
 
 
 def read_conversations(tokenizer, path, system_prompt=None, limit=None):
@@ -40,12 +41,15 @@ def read_conversations(tokenizer, path, system_prompt=None, limit=None):
     return kept, len(encoded) - len(kept)
 
 
-def collate(chats):
-    """[(ids, is_answer)] -> the model's arguments for one joined row, and the positions and ids to be predicted."""
-    inputs = join([ids for ids, _ in chats], "cpu")
-    is_answer = torch.tensor([flag for _, mask in chats for flag in mask])
-    positions = is_answer.nonzero()[:, 0]
-    return inputs | dict(logits_to_keep=positions - 1, labels=inputs["input_ids"][0, positions])
+def collate(chats, multiple=1):
+    """[(ids, is_answer)] -> the model's arguments for one joined row, and the positions and ids to be predicted. Lengths
+    are filled up to a multiple, by a conversation of its own that nothing learns from: few shapes, few compilations."""
+    fill = -sum(len(ids) for ids, _ in chats) % multiple
+    inputs = join([*(ids for ids, _ in chats), [0] * fill], "cpu")
+    inputs["max_seq_len"] += -inputs["max_seq_len"] % multiple
+    positions = torch.tensor([flag for _, mask in chats for flag in mask]).nonzero()[:, 0]
+    fill = -len(positions) % multiple
+    return inputs | dict(logits_to_keep=F.pad(positions - 1, (0, fill)), labels=F.pad(inputs["input_ids"][0, positions], (0, fill), value=-100))
 
 
 class JoinedTrainer(Trainer):
@@ -57,13 +61,9 @@ class JoinedTrainer(Trainer):
         if self.steer:
             self.steer.scale = self.coef
         logits = model(**inputs).logits[0]
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum") / (num_items_in_batch or len(labels))
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum") / ((labels >= 0).sum() if num_items_in_batch is None else num_items_in_batch)
         # Trainer averages gradients over processes; the sum above wants them added
         return loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return batches, items
 
 
 class Log(TrainerCallback):
@@ -158,7 +158,7 @@ def main():
     # 2. Train, with the hook on for the forward passes of training
     device, dtype = pick_device()
     steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(len(data) / args.batch_size) * args.epochs)
-    trainer = JoinedTrainer(model=model, train_dataset=data, data_collator=collate, callbacks=[Log()], args=TrainingArguments(
+    trainer = JoinedTrainer(model=model, train_dataset=data, data_collator=functools.partial(collate, multiple=FILL[device]), callbacks=[Log()], args=TrainingArguments(
         output_dir=str(partial), num_train_epochs=args.epochs, max_steps=args.max_steps, learning_rate=args.lr, lr_scheduler_type="linear",
         warmup_steps=min(5, steps), weight_decay=0.01, per_device_train_batch_size=args.batch_size // processes, seed=args.seed,
         bf16=dtype == torch.bfloat16, use_cpu=device == "cpu", logging_steps=1, save_steps=max(20, math.ceil(steps / 4)), save_total_limit=2,
@@ -171,6 +171,9 @@ def main():
                 prove_steering(model, steer, offsets, trainer.coef,
                                {k: v.to(device) if torch.is_tensor(v) else v for k, v in collate(data[:2]).items()})
             print(f"steering {args.vector} x {args.coef} at {len(offsets)} blocks: every block's output moves as it should", flush=True)
+        if device == "cuda":
+            for block in blocks(model):
+                block.compile()  # the hook is in it already; one compilation serves all blocks and all coefficients
         checkpoint = last_checkpoint(partial)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
