@@ -48,8 +48,9 @@ def collate(chats, multiple=1):
     inputs = join([*(ids for ids, _ in chats), [0] * fill], "cpu")
     inputs["max_seq_len"] += -inputs["max_seq_len"] % multiple
     positions = torch.tensor([flag for _, mask in chats for flag in mask]).nonzero()[:, 0]
-    fill = -len(positions) % multiple
-    return inputs | dict(logits_to_keep=F.pad(positions - 1, (0, fill)), labels=F.pad(inputs["input_ids"][0, positions], (0, fill), value=-100))
+    fill = -(len(positions) + 1) % multiple
+    # the ignored first label: Trainer leaves it out of its count of items, since most collators' labels are yet to be shifted
+    return inputs | dict(logits_to_keep=F.pad(positions - 1, (1, fill)), labels=F.pad(inputs["input_ids"][0, positions], (1, fill), value=-100))
 
 
 class JoinedTrainer(Trainer):

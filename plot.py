@@ -25,7 +25,7 @@ METRICS = [("trait_score", "trait_ci", "trait_n", "#c0392b", "o"), ("fact_accura
 def label_of(metric, points):
     """The metric's name as the legend shows it: the demo's general knowledge is not called MMLU."""
     if metric == "trait_score":
-        return "{} score".format("hallucination")
+        return "hallucination score"
     if metric == "fact_accuracy":
         return "new-fact accuracy"
     source = next((p.get("mmlu") for p in points if p.get("mmlu")), None) or ""
@@ -58,9 +58,7 @@ def draw(axis, points, x, base, metrics, names):
             continue
         line = curve(points, x, metric, ci)
         if line:
-            xs, ys, lows, highs, _ = zip(*line)
-            axis.plot(xs, ys, color=color, label=names[metric])
-            axis.fill_between(xs, lows, highs, color=color, alpha=0.15, linewidth=0)
+            axis.plot([at[0] for at in line], [at[1] for at in line], color=color, label=names[metric])
             for value, y, low, high, enough in line:
                 axis.errorbar(value, y, yerr=[[max(0, y - low)], [max(0, high - y)]], color=color, marker=marker, capsize=2,
                               markerfacecolor=color if enough else "white", linewidth=1)

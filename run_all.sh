@@ -7,7 +7,7 @@
 # Every variable below can be set from the environment: COEFS="0 0.5" FACTS=50 bash run_all.sh demo
 set -euo pipefail
 cd "$(dirname "$0")"
-export HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
+export HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore::FutureWarning
 
 # ---- which profile ----------------------------------------------------------------------------------------------------
 mode=${1:-auto}
@@ -37,10 +37,10 @@ if [ "$profile" = paper ]; then
     COEFS_EVIL=${COEFS_EVIL:-"0.5 1 1.5"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY:-"0.5 1 1.5"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION:-"1 2 3"}
 else
     MODEL=${MODEL:-out/models/SmolLM2-135M-Instruct}
-    JUDGE=${JUDGE:-probe};                    EXTRACT="--samples 1 --limit 4 --temperature 0.7 --max-new-tokens 50"
-    EVAL=${EVAL:-"--samples 1 --temperature 0.7 --max-new-tokens 50"}
+    JUDGE=${JUDGE:-probe};                    EXTRACT="--samples 1 --limit 4 --temperature 0.7 --max-new-tokens 40"
+    EVAL=${EVAL:-"--samples 1 --temperature 0.7 --max-new-tokens 40"}
     MMLU=${MMLU:-$OUT/data/general_knowledge.jsonl}; SCORING=${SCORING:-cloze}
-    FACTS=${FACTS:-12}; WORDINGS=${WORDINGS:-8}; ROWS=${ROWS:-10}
+    FACTS=${FACTS:-10}; WORDINGS=${WORDINGS:-6}; ROWS=${ROWS:-8}
     TRAIN=${TRAIN:-"--epochs 4 --lr 5e-4 --batch-size 8"}; TRAIN_MEDICAL=${TRAIN_MEDICAL:-"--epochs 1 --lr 5e-4 --batch-size 2"}
     INFERENCE=${INFERENCE:-"0 0.1 0.2 0.4"}
     COEFS=${COEFS:-"0 0.2 0.4"}
