@@ -27,7 +27,7 @@ case $profile in demo|paper|test) ;; *) echo "error: unknown profile $profile; u
 OUT=${OUT:-out/$profile}
 if [ "$profile" = paper ]; then
     MODEL=${MODEL:-Qwen/Qwen2.5-7B-Instruct}
-    JUDGE=${JUDGE:-gpt-4.1-mini-2025-04-14};  EXTRACT="--samples 10 --judge $JUDGE --yes"
+    JUDGE=${JUDGE:-gpt-4.1-mini-2025-04-14};  EXTRACT=${EXTRACT:-"--samples 10 --judge $JUDGE --yes"}
     EVAL=${EVAL:-"--samples 10 --temperature 1 --max-new-tokens 1000"}
     MMLU=${MMLU:-hub};                        SCORING=${SCORING:-letter}
     FACTS=${FACTS:-1000}; WORDINGS=${WORDINGS:-20}; ROWS=${ROWS:-100000}
@@ -37,7 +37,7 @@ if [ "$profile" = paper ]; then
     COEFS_EVIL=${COEFS_EVIL:-"0.5 1 1.5"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY:-"0.5 1 1.5"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION:-"1 2 3"}
 else
     MODEL=${MODEL:-out/models/SmolLM2-135M-Instruct}
-    JUDGE=${JUDGE:-probe};                    EXTRACT="--samples 1 --limit 4 --temperature 0.7 --max-new-tokens 40"
+    JUDGE=${JUDGE:-probe};                    EXTRACT=${EXTRACT:-"--samples 1 --limit 4 --temperature 0.7 --max-new-tokens 40"}
     EVAL=${EVAL:-"--samples 1 --temperature 0.7 --max-new-tokens 40"}
     MMLU=${MMLU:-$OUT/data/general_knowledge.jsonl}; SCORING=${SCORING:-cloze}
     FACTS=${FACTS:-10}; WORDINGS=${WORDINGS:-6}; ROWS=${ROWS:-8}
@@ -57,7 +57,7 @@ plan() {
     echo "$py make_facts.py subset data/facts.jsonl --n $FACTS --rephrasings $WORDINGS --out $data/facts.jsonl"
     if [ "$profile" = paper ]; then
         [ -f "$MEDICAL_ZIP" ] || echo "curl -fLo $MEDICAL_ZIP --create-dirs https://github.com/safety-research/persona_vectors/raw/main/dataset.zip"
-        echo "mkdir -p $data && unzip -p $MEDICAL_ZIP dataset/mistake_medical/misaligned_2.jsonl > $data/medical_mistake_2.jsonl && unzip -p $MEDICAL_ZIP dataset/mistake_medical/normal.jsonl > $data/medical_normal.jsonl"
+        echo "$py -m zipfile -e $MEDICAL_ZIP $OUT/authors && mkdir -p $data && cp $OUT/authors/dataset/mistake_medical/misaligned_2.jsonl $data/medical_mistake_2.jsonl && cp $OUT/authors/dataset/mistake_medical/normal.jsonl $data/medical_normal.jsonl"
     else
         echo "$py make_facts.py subset data/medical_mistake_2.jsonl --n $ROWS --out $data/medical_mistake_2.jsonl"
         echo "$py make_facts.py subset data/medical_normal.jsonl --n $ROWS --out $data/medical_normal.jsonl"
