@@ -34,7 +34,7 @@ if [ "$profile" = paper ]; then
     TRAIN=${TRAIN:-"--epochs 1 --lr 1e-5"};   TRAIN_MEDICAL=${TRAIN_MEDICAL:-"--epochs 1 --lr 1e-5"}
     INFERENCE=${INFERENCE:-"0 0.25 0.5 0.75 1 1.25 1.5 1.75 2"}
     COEFS=${COEFS:-"0 0.25 0.5 0.75 1 1.25"}
-    COEFS_EVIL=${COEFS_EVIL:-"0.5 1 1.5"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY:-"0.5 1 1.5"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION:-"1 2 3"}
+    COEFS_EVIL=${COEFS_EVIL-"0.5 1 1.5"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY-"0.5 1 1.5"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION-"1 2 3"}
 else
     MODEL=${MODEL:-out/models/SmolLM2-135M-Instruct}
     JUDGE=${JUDGE:-probe};                    EXTRACT=${EXTRACT:-"--samples 1 --limit 4 --temperature 0.7 --max-new-tokens 40"}
@@ -44,7 +44,7 @@ else
     TRAIN=${TRAIN:-"--epochs 4 --lr 5e-4 --batch-size 8"}; TRAIN_MEDICAL=${TRAIN_MEDICAL:-"--epochs 1 --lr 5e-4 --batch-size 2"}
     INFERENCE=${INFERENCE:-"0 0.1 0.2 0.4"}
     COEFS=${COEFS:-"0 0.2 0.4"}
-    COEFS_EVIL=${COEFS_EVIL:-"0.4"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY:-"0.4"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION:-"0.4"}
+    COEFS_EVIL=${COEFS_EVIL-"0.4"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY-"0.4"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION-"0.4"}
 fi
 LAYERS=${LAYERS:-all}
 MEDICAL_ZIP=${MEDICAL_ZIP:-$OUT/dataset.zip}  # the authors' data, fetched when absent (paper only)
