@@ -142,22 +142,23 @@ def figure2(points, path):
 
 
 def headline(points):
-    """For both methods: the smallest coefficient that brings hallucination to the untrained model's level (its interval
-    counts), and what is left of facts and MMLU there. -> text lines."""
+    """For both methods: the smallest coefficient that brings hallucination to the upper end of the untrained model's
+    95% interval or below, and what is left of facts and MMLU there. -> text lines."""
     base, lines = pick_base(points, "hallucination"), []
     if not base or not usable(base, "trait_score"):
         return ["No headline: the model before training was not measured."]
     level = (base.get("trait_ci") or [base["trait_score"]] * 2)[1]
+    reached = f"the untrained model's interval ({cell(base, 'trait_score', 'trait_ci')})"
     for name, x, some in zip(("Inference-time", "Preventative"), ("inference_coef", "train_coef"), split(points)):
         lines_at = {metric: {c[0]: c[1] for c in curve(some, x, metric, ci)} for metric, ci, *_ in METRICS}
         reach = [value for value, score in lines_at["trait_score"].items() if score <= level]
         if not reach:
-            lines.append(f"{name}: no coefficient brings hallucination to the untrained model's level ({base['trait_score']:.1f}).")
+            lines.append(f"{name}: no coefficient brings hallucination into {reached}.")
             continue
         def text(metric):
             start, end = lines_at[metric].get(0.0), lines_at[metric].get(reach[0])
             return f"{start:.1f} -> {end:.1f}" if start is not None and end is not None else "not measured"
-        lines.append(f"{name}: coefficient {reach[0]:g} brings hallucination to the untrained model's level ({base['trait_score']:.1f}): "
+        lines.append(f"{name}: coefficient {reach[0]:g} brings hallucination into {reached}: "
                      f"hallucination {text('trait_score')}, new facts {text('fact_accuracy')}, {label_of('mmlu_accuracy', some)} {text('mmlu_accuracy')}.")
         if reach[0] == 0:
             lines[-1] += " Plain finetuning did not raise it, so there was nothing to repair."
