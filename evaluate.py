@@ -40,7 +40,7 @@ def wilson(hits, n, z=1.96):
         return None
     p, d = hits / n, 1 + z * z / n
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [100 * (p + z * z / (2 * n) - half) / d, 100 * (p + z * z / (2 * n) + half) / d]
+    return [max(0.0, 100 * (p + z * z / (2 * n) - half) / d), min(100.0, 100 * (p + z * z / (2 * n) + half) / d)]
 
 
 def bootstrap(groups, seed=0, draws=2000):
@@ -92,19 +92,22 @@ def choice_logprobs(model, tokenizer, prompts, coef, steer, positions):
             jobs.setdefault(tuple(whole[:-1]), []).append((q, k, len(start), whole[len(start):]))
     found, reads = [[None] * len(c) for _, c in prompts], list(jobs)
     for group in tqdm(list(by_length(reads, ROW_TOKENS[model.device.type])), desc="choices", unit="row"):
-        wanted, where, start, scale = [], [], 0, []
+        wanted, where, rows, tokens, start, scale = [], [], [], [], 0, []
         for i in group:
-            for q, k, length, tokens in jobs[reads[i]]:
-                wanted.append((q, k, len(where), tokens))
-                where += range(start + length - 1, start + len(reads[i]))
-            first = jobs[reads[i]][0][2] - 1 if positions == "response" else 0
+            length = jobs[reads[i]][0][2]  # of the prompt, the same for all continuations of one read
+            for q, k, _, continuation in jobs[reads[i]]:
+                wanted.append((q, k, len(continuation)))
+                rows += range(len(where), len(where) + len(continuation))
+                tokens += continuation
+            where += range(start + length - 1, start + len(reads[i]))
+            first = length - 1 if positions == "response" else 0
             scale += [0.0] * first + [-coef] * (len(reads[i]) - first)
             start += len(reads[i])
         steer.scale = torch.tensor(scale, device=model.device)[None, :, None] if coef else None
-        logits = model(**join([reads[i] for i in group], model.device), logits_to_keep=torch.tensor(where, device=model.device)).logits[0]
-        for q, k, at, tokens in wanted:
-            rows = logits[at:at + len(tokens)].float().log_softmax(-1)
-            found[q][k] = (float(rows.gather(1, torch.tensor(tokens, device=rows.device)[:, None]).sum()), len(tokens))
+        logits = model(**join([reads[i] for i in group], model.device), logits_to_keep=torch.tensor(where, device=model.device)).logits[0].float()
+        picked = (logits[rows, tokens] - logits.logsumexp(-1)[rows]).cpu()
+        for (q, k, n), values in zip(wanted, picked.split([n for _, _, n in wanted])):
+            found[q][k] = (float(values.sum()), n)
     return found
 
 
@@ -259,9 +262,9 @@ def main():
                                                  (asked_facts, min(FACT_TOKENS, args.max_new_tokens), 0.0, "facts")):
             jobs = [(n, row, coef) for coef in coefs for n, row in enumerate(rows) if row["id"] not in have[coef]]
             prompts = [prompt_ids(tokenizer, [dict(role="user", content=row["question"])]) for _, row, _ in jobs]
-            def keep(i, answer):
+            def keep(i, answer, tokens):
                 _, row, coef = jobs[i]
-                append_jsonl(files[coef], row | dict(prompt=tokenizer.decode(prompts[i]), answer=answer, adapter=adapter, inference_coef=coef, temperature=temperature))
+                append_jsonl(files[coef], row | dict(prompt=tokenizer.decode(prompts[i]), answer=answer, tokens=tokens, adapter=adapter, inference_coef=coef, temperature=temperature))
             if jobs:
                 sample(plain, tokenizer, prompts, rows=[n for n, _, _ in jobs], scales=[-coef for _, _, coef in jobs], offsets=offsets, seed=args.seed,
                        positions=args.positions, max_new_tokens=tokens, temperature=temperature, each=keep, title=f"{Path(adapter).name if adapter else 'base'}: {title}")

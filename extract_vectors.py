@@ -9,6 +9,7 @@ Method: persona vectors, arXiv 2507.21509, section 2.2 and appendix J.
 """
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import time
 from collections import Counter
@@ -84,6 +85,22 @@ def blocks(model):
     return layers
 
 
+@contextlib.contextmanager
+def compiled(model):
+    """While open, the decoder blocks run compiled on GPUs that can (one compilation serves all blocks, steered or not),
+    which merges the small kernels between the matrix products; elsewhere nothing happens."""
+    able = model.device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 7 and importlib.util.find_spec("triton")
+    if model.device.type == "cuda" and not able:
+        print("this GPU or installation cannot compile (needs compute capability 7 and triton); slower, same results", flush=True)
+    try:
+        for block in blocks(model) if able else []:
+            block.compile(dynamic=True)
+        yield
+    finally:
+        for block in blocks(model):
+            block._compiled_call_impl = None  # there is no public way back
+
+
 def name_of(model_name):
     """What two paths of one model share: "Qwen/Qwen2.5-7B-Instruct", "/models/Qwen2.5-7B-Instruct/" -> the last part."""
     return Path(str(model_name)).name
@@ -98,15 +115,15 @@ def attend(module, query, key, value, mask, scaling, dropout=0.0, cu_seq_lens=No
     """query [rows, heads, tokens, dim], key and value [rows, kv heads, tokens, dim] -> [rows, tokens, heads, dim].
 
     Joined: one row; cu_seq_lens int32 [n + 1] says where the conversations start and end; each sees only itself.
-    Decoding (lengths given): one new token a row; kv[layer] = two caches [rows, size, kv heads, dim]; lengths int64
-    [rows] counts the tokens already cached. With kv but no lengths the joined keys and values are appended to kv.
+    Decoding (lengths given): one new token a row; module.kv = two caches [rows, size, kv heads, dim]; lengths int64
+    [rows] counts the tokens already cached. With a list kv the joined keys and values are appended to it.
     """
     if cu_seq_lens is None and lengths is None or mask is not None or dropout or kwargs.get("sliding_window") or kwargs.get("softcap"):
         raise NotImplementedError("joined attention: no mask, dropout, window or cap")
     (rows, heads, _, dim), groups = query.shape, key.shape[1]
     flash = query.is_cuda and query.dtype != torch.float32 and torch.cuda.get_device_capability()[0] >= 8
     if lengths is not None:
-        keys, values = kv[module.layer_idx]
+        keys, values = module.kv
         here = torch.arange(rows, device=query.device)
         keys[here, lengths], values[here, lengths] = key[:, :, 0], value[:, :, 0]
         # The query heads that share a key head stand as one sequence of queries, so the cache is read once, uncopied.
@@ -324,6 +341,8 @@ class Sampler:
         self.uniform = torch.zeros(slots, max_new_tokens + 1, device=device)
         self.out = torch.zeros(slots, max_new_tokens + 1, dtype=torch.long, device=device)
         self.graph = None
+        for block, pair in zip(blocks(model), self.kv):
+            block.self_attn.kv = pair
 
     def fill(self, slots, caches, spans, last_tokens, scales, uniform):
         """Puts prompts into slots: spans [(start, end)] in caches, a list of (keys, values) [tokens, kv heads, dim]."""
@@ -345,38 +364,38 @@ class Sampler:
         if self.steer:
             self.steer.scale = self.scale
         hidden = self.model.get_decoder()(input_ids=self.token[:, None], position_ids=self.length[:, None], use_cache=False,
-                                          kv=self.kv, lengths=self.length).last_hidden_state
+                                          lengths=self.length).last_hidden_state
         logits = self.model.get_output_embeddings()(hidden[:, 0])
         new = choose(logits, self.temperature, self.uniform.gather(1, self.made[:, None]))
         self.out.scatter_(1, self.made[:, None], new[:, None])
         self.token.copy_(new)
         self.made += ~self.done
         self.length += ~self.done
-        self.done |= torch.isin(new, self.ends) | (self.made >= self.max_new_tokens)
+        self.done |= (new[:, None] == self.ends).any(-1) | (self.made >= self.max_new_tokens)
 
     def steps(self, count):
         """`count` steps; on CUDA as one graph, captured at the first call, since launching kernels would cost more."""
         if self.token.is_cuda and self.graph is None:
             state = [x.clone() for x in (self.token, self.made, self.length, self.done)]
-            stream = torch.cuda.Stream()
-            with torch.cuda.stream(stream):
-                self.step()  # warm-up; its effect is taken back below
-            torch.cuda.synchronize()
-            for mine, kept in zip((self.token, self.made, self.length, self.done), state):
-                mine.copy_(kept)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.step()
+            with compiled(self.model):
+                self.step()  # compiles; its effect is taken back below
+                torch.cuda.synchronize()
+                for mine, kept in zip((self.token, self.made, self.length, self.done), state):
+                    mine.copy_(kept)
+                with torch.cuda.graph(self.graph):
+                    self.step()
         for _ in range(count):
             self.graph.replay() if self.graph else self.step()
 
     def shrink(self, keep):
         """Keeps only the slots in `keep`, in that order."""
         keep = torch.tensor(keep, device=self.token.device)
-        self.kv = [tuple(x[keep] for x in pair) for pair in self.kv]
+        self.graph = None
+        for layer, block in enumerate(blocks(self.model)):  # one by one: memory may be full of the old ones
+            block.self_attn.kv = self.kv[layer] = tuple(x[keep] for x in self.kv[layer])
         for name in ("token", "length", "made", "done", "scale", "uniform", "out"):
             setattr(self, name, getattr(self, name)[keep])
-        self.graph = None
 
 
 def prefill(model, prompts, scales, steer):
@@ -397,9 +416,10 @@ def prefill(model, prompts, scales, steer):
 @torch.inference_mode()
 def sample(model, tokenizer, prompts, *, max_new_tokens, temperature, seed=0, rows=None, scales=None, offsets=None,
            positions="response", slots=None, title="sampling", each=None):
-    """One answer (text) for each prompt (token ids); each(i, answer) is called as soon as answer i is there. scales: one signed steering coefficient a prompt, negative = away
-    from the trait; offsets as of offsets_of(). positions "response": the last prompt token and all new ones are steered;
-    "all": every prompt token too. rows: the prompts' numbers, from which their random draws come (default 0, 1, ...)."""
+    """One answer (text) for each prompt (token ids); each(i, answer, tokens) is called as soon as answer i is there.
+    scales: one signed steering coefficient a prompt, negative = away from the trait; offsets as of offsets_of().
+    positions "response": the last prompt token and all new ones are steered; "all": every prompt token too.
+    rows: the prompts' numbers, from which their random draws come (default 0, 1, ...)."""
     rows, scales = rows or range(len(prompts)), scales or [0.0] * len(prompts)
     answers, device = [None] * len(prompts), model.device
     slots = slots or SLOTS[device.type]
@@ -416,6 +436,9 @@ def sample(model, tokenizer, prompts, *, max_new_tokens, temperature, seed=0, ro
                 raise
         else:
             break
+        finally:
+            for block in blocks(model):
+                block.self_attn.__dict__.pop("kv", None)
         torch.cuda.empty_cache()
         tqdm.write(f"out of GPU memory: going on with {slots} answers at a time")
     bar.close()
@@ -454,7 +477,7 @@ def _sample(model, tokenizer, prompts, waiting, answers, max_new_tokens, tempera
             out = sampler.out.cpu() if out is None else out
             answers[owner[s]] = tokenizer.decode(out[s, :made[s]], skip_special_tokens=True).strip()
             if each:
-                each(owner[s], answers[owner[s]])
+                each(owner[s], answers[owner[s]], made[s])
             owner[s] = None
             bar.update()
 
@@ -554,8 +577,8 @@ def main():
     write_json(files["json"], settings)
     there = {row["id"]: row for row in read_jsonl(files["answers.jsonl"], appended=True)} if files["answers.jsonl"].exists() else {}
     todo = [n for n, row in enumerate(rows) if row["id"] not in there]
-    def keep(i, answer):
-        row = rows[todo[i]] | dict(prompt=tokenizer.decode(prompts[i]), answer=answer)
+    def keep(i, answer, tokens):
+        row = rows[todo[i]] | dict(prompt=tokenizer.decode(prompts[i]), answer=answer, tokens=tokens)
         there[row["id"]] = row
         append_jsonl(files["answers.jsonl"], row)
     prompts = [prompt_ids(tokenizer, [dict(role="system", content=rows[n]["system"]), dict(role="user", content=rows[n]["question"])]) for n in todo]

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from extract_vectors import blocks, encode_chat, join, load_model, load_vector, name_of, offsets_of, pick_device, steering
+from extract_vectors import blocks, compiled, encode_chat, join, load_model, load_vector, name_of, offsets_of, pick_device, steering
 from make_facts import conversations, die, provenance, read_jsonl, same_settings, write_json, write_jsonl
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MAX_TOKENS = 2048  # a longer conversation is left out, counted and said
-FILL = {"cuda": 128, "cpu": 1}  # rows are filled up to a multiple of this many tokens
+FILL = {"cuda": 128, "cpu": 1}  # rows are filled up to a multiple of this many tokens, twice that from 4,096 on
 
 
 def read_conversations(tokenizer, path, system_prompt=None, limit=None):
@@ -44,7 +44,9 @@ def read_conversations(tokenizer, path, system_prompt=None, limit=None):
 def collate(chats, multiple=1):
     """[(ids, is_answer)] -> the model's arguments for one joined row, and the positions and ids to be predicted. Lengths
     are filled up to a multiple, by a conversation of its own that nothing learns from: few shapes, few compilations."""
-    fill = -sum(len(ids) for ids, _ in chats) % multiple
+    tokens = sum(len(ids) for ids, _ in chats)
+    multiple *= 2 if tokens > 4096 and multiple > 1 else 1
+    fill = -tokens % multiple
     inputs = join([*(ids for ids, _ in chats), [0] * fill], "cpu")
     inputs["max_seq_len"] += -inputs["max_seq_len"] % multiple
     positions = torch.tensor([flag for _, mask in chats for flag in mask]).nonzero()[:, 0]
@@ -54,8 +56,41 @@ def collate(chats, multiple=1):
 
 
 class JoinedTrainer(Trainer):
-    """Trainer whose loss is the mean over answer tokens of the whole (global) batch; logits at those positions only."""
+    """Trainer whose loss is the mean over answer tokens of the whole (global) batch; logits at those positions only.
+
+    On one GPU a step is bound by the launching of its some 5,000 kernels. The first batch of a shape runs as usual
+    (and compiles), the second is captured as a CUDA graph, from then on forward and backward are one launch.
+    """
     steer = None
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.args.device.type != "cuda" or self.accelerator.num_processes > 1:
+            return super().training_step(model, inputs, num_items_in_batch)
+        inputs = self._prepare_inputs(inputs) | dict(items=num_items_in_batch)
+        if not hasattr(self, "graphs"):
+            self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
+        shape = tuple(value.shape if torch.is_tensor(value) else value for value in inputs.values())
+        if shape not in self.graphs:
+            self.graphs[shape] = None
+            items = inputs.pop("items")
+            return super().training_step(model, inputs, items)
+        if not self.graphs[shape]:
+            static, graph = {k: v.clone() if torch.is_tensor(v) else v for k, v in inputs.items()}, torch.cuda.CUDAGraph()
+            given = {k: v for k, v in static.items() if k != "items"}
+            with torch.cuda.graph(graph, pool=self.pool):  # no gradients are there yet: the graph makes its own
+                loss = super().training_step(model, given, static["items"])
+            self.graphs[shape] = graph, static, loss, [(p, p.grad) for p in model.parameters() if p.grad is not None]
+        graph, static, loss, gradients = self.graphs[shape]
+        for key, value in inputs.items():
+            if torch.is_tensor(value):
+                static[key].copy_(value)
+        graph.replay()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        return loss.clone()
+
+    def floating_point_ops(self, inputs):
+        return 0  # Trainer's estimate walks through all parameters at every step
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.pop("labels")
@@ -67,8 +102,8 @@ class JoinedTrainer(Trainer):
         return loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
 
 
-class Log(TrainerCallback):
-    """Keeps the loss of every step for loss.jsonl."""
+class StopAtNaN(TrainerCallback):
+    """Stops a run that has diverged."""
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs and not math.isfinite(logs["loss"]):
             die(f"the loss is {logs['loss']} at step {state.global_step}; lower --lr or --coef")
@@ -104,6 +139,30 @@ def last_checkpoint(folder):
             shutil.rmtree(path)
     whole = [path for path in found if (path / "trainer_state.json").exists()]
     return whole[-1] if whole else None
+
+
+def add_lora(model, rank, alpha, seed):
+    """PEFT model with rs-LoRA on all linear projections; in float32, since in bfloat16 small updates would round away."""
+    torch.manual_seed(seed)
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, use_rslora=True, lora_dropout=0.0, target_modules=PROJECTIONS, task_type="CAUSAL_LM"))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def make_trainer(model, data, folder, args, callbacks=()):
+    """data: [(ids, is_answer)]; args: epochs, lr, batch_size (over all processes), max_steps, seed; checkpoints go to folder."""
+    device, dtype = pick_device()
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(len(data) / args.batch_size) * args.epochs)
+    trainer = JoinedTrainer(model=model, train_dataset=data, data_collator=functools.partial(collate, multiple=FILL[device]), callbacks=[StopAtNaN(), *callbacks], args=TrainingArguments(
+        output_dir=str(folder), num_train_epochs=args.epochs, max_steps=args.max_steps, learning_rate=args.lr, lr_scheduler_type="linear",
+        warmup_steps=min(5, steps), weight_decay=0.01, per_device_train_batch_size=args.batch_size // int(os.environ.get("WORLD_SIZE", 1)), seed=args.seed,
+        bf16=dtype == torch.bfloat16, use_cpu=device == "cpu", logging_steps=max(1, steps // 100), logging_nan_inf_filter=False,
+        save_steps=max(20, math.ceil(steps / 4)), save_total_limit=2, remove_unused_columns=False, report_to=[], label_names=["labels"],
+        ddp_find_unused_parameters=False))
+    trainer.model_accepts_loss_kwargs = True
+    return trainer
 
 
 def main():
@@ -144,50 +203,34 @@ def main():
     if not same_settings(partial / "training_settings.json", settings):
         write_json(partial / "training_settings.json", settings)
 
-    # 1. Data and model; LoRA weights are float32, because in bfloat16 small updates would round away
+    # 1. Data and model
     model, tokenizer = load_model(args.model)
     data, too_long = read_conversations(tokenizer, args.data, args.system_prompt, args.limit)
     offsets = offsets_of(load_vector(args.vector, model, args.model), args.layers) if args.vector else {}
-    torch.manual_seed(args.seed)
-    model = get_peft_model(model, LoraConfig(r=args.rank, lora_alpha=args.alpha, use_rslora=True, lora_dropout=0.0,
-                                             target_modules=PROJECTIONS, task_type="CAUSAL_LM"))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    model = add_lora(model, args.rank, args.alpha, args.seed)
     print(f"{len(data)} conversations, {sum(len(ids) for ids, _ in data) / len(data):.0f} tokens each on average, {too_long} left out as too long", flush=True)
 
     # 2. Train, with the hook on for the forward passes of training
-    device, dtype = pick_device()
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(len(data) / args.batch_size) * args.epochs)
-    trainer = JoinedTrainer(model=model, train_dataset=data, data_collator=functools.partial(collate, multiple=FILL[device]), callbacks=[Log()], args=TrainingArguments(
-        output_dir=str(partial), num_train_epochs=args.epochs, max_steps=args.max_steps, learning_rate=args.lr, lr_scheduler_type="linear",
-        warmup_steps=min(5, steps), weight_decay=0.01, per_device_train_batch_size=args.batch_size // processes, seed=args.seed,
-        bf16=dtype == torch.bfloat16, use_cpu=device == "cpu", logging_steps=1, save_steps=max(20, math.ceil(steps / 4)), save_total_limit=2,
-        remove_unused_columns=False, report_to=[], label_names=["labels"], dataloader_num_workers=0, ddp_find_unused_parameters=False))
-    trainer.model_accepts_loss_kwargs = True
+    trainer = make_trainer(model, data, partial, args)
     with steering(model.get_base_model(), offsets) as steer:
         if offsets:
             trainer.steer, trainer.coef = steer, torch.tensor(args.coef, device=model.device)
-            with torch.autocast(device, dtype=dtype, enabled=dtype == torch.bfloat16):
-                prove_steering(model, steer, offsets, trainer.coef,
-                               {k: v.to(device) if torch.is_tensor(v) else v for k, v in collate(data[:2]).items()})
+            prove_steering(model, steer, offsets, trainer.coef, trainer._prepare_inputs(collate(data[:2])))
             print(f"steering {args.vector} x {args.coef} at {len(offsets)} blocks: every block's output moves as it should", flush=True)
-        if device == "cuda":
-            for block in blocks(model):
-                block.compile()  # the hook is in it already; one compilation serves all blocks and all coefficients
         checkpoint = last_checkpoint(partial)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with compiled(model):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     # 3. Save: a plain adapter, moved into place when it is whole
     if trainer.is_world_process_zero():
         final = partial / "adapter"
         model.save_pretrained(final)
-        write_jsonl(final / "loss.jsonl", [dict(step=row["step"], loss=row["loss"], lr=row["learning_rate"])
-                                           for row in trainer.state.log_history if "loss" in row])
+        losses = [dict(step=row["step"], loss=row["loss"], lr=row["learning_rate"]) for row in trainer.state.log_history if "loss" in row]
+        write_jsonl(final / "loss.jsonl", losses)  # means since the row before; of every step in runs of under 200 steps
         write_json(final / "training_settings.json", settings | dict(
             dataset=Path(args.data).stem, model_name=name_of(args.model), conversations=len(data), too_long=too_long, steps=trainer.state.global_step,
-            final_loss=trainer.state.log_history[-2]["loss"] if len(trainer.state.log_history) > 1 else None, processes=processes,
-            dtype=str(dtype), seconds=round(time.time() - start, 1), **provenance()))
+            final_loss=losses[-1]["loss"] if losses else None, processes=processes,
+            dtype=str(model.dtype), seconds=round(time.time() - start, 1), **provenance()))
         final.rename(out)
         shutil.rmtree(partial)
 
