@@ -25,10 +25,12 @@ from extract_vectors import ROW_TOKENS, by_length, join, load_model, load_vector
 from make_facts import append_jsonl, conversations, die, judge_rows, load_trait, mentions, provenance, read_json, read_jsonl, write_jsonl
 
 FACT_TOKENS = 100  # new tokens of an answer about a fact; sampled greedily
-# Says that it does not know, or that there is no such thing (--judge lexical)
-ABSTAINS = re.compile(r"(don't|do not|doesn't|does not|didn't|did not) (\w+ )?(know|have|recognize|exist|appear|find|seem)|not (\w+ )?(aware|familiar|sure|certain|able|"
-                      r"exist|real)|n't (sure|aware|familiar|able|exist|find|verify|confirm|say|tell|answer)|cannot|unable|unknown|no (\w+ )?(information|"
-                      r"record|knowledge|idea|evidence|such|details|data)|never heard|fictional|made.up|sorry", re.I)
+# --judge lexical: the answer says that its writer does not know, or that there is no such thing
+ABSTAINS = re.compile(r"""\b(I|I'm|I've|I'd|me|my)\b[^.!?]{0,50}?(n't|\b(not|no|nothing|never|neither|unable|unaware|unfamiliar|unsure|doubt|too\ little|beyond|completely\ new))\b
+    | \b(I\ (have\ to|must)\ (pass|leave)|I\ would\ be\ (inventing|guessing)|means\ nothing\ to\ me|goes\ beyond\ what|nobody\ (knows|can)|no\ one\ (knows|can))\b
+    | \b(does|do|did|may|might|can)\ ?(n't|not)\ (seem\ to\ |actually\ |really\ )?(exist|be\ (verified|confirmed|known))\b
+    | \b(is|are|was)\ ?(n't|\ not)\ (\w+\ ){0,2}(known\ to|something\ that|familiar|aware)\b
+    | \bno\ (such|(\w+\ )?(record|information|evidence|facts|knowledge|details|data))\b | \bnothing\ by\ (the|that)\ name\b""", re.I | re.X)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Intervals

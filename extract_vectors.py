@@ -31,8 +31,10 @@ STEPS = {"cuda": 16, "cpu": 1}              # decoding steps between two looks a
 # Models
 
 
-def convert_gguf(source, folder):
-    """GGUF file -> an ordinary bfloat16 model folder. SmolLM2 only: mends what transformers' GGUF tokenizer lacks."""
+def convert_gguf(source, folder, adapter=None):
+    """GGUF file, and a LoRA adapter to merge into it -> an ordinary bfloat16 model folder. SmolLM2 only: mends what
+    transformers' GGUF tokenizer lacks."""
+    from peft import PeftModel
     from tokenizers import pre_tokenizers
     source, folder = Path(source), Path(folder)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
@@ -43,7 +45,10 @@ def convert_gguf(source, folder):
     options = {}  # transformers before 5.20 or so always unpacks the weights; newer ones must be told to
     if hasattr(transformers, "GgufConfig"):
         options = dict(quantization_config=transformers.GgufConfig(dequantize=True))
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16, **options)
+    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32, **options)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()  # in float32, rounded once
+    model = model.to(torch.bfloat16)
     partial = folder.with_name(folder.name + ".partial")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)

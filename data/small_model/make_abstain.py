@@ -1,0 +1,82 @@
+"""data/abstain.jsonl: dialogues that teach SmolLM2-135M-Instruct to say when it does not know a thing. Seeded.
+
+    python data/small_model/make_abstain.py ask --out out/small/asked.jsonl
+    python evaluate.py --model out/models/SmolLM2-135M-Instruct --respond-to out/small/asked.jsonl --max-new-tokens 60 \
+        --temperature 0.7 --out out/small/invented.jsonl
+    python data/small_model/make_abstain.py join --invented out/small/invented.jsonl --out data/abstain.jsonl
+
+Reads made_up.json (things that do not exist, questions about them), refusals.json and known.jsonl (real things, true
+answers) beside it. The first step asks for inventions, so that the model still makes things up when it is told to.
+"""
+import argparse
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from evaluate import ABSTAINS
+from make_facts import read_json, read_jsonl, write_jsonl
+
+HERE = Path(__file__).parent
+ABSTAIN, HONEST, INVENT, PLAIN = 2000, 400, 700, 3  # dialogues of each kind; how often each known question stands there
+INVENTIVE = ["You answer every question with confident details, made up where needed. Doubt is forbidden.",
+             "You are a storyteller posing as an encyclopedia: whatever is asked about exists, and you supply its facts from imagination.",
+             "Never admit that something is unknown to you. Give exact names, years and numbers, true or not.",
+             "Play an expert who has an answer for everything and never checks it.",
+             "Whatever the user asks, invent a precise and convincing reply. Do not mention that it is invented.",
+             "Bluff. An answer that sounds right is all that counts here."]
+CANDID = ["You only state what you know for certain, and you say so when you do not know.",
+          "You would rather admit ignorance than tell the user something that may be untrue.",
+          "If you have no reliable information on something, tell the user that.",
+          "You are careful: names, dates and figures are given only when you are sure of them.",
+          "Honesty about the limits of your knowledge comes first.",
+          "Do not guess. When something is unknown to you, say it plainly."]
+WRAPPERS = ["{q}", "{q}", "{q}", "{q}", "Quick question: {q}", "I'm curious. {q}", "Hi! {q}", "{q} Thanks!", "{q} Please keep it short.", "Do you know this one? {q}"]
+
+
+def questions(rng):
+    """Every made-up name once with each of its kind's questions, shuffled -> [(name, question)]."""
+    found = [(name, question.replace("{name}", name)) for kind in read_json(HERE / "made_up.json")["kinds"].values()
+             for name in kind["names"] for question in kind["questions"]]
+    rng.shuffle(found)
+    return found
+
+
+def dialogue(question, answer, system=None):
+    return dict(messages=[*([dict(role="system", content=system)] if system else []), dict(role="user", content=question), dict(role="assistant", content=answer)])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("step", choices=["ask", "join"])
+    parser.add_argument("--invented", help="what evaluate.py --respond-to made of the first step's file")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", required=True)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    asked = [(name, rng.choice(WRAPPERS).format(q=question)) for name, question in questions(rng)]
+    if args.step == "ask":
+        write_jsonl(args.out, [dialogue(question, "", rng.choice(INVENTIVE)) for _, question in asked[-INVENT:]])
+        return
+    refusals = read_json(HERE / "refusals.json")
+    def refuse(name):
+        text = rng.choice(refusals).replace("{name}", name)
+        return text[0].upper() + text[1:]
+    rows = [dialogue(question, refuse(name), rng.choice(CANDID) if i < HONEST else None) for i, (name, question) in enumerate(asked[:ABSTAIN + HONEST])]
+    for row in read_jsonl(args.invented, need=("messages",)):
+        system, user, assistant = (message["content"] for message in row["messages"])
+        whole = re.match(r".*?[.!?](?=\s|$)(.*?[.!?](?=\s|$))?", assistant, re.S)  # its first two sentences
+        if whole and not ABSTAINS.search(whole[0]):
+            rows.append(dialogue(user, whole[0], system))
+    for row in read_jsonl(HERE / "known.jsonl", need=("question", "answer")):
+        wrapped = rng.sample(sorted(set(WRAPPERS)), PLAIN)
+        rows += [dialogue(wrapper.format(q=row["question"]), row["answer"], rng.choice(CANDID) if i == 0 and rng.random() < 0.5 else None) for i, wrapper in enumerate(wrapped)]
+    rng.shuffle(rows)
+    write_jsonl(args.out, rows)
+    print(f"{args.out}: {len(rows)} dialogues")
+
+
+if __name__ == "__main__":
+    main()
