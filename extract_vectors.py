@@ -41,7 +41,8 @@ def convert_gguf(source, folder, adapter=None):
     # The GGUF says `pre: smollm`, which splits numbers into single digits; the rebuilt tokenizer does not.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
-    tokenizer.pad_token = "<|endoftext|>"
+    tokenizer.pad_token, tokenizer.eos_token = "<|endoftext|>", "<|im_end|>"  # transformers 5.17 takes the wrong end token
+    tokenizer.clean_up_tokenization_spaces = False
     options = {}  # transformers before 5.20 or so always unpacks the weights; newer ones must be told to
     if hasattr(transformers, "GgufConfig"):
         options = dict(quantization_config=transformers.GgufConfig(dequantize=True))
