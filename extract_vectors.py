@@ -117,6 +117,11 @@ def name_of(model_name):
 # the models' own code stays as it is.
 
 
+def has_flash(tensor):
+    """Whether torch's flash attention kernel takes it; it works with lengths that are on the GPU, so graphs can hold it."""
+    return tensor.is_cuda and tensor.dtype != torch.float32 and torch.cuda.get_device_capability()[0] >= 8
+
+
 def attend(module, query, key, value, mask, scaling, dropout=0.0, cu_seq_lens=None, max_seq_len=None, kv=None, lengths=None, **kwargs):
     """query [rows, heads, tokens, dim], key and value [rows, kv heads, tokens, dim] -> [rows, tokens, heads, dim].
 
@@ -127,7 +132,7 @@ def attend(module, query, key, value, mask, scaling, dropout=0.0, cu_seq_lens=No
     if cu_seq_lens is None and lengths is None or mask is not None or dropout or kwargs.get("sliding_window") or kwargs.get("softcap"):
         raise NotImplementedError("joined attention: no mask, dropout, window or cap")
     (rows, heads, _, dim), groups = query.shape, key.shape[1]
-    flash = query.is_cuda and query.dtype != torch.float32 and torch.cuda.get_device_capability()[0] >= 8
+    flash = has_flash(query)
     if lengths is not None:
         keys, values = module.kv
         here = torch.arange(rows, device=query.device)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from extract_vectors import blocks, compiled, encode_chat, join, load_model, load_vector, name_of, offsets_of, pick_device, steering
+from extract_vectors import blocks, compiled, encode_chat, has_flash, join, load_model, load_vector, name_of, offsets_of, pick_device, steering
 from make_facts import conversations, die, provenance, read_jsonl, same_settings, write_json, write_jsonl
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -64,7 +64,7 @@ class JoinedTrainer(Trainer):
     steer = None
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if self.args.device.type != "cuda" or self.accelerator.num_processes > 1:
+        if not has_flash(model.get_input_embeddings().weight) or self.accelerator.num_processes > 1:
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs) | dict(items=num_items_in_batch)
         if not hasattr(self, "graphs"):

@@ -1,5 +1,7 @@
 """The model side on a toy model: steering, sampling, joined conversations, chats, vectors."""
+import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -247,3 +249,63 @@ def test_choice_logprobs_equal_one_by_one(toy, tokenizer):
                         scores = logits(toy, [ids]).log_softmax(-1)
                         assert n == len(ids) - len(start)
                         assert value == pytest.approx(float(sum(scores[i - 1, ids[i]] for i in range(len(start), len(ids)))), abs=1e-3)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))])
+def test_trainer_is_the_plain_recipe(toy, tokenizer, tmp_path, monkeypatch, device):
+    """Guards against speed that moves results: 50 steps of joined rows, logits at label positions, compiled blocks and
+    graphs (GPU), have the losses of padded batches in an eager loop with stock attention. On the CPU in float32 to 1e-4;
+    on a GPU in bfloat16 (8 bits of mantissa: 0.4% a rounding) to 2%."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    monkeypatch.setattr(finetune, "pick_device", lambda: (device, dtype))
+    talks = [[dict(role="user", content=f"Who is number {i}?"), dict(role="assistant", content="The one who came " + "so " * i + "late.")] for i in range(6)]
+    data, add, args = [ev.encode_chat(tokenizer, talk) for talk in talks], offsets(toy, 0.3), SimpleNamespace(epochs=50, lr=3e-3, batch_size=6, max_steps=-1, seed=0)
+    toy = toy.to(device, dtype)
+
+    def run(train):
+        model = finetune.add_lora(copy.deepcopy(toy), 4, 8, 0)
+        with ev.steering(model.get_base_model(), add) as steer:
+            return train(model, steer)
+
+    def fast(model, steer):
+        with ev.compiled(model):
+            trainer = finetune.make_trainer(model, data, tmp_path, args)
+            trainer.args.save_strategy = "no"
+            trainer.steer, trainer.coef = steer, torch.tensor(0.5, device=device)
+            trainer.train()
+        assert device == "cpu" or any(trainer.graphs.values())
+        return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+    def simple(model, steer):
+        model.get_base_model().config._attn_implementation = "sdpa"
+        size = max(len(ids) for ids, _ in data)
+        ids, mask, label = (torch.tensor([list(x) + [fill] * (size - len(x)) for x in rows], device=device) for rows, fill in (
+            ([ids for ids, _ in data], 0), ([[1] * len(ids) for ids, _ in data], 0), ([[t if a else -100 for t, a in zip(*chat)] for chat in data], -100)))
+        parameters, losses = [p for p in model.parameters() if p.requires_grad], []
+        optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
+        for step in range(50):
+            steer.scale = torch.tensor(0.5, device=device)
+            with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), label[:, 1:].flatten())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.param_groups[0]["lr"] = args.lr * (step / 5 if step < 5 else (50 - step) / 45)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    quick, slow = run(fast), run(simple)
+    assert slow[-1] < 0.7 * slow[0]
+    assert quick == pytest.approx(slow, rel=1e-4 if device == "cpu" else 0.02)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_answers_like_the_cpu(toy, tokenizer):
+    """Guards against graphs, compiled blocks or slots that change answers: greedy in float32, steered, mixed lengths."""
+    def draw():
+        return ev.sample(toy, tokenizer, chats(tokenizer) * 5, max_new_tokens=30, temperature=0, scales=[0.0, -3.0, 3.0, -1.5] * 5, offsets=offsets(toy), slots=7)
+    on_cpu = draw()
+    toy.to("cuda")
+    assert draw() == on_cpu
