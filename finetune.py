@@ -64,7 +64,7 @@ class JoinedTrainer(Trainer):
     steer = None
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if not has_flash(model.get_input_embeddings().weight) or self.accelerator.num_processes > 1:
+        if model is not self.model or not has_flash(model.get_input_embeddings().weight):  # DDP's wrapper, or an old GPU or CPU
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs) | dict(items=num_items_in_batch)
         if not hasattr(self, "graphs"):
@@ -200,7 +200,7 @@ def main():
     if out.exists():
         die(f"{out}: already used, and not by this script; choose another --out")
     partial = out.with_name(out.name + ".partial")
-    if not same_settings(partial / "training_settings.json", settings):
+    if not same_settings(partial / "training_settings.json", settings) and int(os.environ.get("RANK", 0)) == 0:
         write_json(partial / "training_settings.json", settings)
 
     # 1. Data and model

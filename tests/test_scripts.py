@@ -110,22 +110,54 @@ def test_killed_training_goes_on(work, script):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_two_processes_train_like_one(work, script):
-    """Guards against torchrun training on another global batch: same losses and adapter, float32 on both sides."""
+FLOAT32 = """
+import os, sys, torch
+sys.path.insert(0, {root!r})
+import extract_vectors, finetune
+extract_vectors.pick_device = finetune.pick_device = lambda: ("cpu", torch.float32)
+if os.environ.get("RANK", "0") != "0":
+    def refuse(*args, **kwargs):
+        raise AssertionError("only the first process may write")
+    finetune.write_json = finetune.write_jsonl = refuse
+finetune.main()
+"""
+
+
+def test_two_processes_train_like_one(work, script, tmp_path):
+    """Guards against torchrun training on another global batch, writing twice, or not resuming. In float32 the sums over
+    two half batches differ from one sum by rounding alone: losses within 1e-4, adapters within 1e-3 of their size."""
+    (tmp_path / "float32.py").write_text(FLOAT32.format(root=str(ROOT)))
     env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    if "bfloat16" in subprocess.run([sys.executable, "-c", "import extract_vectors as e; print(e.pick_device())"], cwd=ROOT, capture_output=True, text=True).stdout:
-        tolerance = 0.05  # bfloat16: joined rows of another length round differently
-    else:
-        tolerance = 1e-3
-    args = list(map(str, train(work, "two", "--steer-mode", "none", "--max-steps", 3)))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29577", str(ROOT / "finetune.py"), *args], env=env, capture_output=True, text=True)
+    def command(processes, out, *args):
+        return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(29500 + os.getpid() % 400), str(tmp_path / "float32.py"),
+                *map(str, train(work, out, "--steer-mode", "none", "--epochs", 6, *args))]  # 24 steps, a checkpoint at 20
+    for processes, out in ((1, "one"), (2, "two")):
+        done = subprocess.run(command(processes, out), env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    process = subprocess.Popen(command(2, "again"), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    checkpoint = work / "again.partial" / "checkpoint-20" / "trainer_state.json"
+    while not checkpoint.exists() and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert checkpoint.exists() and not (work / "again").exists()
+    done = subprocess.run(command(2, "again"), env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert script("finetune.py", *train(work, "one", "--steer-mode", "none", "--max-steps", 3))[0] == 0
-    two, one = (mf.read_jsonl(work / name / "loss.jsonl") for name in ("two", "one"))
-    assert [r["step"] for r in two] == [r["step"] for r in one]
-    assert all(abs(a["loss"] - b["loss"]) < tolerance for a, b in zip(two, one)), (two, one)
-    done = subprocess.run([sys.executable, str(ROOT / "finetune.py"), *args[:-4], "--batch-size", "3", "--steer-mode", "none"], env=env | dict(WORLD_SIZE="2"), capture_output=True, text=True)
+    from safetensors.torch import load_file
+    one, two, again = (([row["loss"] for row in mf.read_jsonl(work / name / "loss.jsonl")], load_file(work / name / "adapter_model.safetensors")) for name in ("one", "two", "again"))
+    assert len(two[0]) == 24 and two[0] == pytest.approx(one[0], abs=1e-4)
+    assert all((two[1][name] - w).norm() <= 1e-3 * w.norm() for name, w in one[1].items())
+    assert again[0] == two[0] and all(torch.equal(w, two[1][name]) for name, w in again[1].items())
+    done = subprocess.run([sys.executable, str(ROOT / "finetune.py"), *map(str, train(work, "odd", "--steer-mode", "none", "--batch-size", 3))], env=env | dict(WORLD_SIZE="2"), capture_output=True, text=True)
     assert done.returncode == 2 and "does not divide" in done.stderr
+
+
+def test_two_commands_of_a_stage_at_once(work):
+    """Guards against points.jsonl torn or short when the commands of one stage of the plan run side by side."""
+    commands = [[sys.executable, ROOT / "evaluate.py", "--model", work / "cut", "--mmlu", work / "gk.jsonl", "--mmlu-scoring", scoring, "--out", work / "both.jsonl"] for scoring in ("cloze", "letter")]
+    for process in [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for command in commands]:
+        assert process.wait() == 0
+    assert sorted(row["mmlu_scoring"] for row in mf.read_jsonl(work / "both.jsonl")) == ["cloze", "letter"]
 
 
 @pytest.mark.parametrize("args, said", [
@@ -148,7 +180,7 @@ def test_run_all_goes_on_after_a_kill(work, tmp_path):
     """Guards against half-done stages taken for done, or done ones run again: killed in the middle, the points are the same."""
     env = dict(os.environ, MODEL=str(work / "cut"), FACTS="3", WORDINGS="2", ROWS="3", COEFS="0 0.2", INFERENCE="0 0.2", VIRTUAL_ENV=sys.prefix, PATH=f"{sys.prefix}/bin:" + os.environ["PATH"],
                TRAIN="--epochs 1 --batch-size 4 --rank 4", TRAIN_MEDICAL="--max-steps 1 --batch-size 2 --rank 4", EVAL="--samples 1 --temperature 0.7 --max-new-tokens 3 --limit 2",
-               COEFS_EVIL="", COEFS_SYCOPHANCY="", COEFS_HALLUCINATION="0.2")
+               COEFS_EVIL="", COEFS_SYCOPHANCY="", COEFS_HALLUCINATION="")
     out = tmp_path / "killed"
     process = subprocess.Popen(["bash", ROOT / "run_all.sh", "demo"], env=env | dict(OUT=str(out)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while not (out / "vectors" / "evil.answers.jsonl").exists() and process.poll() is None:
