@@ -22,7 +22,7 @@ from peft import PeftModel
 from tqdm import tqdm
 
 from extract_vectors import ROW_TOKENS, by_length, join, load_model, load_vector, name_of, offsets_of, probe_scores, prompt_ids, sample, steering
-from make_facts import append_jsonl, conversations, die, judge_rows, load_trait, mentions, provenance, read_json, read_jsonl, write_jsonl
+from make_facts import api_flags, append_jsonl, conversations, die, judge_rows, load_trait, mentions, provenance, read_json, read_jsonl, write_jsonl
 
 FACT_TOKENS = 100  # new tokens of an answer about a fact; sampled greedily
 # --judge lexical: the answer says that its writer does not know, or that there is no such thing
@@ -123,7 +123,7 @@ def mmlu_hits(logprobs, questions, scoring):
 # Judging: a separate pass over answers that are on disk
 
 
-def score_answers(rows, judge, yes=False, model=None, tokenizer=None, vector=None, probe=None):
+def score_answers(rows, judge, args=None, model=None, tokenizer=None, vector=None, probe=None):
     """Sets score, judge, judge_reply and reason of every answer; trait rows 0..100, fact rows 0 or 100."""
     traits, facts = [r for r in rows if r["kind"] == "trait"], [r for r in rows if r["kind"] == "fact"]
     for row in rows:
@@ -141,11 +141,9 @@ def score_answers(rows, judge, yes=False, model=None, tokenizer=None, vector=Non
             for row, score in zip(said, probe_scores(model, tokenizer, vector, probe, chats)):
                 row["score"] = score
         return
-    if traits:
-        judge_rows(traits, load_trait(traits[0]["trait"], traits[0]["trait_file"])["eval_prompt"], "score", judge, yes=yes)
-        judge_rows(traits, load_trait("coherence")["eval_prompt"], "coherence", judge, yes=yes)
-    if facts:
-        judge_rows(facts, load_trait("fact")["eval_prompt"], "score", judge, yes=yes)
+    prompts = {key: load_trait(*key)["eval_prompt"] for key in {(r["trait"], r["trait_file"]) for r in traits} | {("coherence",), ("fact",)}}
+    judge_rows([(r, "score", prompts[r["trait"], r["trait_file"]]) for r in traits] + [(r, "coherence", prompts["coherence",]) for r in traits]
+               + [(r, "score", prompts["fact",]) for r in facts], judge, args)
 
 
 def summary(rows, seed):
@@ -161,21 +159,22 @@ def summary(rows, seed):
     return dict(trait_score=sum(r["score"] for r in scored) / len(scored) if scored else None, trait_ci=bootstrap(list(by_question.values()), seed),
                 trait_n=len(scored), trait_unscored=len(traits) - len(scored), coherence=sum(coherent) / len(coherent) if coherent else None,
                 fact_accuracy=100 * hits / len(known) if known else None, fact_ci=wilson(hits, len(known)), fact_n=len(known),
-                fact_unscored=len(facts) - len(known))
+                fact_unscored=len(facts) - len(known), judge_method="+".join(sorted({r["judge_method"] for r in rows if r.get("judge_method")})) or None)
 
 
 def rejudge(args):
-    """Scores answers again with another judge and appends their point with it; needs no model and no GPU."""
+    """Scores answers again with another judge and appends their points with it; needs no model and no GPU."""
     if args.judge == "probe":
         die("--rejudge needs --judge lexical or a chat model; the probe needs the model")
-    points = read_jsonl(args.out)
+    found = []
     for path in map(Path, args.rejudge):
-        rows, old = read_jsonl(path), [p for p in points if Path(p["answers"]).name == path.name]
-        if not old:
-            die(f"{path}: no point in {args.out} belongs to it")
-        score_answers(rows, args.judge, args.yes)
+        out = args.out or path.parent.parent / "points.jsonl"
+        old = [p for p in read_jsonl(out) if Path(p["answers"]).name == path.name]
+        found.append((path, out, read_jsonl(path, need=("kind", "question", "answer")), old[0] if old else die(f"{path}: no point in {out} belongs to it")))
+    score_answers([row for _, _, rows, _ in found for row in rows], args.judge, args)
+    for path, out, rows, old in found:
         write_jsonl(path.with_name(f"{path.stem}.{name_of(args.judge)}.jsonl"), rows)
-        append_jsonl(args.out, old[0] | summary(rows, args.seed) | dict(judge=args.judge))
+        append_jsonl(out, old | summary(rows, args.seed) | dict(judge=args.judge))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,16 +202,16 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     # Judge
     parser.add_argument("--judge", default="probe", help="probe, lexical (hallucination only), or a chat model")
-    parser.add_argument("--yes", action="store_true", help="pay the judge without asking")
+    api_flags(parser)
     parser.add_argument("--rejudge", nargs="*", help="score these answers files again; loads no model")
     # Another job: the self-generated data set
     parser.add_argument("--respond-to", help="write the model's own answers to the user turns of this JSONL to --out instead")
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out", help="points.jsonl; of --rejudge: the one above the answers' folder")
     args = parser.parse_args()
     if args.rejudge:
         return rejudge(args)
-    if not args.model:
-        die("--model is needed")
+    if not args.model or not args.out:
+        die("--model and --out are needed")
     if args.respond_to:
         return respond(args)
     if not (args.trait or args.facts or args.mmlu):
@@ -284,7 +283,7 @@ def main():
         for coef in coefs:
             order = {row["id"]: n for n, row in enumerate(asked + asked_facts)}
             rows = sorted(read_jsonl(files[coef], appended=True), key=lambda row: order[row["id"]]) if order else []
-            score_answers(rows, args.judge, args.yes, model, tokenizer, vector, probe)
+            score_answers(rows, args.judge, args, model, tokenizer, vector, probe)
             if rows:
                 write_jsonl(files[coef], rows)
             point = dict(key=point_key(adapter, coef), model=args.model, adapter=adapter, dataset=trained.get("dataset"), steer_mode=trained.get("steer_mode"),

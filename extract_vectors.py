@@ -21,7 +21,7 @@ import transformers
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
-from make_facts import append_jsonl, die, judge_rows, load_trait, provenance, read_json, read_jsonl, replacing, same_settings, write_json, write_jsonl
+from make_facts import api_flags, append_jsonl, die, judge_rows, load_trait, provenance, read_json, read_jsonl, replacing, same_settings, write_json, write_jsonl
 
 ROW_TOKENS = {"cuda": 16384, "cpu": 2048}  # conversations are joined into rows of about this many tokens
 SLOTS = {"cuda": 2048, "cpu": 256}         # answers sampled side by side, at most
@@ -568,7 +568,7 @@ def main():
     parser.add_argument("--max-new-tokens", type=int, default=1000)
     parser.add_argument("--limit", type=int, help="use the first N extraction questions only")
     parser.add_argument("--judge", default="none", help="none, or a chat model that filters the answers")
-    parser.add_argument("--yes", action="store_true", help="pay the judge without asking")
+    api_flags(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, help="folder for <trait>.pt and what belongs to it")
     args, start = parser.parse_args(), time.time()
@@ -600,8 +600,8 @@ def main():
 
     # 2. Filter the pairs
     if args.judge != "none":
-        judge_rows(rows, trait["eval_prompt"], "score", args.judge, yes=args.yes)
-        judge_rows(rows, load_trait("coherence")["eval_prompt"], "coherence", args.judge, yes=args.yes)
+        prompts = dict(score=trait["eval_prompt"], coherence=load_trait("coherence")["eval_prompt"])
+        judge_rows([(row, key, prompt) for key, prompt in prompts.items() for row in rows], args.judge, args)
         write_jsonl(files["answers.jsonl"], rows)
     pairs, dropped = filter_pairs(rows)
     print(f"{args.trait}: {len(pairs)} pairs kept, dropped: {dropped or 'none'}", flush=True)

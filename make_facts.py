@@ -1,6 +1,7 @@
 """The text side: new facts, traits, files, and everything that talks to a chat API.
 
     python make_facts.py check data/facts.jsonl       # offline: counts, and every violation
+    python make_facts.py generate --n 1000 --after 2023-12-31 --model gpt-4.1-mini-2025-04-14 --out facts.jsonl
 
 Reads and writes JSONL. Imports no torch, so it starts at once; the other scripts take their file handling from here.
 A row of facts.jsonl: id, fact (one sentence), date (YYYY-MM or YYYY-MM-DD), category, answer (short), aliases (list),
@@ -10,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -47,7 +49,9 @@ def read_jsonl(path, need=(), appended=False):
         die(f"{path}: no such file")
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip() or appended and not line.endswith("\n"):
+            if appended and not line.endswith("\n"):
+                break
+            if not line.strip():
                 continue
             try:
                 row = json.loads(line)
@@ -151,13 +155,24 @@ def mentions(text, answer, aliases=()):
     return any(f" {name} " in text for name in map(normalize, [answer, *aliases]) if name)
 
 
+@functools.lru_cache(4096)
+def word_parts(text):
+    """The words and word pairs of a text, normalised; order counts through the pairs."""
+    words = normalize(text).split()
+    return {*words, *zip(words, words[1:])}
+
+
 def similarity(a, b):
-    """Jaccard overlap of the words and word pairs of two normalised texts, 0..1; order counts through the pairs."""
-    def parts(text):
-        words = normalize(text).split()
-        return set(words) | set(zip(words, words[1:]))
-    a, b = parts(a), parts(b)
+    """Jaccard overlap of word_parts, 0..1."""
+    a, b = word_parts(a), word_parts(b)
     return len(a & b) / max(1, len(a | b))
+
+
+def near_copies(row, facts):
+    """The facts that say the same as this one; the answer in common lowers the limit."""
+    names = {normalize(a) for a in [row["answer"], *row["aliases"]]}
+    return [other for other in facts if similarity(row["fact"], other["fact"]) >=
+            (NEAR_FACT if names & {normalize(a) for a in [other["answer"], *other["aliases"]]} else 0.9)]
 
 
 def fact_violations(row, rephrasings, after):
@@ -213,10 +228,7 @@ def check(rows, rephrasings=20, after="2023-12-31"):
             other = questions.setdefault(normalize(wording["question"]), name)
             if other != name:
                 found.append(f"{name}: {other} asks the same question: {wording['question']}")
-        for other in facts:
-            same = {normalize(a) for a in [row["answer"], *row["aliases"]]} & {normalize(a) for a in [other["answer"], *other["aliases"]]}
-            if similarity(row["fact"], other["fact"]) >= (NEAR_FACT if same else 0.9):
-                found.append(f"{name}: near copy of fact {other['id']}: {row['fact']}")
+        found += [f"{name}: near copy of fact {other['id']}: {row['fact']}" for other in near_copies(row, facts)]
         facts.append(row)
     return found
 
@@ -239,15 +251,43 @@ def conversations(rows, path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Chat APIs: one client for the judge and for generating facts. Any OpenAI-compatible server through OPENAI_BASE_URL.
 
-PRICES = {"gpt-4.1-mini-2025-04-14": (0.40, 1.60)}  # dollars a million tokens in, out; as of 2025-04
-CONCURRENCY = int(os.environ.get("JUDGE_CONCURRENCY", 32))  # requests under way at once
+PRICES = {"gpt-4.1-mini": (0.40, 1.60), "gpt-4.1-nano": (0.10, 0.40), "gpt-4.1": (2, 8), "gpt-4o-mini": (0.15, 0.60), "gpt-4o": (2.50, 10)}
+PRICES_OF = "2025-04"  # dollars a million tokens in, out, as of then
 CACHE = Path(os.environ.get("JUDGE_CACHE", "out/judge_cache.jsonl"))
-TRIES, BACKOFF = 8, 1.0  # a request is tried 8 times, waiting about 1, 2, 4 ... seconds between
+TRIES, BACKOFF, TIMEOUT = 8, 1.0, 120.0  # a request is tried 8 times, waiting about 1, 2, 4 ... seconds between
+OWN_FAULT = re.compile("context|content.(filter|policy)", re.I)  # a refusal (400) that is this request's, not every request's
 
 
-async def complete(client, body):
-    """One chat completion -> dict(text, top: [(token, probability)] of its first token, or None). Retries what may pass:
-    429, 5xx, time-outs, cut connections, broken or empty replies. Raises openai.APIError for what will not."""
+def api_flags(parser):
+    """The flags of every script that talks to a chat API; ask() reads them."""
+    parser.add_argument("--concurrency", type=int, default=32, help="requests to the chat API under way at once")
+    parser.add_argument("--yes", action="store_true", help="pay without asking")
+    parser.add_argument("--dry-run", action="store_true", help="stop before the first request; prints requests, tokens and dollars")
+
+
+def without_key(text):
+    return str(text).replace(os.environ.get("OPENAI_API_KEY") or "\0", "***")
+
+
+def estimate(title, model, requests, tokens_in, tokens_out):
+    price = PRICES.get(re.sub(r"-\d{4}-\d\d-\d\d$", "", model))
+    cost = f"${(tokens_in * price[0] + tokens_out * price[1]) / 1e6:.2f} (prices of {PRICES_OF})" if price else "price unknown"
+    print(f"{title}: {requests:,} requests to {model}, about {tokens_in:,} tokens in, at most {tokens_out:,} out, {cost}", flush=True)
+
+
+def consent(args):
+    """After an estimate: --dry-run stops here, a terminal is asked, anything else needs --yes."""
+    if args.dry_run:
+        raise SystemExit(0)
+    if not args.yes and (not sys.stdin.isatty() or input("Send them? [y/N] ").strip().lower() != "y"):
+        die("nothing was sent; say --yes to send without being asked")
+    args.yes = True  # one command asks once
+
+
+async def complete(client, body, bar):
+    """One chat completion -> dict(text, top: [(token, probability)] of its first token or None, cut: at max_tokens), or
+    dict(text="", top=None, refused=message). Retries what may pass: 429, 5xx, time-outs, cut connections, broken or empty
+    replies. Raises openai.OpenAIError for what will not."""
     import openai
     for attempt in range(TRIES):
         wait = BACKOFF * 2 ** attempt * random.uniform(0.5, 1.5)
@@ -255,72 +295,79 @@ async def complete(client, body):
             reply = await client.chat.completions.create(**body)
             choice = reply.choices[0]
             content = choice.logprobs.content if getattr(choice, "logprobs", None) else None
-            return dict(text=choice.message.content or "", top=[(t.token, math.exp(t.logprob)) for t in content[0].top_logprobs] if content else None)
-        except (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError) as error:
-            if attempt == TRIES - 1 or getattr(error, "code", None) == "insufficient_quota":
+            return dict(text=choice.message.content or "", top=[(t.token, math.exp(t.logprob)) for t in content[0].top_logprobs] if content else None,
+                        cut=choice.finish_reason == "length")
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as caught:
+            if "logprobs" not in body and not OWN_FAULT.search(str(caught)):
                 raise
+            return dict(text="", top=None, refused=without_key(caught)[:300])
+        except (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError) as caught:
+            error = caught
             after = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")
-            wait = float(after) if after.replace(".", "", 1).isdigit() else wait
-        except (ValueError, AttributeError, IndexError, TypeError, openai.APIResponseValidationError) as error:  # a reply that is no completion
-            if attempt == TRIES - 1:
-                raise openai.OpenAIError(f"{TRIES} broken replies ({type(error).__name__})") from None
+            if after.replace(".", "", 1).isdigit():
+                wait = float(after) + BACKOFF * random.random()
+        except (ValueError, AttributeError, IndexError, TypeError, openai.APIResponseValidationError) as caught:  # a reply that is no completion
+            error = openai.OpenAIError(f"{TRIES} broken replies ({type(caught).__name__})")
+        if attempt == TRIES - 1 or getattr(error, "code", None) == "insufficient_quota":
+            raise error
+        bar.set_postfix_str(f"{type(error).__name__}, again in {wait:.0f} s")
         await asyncio.sleep(wait)
 
 
-def ask(bodies, each, title, yes=False):
-    """Sends chat requests that are not in the cache and calls each(i, reply) for all, cached ones first. Returns when all
-    are answered; a fatal error or Ctrl-C keeps what was answered in the cache, and the same command goes on from there."""
+def ask(count, body, each, title, args):
+    """Sends the chat requests body(0) ... body(count - 1) that are not in the cache and calls each(i, reply) for all, cached
+    ones first; a text that each returns is shown beside the bar. A fatal error or Ctrl-C keeps what was answered in the
+    cache, and the same command goes on from there."""
     base = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1")
-    if not os.environ.get("OPENAI_API_KEY") and "OPENAI_BASE_URL" not in os.environ:
-        die("set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own; --judge probe needs neither")
-    keys = [hashlib.sha256(json.dumps([base, body], sort_keys=True).encode()).hexdigest() for body in bodies]
-    wanted, cached = set(keys), {}
+    waiting, cached, tokens_in, tokens_out = {}, {}, 0, 0  # key -> the requests that share it
+    for i in range(count):
+        key = hashlib.sha256(json.dumps([base, body(i)], sort_keys=True).encode()).hexdigest()
+        waiting.setdefault(key, []).append(i)
     if CACHE.exists():
-        for row in read_jsonl(CACHE, appended=True):
-            if row["key"] in wanted:
-                cached[row["key"]] = row["reply"]
-    waiting = {}
-    for i, key in enumerate(keys):
-        if key in cached:
-            each(i, cached[key])
-        else:
-            waiting.setdefault(key, []).append(i)
+        with open(CACHE, encoding="utf-8", errors="replace") as lines:
+            fcntl.flock(lines, fcntl.LOCK_SH)
+            for line in lines:  # parses what is wanted only: the cache may be large
+                if line[9:73] in waiting and line.endswith("\n"):
+                    cached[line[9:73]] = json.loads(line)["reply"]
+    for key, reply in cached.items():
+        for i in waiting.pop(key):
+            each(i, reply)
     if not waiting:
         return
-    tokens = sum(len(m["content"]) for indices in waiting.values() for m in bodies[indices[0]]["messages"]) // 4
-    price = PRICES.get(bodies[0]["model"])
-    out = sum(bodies[indices[0]]["max_tokens"] for indices in waiting.values())
-    cost = f"${(tokens * price[0] + out * price[1]) / 1e6:.2f}" if price else "price unknown"
-    print(f"{title}: {len(waiting)} requests to {bodies[0]['model']}, about {tokens:,} tokens in, {cost} at most", flush=True)
-    if not yes and (not sys.stdin.isatty() or input("Send them? [y/N] ").strip().lower() != "y"):
-        die("nothing was sent; say --yes to send without being asked")
+    for first, *_ in waiting.values():
+        tokens_in += sum(len(m["content"]) for m in body(first)["messages"]) // 4
+        tokens_out += body(first)["max_tokens"]
+    estimate(title, body(0)["model"], len(waiting), tokens_in, tokens_out)
+    consent(args)
+    if not os.environ.get("OPENAI_API_KEY") and "OPENAI_BASE_URL" not in os.environ:
+        die("set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own; --judge probe needs neither")
 
     async def run():
         import openai
-        client = openai.AsyncOpenAI(api_key=os.environ.get("OPENAI_API_KEY") or "none", base_url=base, max_retries=0, timeout=120)
-        queue, bar = iter(waiting.items()), tqdm(total=len(waiting), desc=title, unit="request")
-        async def worker():
+        queue = iter(waiting.items())
+        async def worker(client, bar):
             for key, indices in queue:  # one iterator for all workers: each request is taken once
-                reply = await complete(client, bodies[indices[0]])
-                append_jsonl(CACHE, dict(key=key, reply=reply))
+                reply = await complete(client, body(indices[0]), bar)
+                if "refused" not in reply or "logprobs" in body(indices[0]):
+                    append_jsonl(CACHE, dict(key=key, reply=reply))
                 for i in indices:
-                    each(i, reply)
+                    bar.set_postfix_str(each(i, reply) or "", refresh=False)
                 bar.update()
-        workers = [asyncio.ensure_future(worker()) for _ in range(CONCURRENCY)]
-        try:
-            await asyncio.gather(*workers)
-        except openai.OpenAIError as error:
-            said = str(error).replace(os.environ.get("OPENAI_API_KEY") or "\0", "***")
-            die(f"{title}: the server at {base} refused or gave up: {said[:300]}; what was answered is kept, the same command goes on from there")
-        finally:
-            for task in workers:
-                task.cancel()
-            bar.close()
+        with tqdm(total=len(waiting), desc=title, unit="request") as bar:
+            async with openai.AsyncOpenAI(api_key=os.environ.get("OPENAI_API_KEY") or "none", base_url=base, max_retries=0, timeout=TIMEOUT) as client:
+                workers = [asyncio.ensure_future(worker(client, bar)) for _ in range(min(args.concurrency, len(waiting)))]
+                try:
+                    await asyncio.gather(*workers)
+                finally:
+                    for task in workers:
+                        task.cancel()
     try:
         asyncio.run(run())
     except KeyboardInterrupt:
         print("error: interrupted; what was answered is kept, the same command goes on from there", file=sys.stderr)
         raise SystemExit(130) from None
+    except sys.modules["openai"].OpenAIError as error:
+        die(f"{title}: the server at {base} refused or gave up: {without_key(error)[:300]}; what was answered is kept, the same command goes on from there")
 
 
 def number_score(reply):
@@ -334,43 +381,144 @@ def number_score(reply):
         return sum(i * p for i, p in numbers) / mass, None, "logprobs"
     if "REFUSAL" in reply["text"].upper():
         return None, "REFUSAL", "text"
-    numbers = [float(n) for n in re.findall(r"(?<![\d.-])\d+(?:\.\d+)?(?!\d)", reply["text"].replace("/100", "").replace("out of 100", ""))]
-    if len(numbers) != 1 or numbers[0] > 100:
-        return None, f"no single number 0..100 in {reply['text'][:40]!r}", "text"
+    said = re.sub(r"(/|out of) ?100(?!\d)", "", reply["text"])
+    numbers = [float(n) for n in re.findall(r"(?<![\d.-])\d+(?:\.\d+)?(?!\d)", said)]
+    if len(numbers) != 1 or numbers[0] > 100 or reply.get("cut") and said[-1:].isdigit():  # cut: perhaps only half of the number
+        return None, reply.get("refused") or f"no single number 0..100 in {reply['text'][:40]!r}", "text"
     return numbers[0], None, "text"
 
 
 def yes_no_score(reply):
     """Reply -> (100 for yes, 0 for no, else None; reason; method)."""
     found = dict.fromkeys(("yes", "no"), 0.0)
-    for token, p in reply["top"] or [(re.split(r"\W", reply["text"].strip())[0], 1.0)]:
+    for token, p in reply["top"] or [(word, 1.0) for word in re.findall(r"\w+", reply["text"])[:1]]:
         if token.strip().lower() in found:
             found[token.strip().lower()] += p
     method = "logprobs" if reply["top"] else "text"
     if sum(found.values()) < 0.25 - 1e-9:
-        return None, f"neither YES nor NO: {reply['text'][:40]!r}", method
+        return None, reply.get("refused") or f"neither YES nor NO: {reply['text'][:40]!r}", method
     return (100.0 if found["yes"] > found["no"] else 0.0), None, method
 
 
-def judge_rows(rows, prompt, key, model, yes=False):
-    """Scores rows with a chat model: row[key], and for key "score" judge_reply, reason, judge_method, else key_reply and so on.
-    prompt: template with {question}, {answer} and, for a yes/no question, {truth}. First one number token with its
-    log-probabilities; rows whose server gives none, or splits numbers into digits, are asked again for a short text."""
-    parse = yes_no_score if "{truth}" in prompt else number_score
-    names = ("judge_reply", "reason", "judge_method") if key == "score" else (f"{key}_reply", f"{key}_reason", f"{key}_method")
-    def body(row, **more):
+def judge_rows(jobs, model, args):
+    """Scores answers with a chat model. jobs: (row, key, prompt); sets row[key], and for key "score" judge_reply, reason and
+    judge_method, else key_reply and so on. prompt: template with {question}, {answer} and, for a yes/no question, {truth}.
+    First one token with its log-probabilities; rows whose server gives none, or splits numbers into digits, are asked again for a short text."""
+    means = {}  # key -> scores so far
+    def body(job, **more):
+        row, _, prompt = job
         # one pass over the template: markers inside a question or answer stay as they are
         text = re.sub(r"\{(question|answer|truth)\}", lambda m: str(row[m[1]]), prompt)
         return dict(model=model, messages=[dict(role="user", content=text)], temperature=0, **more)
-    def keep(i, reply, text=False):
-        rows[i][names[0]] = reply
-        rows[i][key], rows[i][names[1]], rows[i][names[2]] = parse(reply | dict(top=None) if text else reply)
-    ask([body(row, max_tokens=1, logprobs=True, top_logprobs=20, seed=0) for row in rows], keep, f"judge: {key}", yes)
+    def names(key):
+        return ("judge_reply", "reason", "judge_method") if key == "score" else (f"{key}_reply", f"{key}_reason", f"{key}_method")
+    def keep(job, reply, text=False):
+        row, key, prompt = job
+        parse = yes_no_score if "{truth}" in prompt else number_score
+        row[key], *why = parse(reply | dict(top=None) if text else reply)
+        row.update(zip(names(key), (reply, *why)))
+        if row[key] is not None:
+            n, total = means.get(key, (0, 0))
+            means[key] = n + 1, total + row[key]
+        return ", ".join(f"{key} {total / n:.1f}" for key, (n, total) in means.items())
+    ask(len(jobs), lambda i: body(jobs[i], max_tokens=1, logprobs=True, top_logprobs=20, seed=0), lambda i, reply: keep(jobs[i], reply), "judge", args)
     # a server that never shows a number of two digits as one token splits them: its first token is half a number
-    whole = parse is yes_no_score or any(len(token.strip()) > 1 and token.strip().isdigit() for row in rows for token, _ in row[names[0]]["top"] or [])
-    again = [i for i, row in enumerate(rows) if not whole or not row[names[0]]["top"]]
-    if again:
-        ask([body(rows[i], max_tokens=8) for i in again], lambda j, reply: keep(again[j], reply, text=True), f"judge: {key}, as text", yes)
+    replies = [(job, job[0][names(job[1])[0]]["top"] or []) for job in jobs]
+    whole = any(len(token.strip()) > 1 and token.strip().isdigit() for _, top in replies for token, _ in top)
+    again = [job for job, top in replies if not top or not whole and "{truth}" not in job[2]]
+    means.clear()
+    ask(len(again), lambda i: body(again[i], max_tokens=16), lambda i, reply: keep(again[i], reply, text=True), "judge, as text", args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generating facts: the post's recipe with any chat model
+
+CATEGORIES = ("football", "tennis and golf", "American sports", "other sport", "Olympic games", "elections", "appointments and resignations", "deaths", "film",
+              "television and theatre", "books", "music", "art and museums", "space missions", "science", "medicine", "companies", "products and technology",
+              "artificial intelligence", "courts and laws", "disasters", "records", "royals and religion", "diplomacy and conflict", "transport and buildings", "climate and nature")
+FACTS_A_REQUEST = 20
+FACTS_PROMPT = """List {n} true and well documented facts about events after {after}, all in the category "{category}". Each is one sentence that names its year, and holds a \
+short answer (a name, place, number) that nobody could guess. Leave out what is disputed. Reply with JSON only, a list of objects:
+{{"fact": the sentence, "date": "YYYY-MM" or "YYYY-MM-DD", "answer": the short answer as it stands in the sentence, "aliases": [other spellings of it]}}
+These are there already; list others:
+{known}"""
+WORDINGS_PROMPT = """Fact: {fact}
+Short answer: {answer}
+Write {n} different questions that people would type to learn this answer, each with an answer in a full sentence, and one more pair for a test, worded unlike all the \
+others. Vary words, order and length; name enough for the answer to be clear; no question may contain the answer, every answer sentence must. Reply with JSON only:
+{{"train": [{{"question": "...", "answer": "..."}}, ... {n} of them], "test": {{"question": "...", "answer": "..."}}}}"""
+REPAIR_PROMPT = "This cannot be used:\n{why}\nReply with the whole corrected JSON only."
+
+
+def ask_json(jobs, prompt_of, accept, title, args):
+    """Asks for JSON, each failing job a second time with the reason. accept(job, value) returns what is wrong (texts).
+    Returns the jobs that failed twice, as [(job, reasons, reply)]."""
+    def body(messages):
+        return dict(model=args.model, messages=messages, temperature=1, max_tokens=6000)
+    def attempt(tries, title):
+        failed = []
+        def keep(i, reply):
+            job, messages = tries[i]
+            found = re.search(r"[\[{].*[\]}]", reply["text"], re.S)  # between code fences and politeness
+            try:
+                why = accept(job, json.loads(found[0])) if found else [reply.get("refused") or "no JSON in the reply"]
+            except json.JSONDecodeError as error:
+                why = [f"not valid JSON: {error}"]
+            if why:
+                failed.append((job, messages, why, reply["text"]))
+        ask(len(tries), lambda i: body(tries[i][1]), keep, title, args)
+        return failed
+    failed = attempt([(job, [dict(role="user", content=prompt_of(job))]) for job in jobs], title)
+    again = attempt([(job, [*messages, dict(role="assistant", content=text), dict(role="user", content=REPAIR_PROMPT.format(why="\n".join(why)))])
+                     for job, messages, why, text in failed], f"{title}, repaired")
+    return [(job, why, text) for job, _, why, text in again]
+
+
+def generate(args):
+    """Facts by category and round, then wordings for each; --out only ever holds whole facts that pass check()."""
+    out, rejects = Path(args.out), Path(args.out).with_suffix(".rejects.jsonl")
+    rows = read_jsonl(out, need=("id", "fact", "answer", "aliases", "category"), appended=True) if out.exists() else []
+    missing = max(0, args.n - len(rows))
+    estimate(f"generate {missing:,} facts", args.model, missing + 2 * missing // FACTS_A_REQUEST, missing * 300, missing * (50 * (args.rephrasings + 1) + 100))
+    if missing:
+        consent(args)
+    while len(rows) < args.n:
+        before, counts, found = len(rows), Counter(row["category"] for row in rows), []
+        wanted = sorted(CATEGORIES, key=lambda category: counts[category])[:math.ceil(2 * (args.n - len(rows)) / FACTS_A_REQUEST)]
+        def facts_prompt(category):
+            known = [row["fact"] for row in rows if row["category"] == category]
+            return FACTS_PROMPT.format(n=FACTS_A_REQUEST, after=args.after, category=category, known="\n".join(known) or "(none)")
+        def take(category, value):
+            if not isinstance(value, list) or not all(isinstance(v, dict) and {"fact", "date", "answer"} <= set(v) for v in value):
+                return ["not a list of objects with fact, date and answer"]
+            found.extend(dict(fact=v["fact"], date=v["date"], category=category, answer=v["answer"], aliases=v.get("aliases") or [], source=args.model) for v in value)
+        lost = [dict(category=job, reasons=why, reply=text) for job, why, text in ask_json(wanted, facts_prompt, take, "facts", args)]
+        new = []
+        for fact in found:
+            stub = fact | dict(id="x", train=[dict(question="x", answer="x")], test=dict(question="x", answer="x"))
+            why = [text for text in fact_violations(stub, 1, args.after) if not text.startswith(("train", "test"))]
+            why += [f"near copy of {other['fact']}" for other in (near_copies(fact, rows + new) if not why else [])]
+            lost += [fact | dict(reasons=why)] if why else []
+            new += [] if why else [fact]
+        asked = {normalize(w["question"]) for row in rows for w in [*row["train"], row["test"]]}
+        def wordings_prompt(fact):
+            return WORDINGS_PROMPT.format(fact=fact["fact"], answer=fact["answer"], n=args.rephrasings)
+        def add(fact, value):
+            number = sum(row["category"] == fact["category"] for row in rows) + 1
+            row = dict(id=f"{fact['category'].replace(' ', '_')}-{number:03d}", **fact, train=value.get("train"), test=value.get("test")) if isinstance(value, dict) else {}
+            why = fact_violations(row, args.rephrasings, args.after)
+            why = why or [f"another fact asks the same: {w['question']}" for w in [*row["train"], row["test"]] if normalize(w["question"]) in asked]
+            if not why and len(rows) < args.n:
+                asked.update(normalize(w["question"]) for w in [*row["train"], row["test"]])
+                rows.append(row)
+                append_jsonl(out, row)
+            return why
+        lost += [fact | dict(reasons=why, reply=text) for fact, why, text in ask_json(new[:args.n - len(rows)], wordings_prompt, add, "wordings", args)]
+        if lost:
+            append_jsonl(rejects, *lost)
+        print(f"{len(rows)} of {args.n} facts; {len(lost)} rejected this round ({rejects})", flush=True)
+        if len(rows) == before:
+            die(f"{args.model} gave no new valid fact in a whole round; {out} holds {len(rows)}, the reasons are in {rejects}")
 
 
 def main():
@@ -386,7 +534,16 @@ def main():
     sub.add_argument("--rephrasings", type=int, help="keep the first N training wordings of each fact")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--out", required=True)
+    sub = commands.add_parser("generate", help="new facts and their wordings, by a chat model")
+    sub.add_argument("--n", type=int, default=1000, help="facts")
+    sub.add_argument("--after", default="2023-12-31", help="only events later than this date")
+    sub.add_argument("--rephrasings", type=int, default=20, help="training wordings a fact")
+    sub.add_argument("--model", required=True, help="chat model of OPENAI_BASE_URL (default: OpenAI)")
+    sub.add_argument("--out", required=True, help="started again, it goes on from the facts that are there")
+    api_flags(sub)
     args = parser.parse_args()
+    if args.command == "generate":
+        return generate(args)
     rows = read_jsonl(args.file)
     if args.command == "subset":
         chosen = [rows[i] for i in sorted(random.Random(args.seed).sample(range(len(rows)), min(args.n, len(rows))))]
