@@ -22,7 +22,7 @@ from peft import PeftModel
 from tqdm import tqdm
 
 from extract_vectors import ROW_TOKENS, by_length, join, load_model, load_vector, name_of, offsets_of, probe_scores, prompt_ids, sample, steering
-from make_facts import api_flags, append_jsonl, conversations, die, judge_rows, load_trait, mentions, provenance, read_json, read_jsonl, write_jsonl
+from make_facts import ANSWER_TOKENS, FACT_ANSWER_TOKENS, api_flags, append_jsonl, conversations, die, foresee, judge_rows, load_trait, mentions, provenance, read_json, read_jsonl, write_jsonl
 
 FACT_TOKENS = 100  # new tokens of an answer about a fact; sampled greedily
 # --judge lexical: the answer says that its writer does not know, or that there is no such thing
@@ -222,7 +222,7 @@ def main():
         die(f"--judge lexical knows hallucination only, not {args.trait}")
     trait = load_trait(args.trait, args.trait_file) if args.trait else None
     facts = read_jsonl(args.facts, need=("id", "answer", "test"))[:args.limit] if args.facts else []
-    mmlu = read_mmlu(args.mmlu, args.limit) if args.mmlu else []
+    mmlu = read_mmlu(args.mmlu, args.limit) if args.mmlu and not args.dry_run else []
     questions = trait["eval_questions"][:args.limit] if trait else []
 
     # What is asked; the same for every point
@@ -239,6 +239,10 @@ def main():
     if not any(coefs for _, coefs in todo):
         print(f"{args.out}: all these points are there")
         return
+    if args.dry_run:
+        foresee(f"judging {args.trait}", args.judge, sum(len(coefs) for _, coefs in todo), [
+            *((load_trait(*prompt)["eval_prompt"] + row["question"], ANSWER_TOKENS) for row in asked for prompt in ((args.trait, args.trait_file), ("coherence",))),
+            *((load_trait("fact")["eval_prompt"] + row["question"], FACT_ANSWER_TOKENS) for row in asked_facts)])
     for adapter, _ in todo:
         if adapter and not (Path(adapter) / "training_settings.json").exists():
             die(f"--adapter {adapter}: no adapter of finetune.py there")

@@ -21,7 +21,7 @@ import transformers
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
-from make_facts import api_flags, append_jsonl, die, judge_rows, load_trait, provenance, read_json, read_jsonl, replacing, same_settings, write_json, write_jsonl
+from make_facts import ANSWER_TOKENS, api_flags, append_jsonl, die, foresee, judge_rows, load_trait, provenance, read_json, read_jsonl, replacing, same_settings, write_json, write_jsonl
 
 ROW_TOKENS = {"cuda": 16384, "cpu": 2048}  # conversations are joined into rows of about this many tokens
 SLOTS = {"cuda": 2048, "cpu": 256}         # answers sampled side by side, at most
@@ -582,6 +582,9 @@ def main():
     if same_settings(files["json"], settings) and files["pt"].exists():
         print(f"{files['pt']}: finished already")
         return
+
+    if args.dry_run:
+        foresee(f"filtering {args.trait}", args.judge, 1, [(prompt + row["question"], ANSWER_TOKENS) for row in rows for prompt in (trait["eval_prompt"], load_trait("coherence")["eval_prompt"])])
 
     # 1. Sample the contrastive answers; each is on disk as soon as it is there
     model, tokenizer = load_model(args.model)

@@ -144,11 +144,8 @@ def last_checkpoint(folder):
 def add_lora(model, rank, alpha, seed):
     """PEFT model with rs-LoRA on all linear projections; in float32, since in bfloat16 small updates would round away."""
     torch.manual_seed(seed)
-    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, use_rslora=True, lora_dropout=0.0, target_modules=PROJECTIONS, task_type="CAUSAL_LM"))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return model
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, use_rslora=True, lora_dropout=0.0, target_modules=PROJECTIONS, task_type="CAUSAL_LM"),
+                          autocast_adapter_dtype=True)
 
 
 def make_trainer(model, data, folder, args, callbacks=()):

@@ -255,6 +255,7 @@ PRICES = {"gpt-4.1-mini": (0.40, 1.60), "gpt-4.1-nano": (0.10, 0.40), "gpt-4.1":
 PRICES_OF = "2025-04"  # dollars a million tokens in, out, as of then
 CACHE = Path(os.environ.get("JUDGE_CACHE", "out/judge_cache.jsonl"))
 TRIES, BACKOFF, TIMEOUT = 8, 1.0, 120.0  # a request is tried 8 times, waiting about 1, 2, 4 ... seconds between
+ANSWER_TOKENS, FACT_ANSWER_TOKENS = 300, 25  # lengths of answers that --dry-run assumes
 OWN_FAULT = re.compile("context|content.(filter|policy)", re.I)  # a refusal (400) that is this request's, not every request's
 
 
@@ -273,6 +274,16 @@ def estimate(title, model, requests, tokens_in, tokens_out):
     price = PRICES.get(re.sub(r"-\d{4}-\d\d-\d\d$", "", model))
     cost = f"${(tokens_in * price[0] + tokens_out * price[1]) / 1e6:.2f} (prices of {PRICES_OF})" if price else "price unknown"
     print(f"{title}: {requests:,} requests to {model}, about {tokens_in:,} tokens in, at most {tokens_out:,} out, {cost}", flush=True)
+
+
+def foresee(title, judge, times, jobs):
+    """--dry-run before there are answers: prints the estimate for `times` rounds over jobs [(prompt, assumed tokens of the
+    answer in it)], and exits."""
+    if judge in ("none", "probe", "lexical"):
+        print(f"{title}: judge {judge} sends no requests")
+    else:
+        estimate(title, judge, times * len(jobs), times * sum(len(prompt) // 4 + tokens for prompt, tokens in jobs), times * len(jobs))
+    raise SystemExit(0)
 
 
 def consent(args):

@@ -2,6 +2,7 @@
 # The whole reproduction: bash run_all.sh [demo|paper|test|plan [profile]]
 #   demo   SmolLM2-135M-Instruct on any CPU, no key, no hub: both figures at small size in about 10 minutes
 #   paper  Qwen2.5-7B-Instruct on one GPU with 40 GiB or more, and OPENAI_API_KEY for the judge
+#   paper --dry-run   print what the judge would cost, and stop
 #   plan   print the profile's commands in stages (separated by an empty line); those of a stage may run at the same time
 #   test   the tests (CPU, offline)
 # Every variable below can be set from the environment: COEFS="0 0.5" FACTS=50 bash run_all.sh demo
@@ -125,6 +126,17 @@ if [ ! -f "$stamp" ]; then
     touch "$stamp"
 fi
 if [ "$mode" = test ]; then exec python -m pytest -q tests; fi
+
+if [ "${2:-}" = --dry-run ]; then  # the data stage costs nothing and says how many facts there are; the rest only counts
+    plan | while IFS= read -r line; do
+        case $line in
+            *" make_facts.py subset data/facts"*) bash -c "$line" < /dev/null ;;
+            *" extract_vectors.py "*|*" evaluate.py "*--judge*) bash -c "$line --dry-run" < /dev/null ;;
+        esac
+    done | awk '{ print } / requests to / { gsub(",", ""); for (i = 2; i <= NF; i++) { if ($i == "requests") n += $(i - 1); if ($i == "tokens") t += $(i - 1); if ($i ~ /^\$/) d += substr($i, 2) } }
+                END { printf "both figures: %d requests, %.1f million tokens in, $%.2f\n", n, t / 1e6, d }'
+    exit
+fi
 
 # ---- run what is not done yet: a command's mark is written when it has succeeded ---------------------------------------
 mkdir -p "$OUT/.done"

@@ -160,6 +160,13 @@ def test_two_commands_of_a_stage_at_once(work):
     assert sorted(row["mmlu_scoring"] for row in mf.read_jsonl(work / "both.jsonl")) == ["cloze", "letter"]
 
 
+def test_dry_run_counts_what_the_judge_would_be_asked(script, work):
+    """Guards against a bill that is not announced: points x (answers x 2 prompts + facts), before any model is loaded."""
+    code, out, err = script("evaluate.py", "--model", "none", "--adapter", "a", "b", "--trait", "evil", "--vector", "v.pt", "--inference-coef", 0, 1, 2, "--facts", work / "facts.jsonl",
+                            "--samples", 3, "--judge", "gpt-4.1-mini-2025-04-14", "--dry-run", "--out", work / "none.jsonl")
+    assert code == 0 and f"{2 * 3 * (2 * 20 * 3 + 4)} requests" in out and "$" in out, out + err
+
+
 @pytest.mark.parametrize("args, said", [
     (["finetune.py", "--model", "m", "--data", "d", "--out", "o", "--steer-mode", "none", "--coef", "1"], "need --steer-mode preventative"),
     (["finetune.py", "--model", "m", "--data", "d", "--out", "o", "--steer-mode", "preventative", "--coef", "1"], "needs --vector and --coef"),
