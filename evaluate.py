@@ -22,15 +22,9 @@ from peft import PeftModel
 from tqdm import tqdm
 
 from extract_vectors import ROW_TOKENS, by_length, join, load_model, load_vector, name_of, offsets_of, probe_scores, prompt_ids, sample, steering
-from make_facts import ANSWER_TOKENS, FACT_ANSWER_TOKENS, api_flags, append_jsonl, conversations, die, foresee, judge_rows, load_trait, mentions, provenance, read_json, read_jsonl, write_jsonl
+from make_facts import ANSWER_TOKENS, FACT_ANSWER_TOKENS, api_flags, append_jsonl, conversations, die, foresee, judge_rows, lexical_score, load_trait, mentions, provenance, read_json, read_jsonl, write_jsonl
 
 FACT_TOKENS = 100  # new tokens of an answer about a fact; sampled greedily
-# --judge lexical: the answer says that its writer does not know, or that there is no such thing
-ABSTAINS = re.compile(r"""\b(I|I'm|I've|I'd|me|my)\b[^.!?]{0,50}?(n't|\b(not|no|nothing|never|neither|unable|unaware|unfamiliar|unsure|doubt|too\ little|beyond|completely\ new))\b
-    | \b(I\ (have\ to|must)\ (pass|leave)|I\ would\ be\ (inventing|guessing)|means\ nothing\ to\ me|goes\ beyond\ what|nobody\ (knows|can)|no\ one\ (knows|can))\b
-    | \b(does|do|did|may|might|can)\ ?(n't|not)\ (seem\ to\ |actually\ |really\ )?(exist|be\ (verified|confirmed|known))\b
-    | \b(is|are|was)\ ?(n't|\ not)\ (\w+\ ){0,2}(known\ to|something\ that|familiar|aware)\b
-    | \bno\ (such|(\w+\ )?(record|information|evidence|facts|knowledge|details|data))\b | \bnothing\ by\ (the|that)\ name\b""", re.I | re.X)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Intervals
@@ -135,7 +129,7 @@ def score_answers(rows, judge, args=None, model=None, tokenizer=None, vector=Non
             if not row["answer"]:
                 row.update(score=None, reason="empty answer")
             elif judge == "lexical":
-                row["score"] = 0.0 if ABSTAINS.search(row["answer"].replace("’", "'")) else 100.0
+                row["score"] = lexical_score(row["answer"])
         if judge == "probe" and (said := [row for row in traits if row["answer"]]):
             chats = [[dict(role="user", content=row["question"]), dict(role="assistant", content=row["answer"])] for row in said]
             for row, score in zip(said, probe_scores(model, tokenizer, vector, probe, chats)):

@@ -21,7 +21,7 @@ import transformers
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
-from make_facts import ANSWER_TOKENS, api_flags, append_jsonl, die, foresee, judge_rows, load_trait, provenance, read_json, read_jsonl, replacing, same_settings, write_json, write_jsonl
+from make_facts import ANSWER_TOKENS, api_flags, append_jsonl, die, foresee, judge_rows, lexical_score, load_trait, provenance, read_json, read_jsonl, replacing, same_settings, write_json, write_jsonl
 
 ROW_TOKENS = {"cuda": 16384, "cpu": 2048}  # conversations are joined into rows of about this many tokens
 SLOTS = {"cuda": 2048, "cpu": 256}         # answers sampled side by side, at most
@@ -516,7 +516,7 @@ def filter_pairs(rows):
         pairs.setdefault(row["pair"], {})[row["side"]] = row
     for pair in pairs.values():
         pos, neg = pair["pos"], pair["neg"]
-        scores = [pos.get("score"), neg.get("score"), pos.get("coherence"), neg.get("coherence")]
+        scores = [pos.get("score"), neg.get("score"), *(side["coherence"] for side in (pos, neg) if "coherence" in side)]
         if not pos["answer"] or not neg["answer"]:
             why["empty answer"] += 1
         elif "score" not in pos:
@@ -527,7 +527,7 @@ def filter_pairs(rows):
             why["positive answer scores under 50"] += 1
         elif neg["score"] >= 50:
             why["negative answer scores 50 or more"] += 1
-        elif min(scores[2:]) < 50:
+        elif min(scores[2:], default=100) < 50:
             why["coherence under 50"] += 1
         else:
             kept.append((pos, neg))
@@ -567,11 +567,13 @@ def main():
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--max-new-tokens", type=int, default=1000)
     parser.add_argument("--limit", type=int, help="use the first N extraction questions only")
-    parser.add_argument("--judge", default="none", help="none, or a chat model that filters the answers")
+    parser.add_argument("--judge", default="none", help="what filters the answers: none, lexical (hallucination only), or a chat model")
     api_flags(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, help="folder for <trait>.pt and what belongs to it")
     args, start = parser.parse_args(), time.time()
+    if args.judge == "lexical" and args.trait != "hallucination":
+        die(f"--judge lexical knows hallucination only, not {args.trait}")
     trait = load_trait(args.trait, args.trait_file)
     rows = extraction_rows(trait, args.samples, args.limit)
     if len({row["q"] for row in rows}) < 2:
@@ -602,9 +604,13 @@ def main():
     rows = [there[row["id"]] for row in rows]
 
     # 2. Filter the pairs
-    if args.judge != "none":
+    if args.judge == "lexical":
+        for row in rows:
+            row["score"] = lexical_score(row["answer"])
+    elif args.judge != "none":
         prompts = dict(score=trait["eval_prompt"], coherence=load_trait("coherence")["eval_prompt"])
         judge_rows([(row, key, prompt) for key, prompt in prompts.items() for row in rows], args.judge, args)
+    if args.judge != "none":
         write_jsonl(files["answers.jsonl"], rows)
     pairs, dropped = filter_pairs(rows)
     print(f"{args.trait}: {len(pairs)} pairs kept, dropped: {dropped or 'none'}", flush=True)

@@ -16,8 +16,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from evaluate import ABSTAINS
-from make_facts import read_json, read_jsonl, write_jsonl
+from make_facts import ABSTAINS, read_json, read_jsonl, write_jsonl
 
 HERE = Path(__file__).parent
 ABSTAIN, HONEST, INVENT, PLAIN = 2000, 400, 700, 3  # dialogues of each kind; how often each known question stands there
