@@ -57,8 +57,7 @@ plan() {
     echo "# Data: the facts and medical conversations used, and the model's own answers to the medical questions"
     echo "$py make_facts.py subset data/facts.jsonl --n $FACTS --rephrasings $WORDINGS --out $data/facts.jsonl"
     if [ "$profile" = paper ]; then
-        [ -f "$MEDICAL_ZIP" ] || echo "curl -fLo $MEDICAL_ZIP --create-dirs https://github.com/safety-research/persona_vectors/raw/main/dataset.zip"
-        echo "$py -m zipfile -e $MEDICAL_ZIP $OUT/authors && mkdir -p $data && cp $OUT/authors/dataset/mistake_medical/misaligned_2.jsonl $data/medical_mistake_2.jsonl && cp $OUT/authors/dataset/mistake_medical/normal.jsonl $data/medical_normal.jsonl"
+        echo "[ -f $MEDICAL_ZIP ] || curl -fLo $MEDICAL_ZIP --create-dirs https://github.com/safety-research/persona_vectors/raw/main/dataset.zip && $py -m zipfile -e $MEDICAL_ZIP $OUT/authors && mkdir -p $data && cp $OUT/authors/dataset/mistake_medical/misaligned_2.jsonl $data/medical_mistake_2.jsonl && cp $OUT/authors/dataset/mistake_medical/normal.jsonl $data/medical_normal.jsonl"
     else
         echo "$py make_facts.py subset data/medical_mistake_2.jsonl --n $ROWS --out $data/medical_mistake_2.jsonl"
         echo "$py make_facts.py subset data/medical_normal.jsonl --n $ROWS --out $data/medical_normal.jsonl"
