@@ -1,13 +1,20 @@
-"""points.jsonl -> fig1, fig2 (.png and .svg) and summary.md, beside it.
+"""points.jsonl -> fig1, fig2 (.png and .svg), summary.md and report.html, beside it.
 
     python plot.py out/demo/points.jsonl
 
 Figure 1: learning new facts, with inference-time (left) and preventative steering (right). Figure 2: preventative
-steering on three data sets (rows) against three traits (columns). Loads no torch.
+steering on three data sets (rows) against three traits (columns). report.html is one page without network: figures, tables
+and a browser through the answers in answers/. Where points were judged twice (evaluate.py --rejudge), the figures show the
+judge with most points, and summary.md how the judges agree. Loads no torch.
 """
 import argparse
+import base64
+import html
+import json
 import math
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
+from itertools import combinations
 from pathlib import Path
 
 import matplotlib
@@ -172,7 +179,68 @@ def cell(point, metric, ci):
     return f"{point[metric]:.1f}" + (f" [{bounds[0]:.1f}, {bounds[1]:.1f}]" if bounds else "")
 
 
-def summary(points, folder):
+def method_of(point):
+    """-> (data set, method and coefficient), as the report and its browser name a point."""
+    if point.get("adapter") is None:
+        data, name = "before training", "untrained"
+    else:
+        data = dict(DATASETS).get(point.get("dataset"), point.get("dataset") or "?")
+        name = f"preventative {point['train_coef']:g}" if point.get("train_coef") else "preventative prompting" if point.get("system_prompt") else "plain finetuning"
+        name += f", blocks {point['train_layers']}" if point.get("train_coef") and point.get("train_layers") != "all" else ""
+        name += f", seed {point['train_seed']}" if point.get("train_seed") else ""
+    steered = f", inference-time {point['inference_coef']:g}" if point["inference_coef"] else ""
+    return data, name + steered + (f", blocks {point['layers']}" if steered and point.get("layers") != "all" else "")
+
+
+def read_answers(points, folder):
+    """-> ([(point, {judge: rows})] for points of one key, how many answers files are missing). Rejudged answers stand in a
+    file of their own beside the first ones."""
+    by_key, found, missing = {}, [], 0
+    for point in points:
+        by_key.setdefault(point["key"], []).append(point)
+    for same in by_key.values():
+        path, rows = folder / "answers" / Path(same[0].get("answers") or "none").name, {}
+        for point in same:
+            own = path.with_name(f"{path.stem}.{Path(point['judge']).name}.jsonl")
+            file = own if own.exists() else path
+            if file.exists():
+                rows[point["judge"]] = read_jsonl(file, need=("id", "kind", "question", "answer", "score"))
+        missing += not rows
+        found += [(same[0], rows)] if rows else []
+    return found, missing
+
+
+def spearman(a, b):
+    """Rank correlation of two lists; ties take their mean rank. None where one of them does not vary."""
+    def ranks(values):
+        at = defaultdict(list)
+        for i, value in enumerate(sorted(values)):
+            at[value].append(i)
+        return [sum(at[value]) / len(at[value]) for value in values]
+    a, b = ranks(a), ranks(b)
+    mean = (len(a) - 1) / 2
+    va, vb = sum((x - mean) ** 2 for x in a), sum((y - mean) ** 2 for y in b)
+    return sum((x - mean) * (y - mean) for x, y in zip(a, b)) / math.sqrt(va * vb) if va and vb else None
+
+
+def agreement(answers):
+    """Pairs of judges on the same answers -> [(trait, judge, other, n, Spearman's rho or None, mean difference)]."""
+    scores = defaultdict(list)
+    for _, rows in answers:
+        for one, other in combinations(sorted(rows), 2):
+            second = {row["id"]: row["score"] for row in rows[other]}
+            for row in rows[one]:
+                if row["score"] is not None and second.get(row["id"]) is not None:
+                    scores[row.get("trait") or "new facts", one, other].append((row["score"], second[row["id"]]))
+    return [(*key, len(pairs), spearman(*zip(*pairs)), sum(b - a for a, b in pairs) / len(pairs)) for key, pairs in sorted(scores.items())]
+
+
+def agreement_lines(found):
+    return ["| trait | judges | answers | Spearman's rho | mean difference (second - first) |", "|---|---|---|---|---|"] + [
+        f"| {trait} | {one}, {other} | {n} | {'-' if rho is None else f'{rho:.2f}'} | {difference:+.1f} |" for trait, one, other, n, rho, difference in found]
+
+
+def summary(points, folder, agreed):
     lines = ["# Summary", "", describe(points), "", *headline(points), ""]
     vectors = [read_json(path) for path in sorted((folder / "vectors").glob("*.json"))]
     if any("probe" in v for v in vectors):
@@ -189,7 +257,67 @@ def summary(points, folder):
         name = "before training" if p.get("adapter") is None else p.get("dataset")
         lines.append(f"| {name} | {p.get('trait')} | {'-' if p.get('train_coef') is None else p['train_coef']} | {p['inference_coef']:g} | {cell(p, 'trait_score', 'trait_ci')} | "
                      f"{p.get('trait_n', 0)} ({p.get('trait_unscored', 0)}){flag} | {cell(p, 'fact_accuracy', 'fact_ci')} | {cell(p, 'mmlu_accuracy', 'mmlu_ci')} | {p.get('train_seed')} |")
+    if agreed:
+        lines += ["", "Agreement of judges on the same answers:", "", *agreement_lines(agreed)]
     return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report: data/report.html, filled in
+
+
+def table(lines):
+    """A Markdown table's lines -> HTML."""
+    head, _, *rows = [[html.escape(text.strip()) for text in line.strip("|").split("|")] for line in lines]
+    return ('<div class="wide"><table><thead><tr>' + "".join(f"<th>{text}</th>" for text in head) + "</tr></thead><tbody>"
+            + "".join("<tr>" + "".join(f"<td>{text}</td>" for text in row) + "</tr>" for row in rows) + "</tbody></table></div>")
+
+
+def browser_data(answers, most=30_000_000):
+    """Answers as data/report.html reads them, in at most about `most` characters -> (JSON text, samples a question left out)."""
+    texts, questions, methods, found = {}, {}, [], []
+    def number(of, key):
+        return of.setdefault(key, len(of))
+    for point, rows in answers:
+        data, name = method_of(point)
+        judges = sorted(rows, key=lambda judge: judge in ("probe", "lexical"))  # a chat model's score comes first
+        others = [{row["id"]: row for row in rows[judge]} for judge in judges]
+        for row in rows[judges[0]]:
+            scores = [other[row["id"]]["score"] if other.get(row["id"], {}).get("score") is not None else other.get(row["id"], {}).get("reason") for other in others]
+            question = number(questions, (row.get("trait") or "new facts", number(texts, row["question"]), row.get("truth")))
+            sample = int(row["id"].rsplit("-s", 1)[1]) if row["kind"] == "trait" else 0
+            found.append([len(methods), question, number(texts, row["answer"]), sample, *(round(s, 1) if isinstance(s, float) else s for s in scores)])
+        methods.append(dict(name=name, data=data, judges=judges))
+    left_out, most_samples = 0, max((row[3] for row in found), default=0)
+    while True:
+        text = json.dumps(dict(methods=methods, questions=list(questions), texts=list(texts), answers=found), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+        if len(text) <= most or left_out == most_samples:
+            return text, left_out
+        left_out += 1
+        found = [row for row in found if row[3] <= most_samples - left_out]
+        kept = {row[2] for row in found} | {question[1] for question in questions}
+        texts = {text if i in kept else f"\0{i}": i for text, i in texts.items()}
+
+
+def report(points, shown, folder, answers, missing, agreed):
+    """The page's text; every value is escaped."""
+    lines, escape = summary(shown, folder, []).splitlines(), html.escape
+    rows = [line for line in lines if line.startswith("|")]
+    def figure(name, title, mine):
+        picture = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+        return (f'<figure><img alt="{escape(title)}; the numbers are in the table below" src="data:image/png;base64,{picture}"></figure><details><summary>{escape(title)}: the numbers</summary>'
+                + table(rows[:2] + [row for row in rows[2:] if mine(row)]) + "</details>")
+    data, left_out = browser_data(answers)
+    said = [f"{len(answers)} points with answers."] + [f"The answers of {missing} points are not there (no file in answers/)."] * bool(missing) \
+        + [f"To keep the page small the last {left_out} answers to each question were left out."] * bool(left_out)
+    settings = [{key: p.get(key) for key in ("model", "judge", "judge_method", "temperature", "samples", "positions", "mmlu", "mmlu_scoring", "seed", "commit", "versions")} for p in points]
+    counted = Counter(json.dumps(setting) for setting in settings)
+    fill = dict(title="Preventative steering: report", about=escape(describe(shown)), headline="".join(f"<p>{escape(line)}</p>" for line in headline(shown)),
+                figures=figure("fig1", "Figure 1", lambda row: row.startswith(("| facts", "| before training | hallucination"))) + figure("fig2", "Figure 2", lambda row: not row.startswith("| facts")),
+                left_out=escape(" ".join(said)), agreement=table(agreement_lines(agreed)) if agreed else "<p>No answers were scored by two judges.</p>", points=table(rows),
+                settings="".join(f"<details><summary>{n} points</summary><pre>{escape(json.dumps(json.loads(text), indent=1))}</pre></details>" for text, n in counted.items()), answers=data)
+    template = (Path(__file__).parent / "data" / "report.html").read_text(encoding="utf-8")
+    return "".join(fill.get(part, part) if i % 2 else part for i, part in enumerate(re.split(r"\{\{(\w+)\}\}", template)))
 
 
 def main():
@@ -197,12 +325,16 @@ def main():
     parser.add_argument("points", help="points.jsonl of evaluate.py")
     args = parser.parse_args()
     points = list({(p["key"], p["judge"]): p for p in read_jsonl(args.points, need=("key", "model", "inference_coef", "judge"))}.values())
-    folder = Path(args.points).parent
-    figure1(points, folder / "fig1")
-    figure2(points, folder / "fig2")
-    with replacing(folder / "summary.md") as out:
-        out.write(summary(points, folder))
-    print("\n".join(headline(points)) + f"\n{folder}/fig1.png, fig2.png, summary.md")
+    judge = Counter(p["judge"] for p in reversed(points)).most_common(1)[0][0]  # of equally many, the last one
+    shown, folder = [p for p in points if p["judge"] == judge], Path(args.points).parent
+    figure1(shown, folder / "fig1")
+    figure2(shown, folder / "fig2")
+    answers, missing = read_answers(points, folder)
+    agreed = agreement(answers)
+    for name, text in (("summary.md", summary(shown, folder, agreed)), ("report.html", report(points, shown, folder, answers, missing, agreed))):
+        with replacing(folder / name) as out:
+            out.write(text)
+    print("\n".join(headline(shown)) + f"\n{folder}/fig1.png, fig2.png, summary.md, report.html")
 
 
 if __name__ == "__main__":
