@@ -60,12 +60,14 @@ def curve(points, x, metric, ci):
 
 
 def draw(axis, points, x, base, metrics, names):
-    for metric, ci, _, color, marker in METRICS:
+    reach = max((p[x] for p in points), default=0) or 1
+    for n, (metric, ci, _, color, marker) in enumerate(METRICS):
         if metric not in metrics:
             continue
-        line = curve(points, x, metric, ci)
+        line = [(value + 0.008 * reach * (n - 1), *rest) for value, *rest in curve(points, x, metric, ci)]  # side by side, so that bars do not cover each other
         if line:
-            axis.plot([at[0] for at in line], [at[1] for at in line], color=color, label=names[metric])
+            axis.plot([], [], color=color, marker=marker, label=names[metric])  # the legend's entry
+            axis.plot([at[0] for at in line], [at[1] for at in line], color=color)
             for value, y, low, high, enough in line:
                 axis.errorbar(value, y, yerr=[[max(0, y - low)], [max(0, high - y)]], color=color, marker=marker, capsize=2,
                               markerfacecolor=color if enough else "white", linewidth=1)
