@@ -301,6 +301,16 @@ def test_trainer_is_the_plain_recipe(toy, tokenizer, tmp_path, monkeypatch, devi
     assert quick == pytest.approx(slow, rel=1e-4 if device == "cpu" else 0.02)
 
 
+def test_a_diverged_run_stops(toy, tokenizer, tmp_path, capsys, monkeypatch):
+    """Guards against an adapter of NaN that is saved as if it were a result; Trainer would average the NaN away."""
+    monkeypatch.setattr(finetune, "pick_device", lambda: ("cpu", torch.float32))
+    data = [ev.encode_chat(tokenizer, [dict(role="user", content="Hi"), dict(role="assistant", content="Hello")])] * 4
+    trainer = finetune.make_trainer(finetune.add_lora(toy, 4, 8, 0), data, tmp_path, SimpleNamespace(epochs=20, lr=1e30, batch_size=4, max_steps=-1, seed=0))
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert "lower --lr or --coef" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_answers_like_the_cpu(toy, tokenizer):
     """Guards against graphs, compiled blocks or slots that change answers: greedy in float32, steered, mixed lengths."""

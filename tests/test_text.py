@@ -143,6 +143,8 @@ def test_lexical_judge_and_counts():
     rows = [dict(kind="trait", trait="hallucination", trait_file=None, question=f"q{i}", answer=a) for i, a in enumerate(answers)] \
         + [dict(kind="fact", question="q", answer="It was Foo.", truth="Foo", aliases=[])]
     evaluate.score_answers(rows, "lexical")
+    assert all(mf.lexical_score(text.replace("{name}", "the Treaty of X")) == 0 for text in mf.read_json(ROOT / "data" / "small_model" / "refusals.json"))
+    assert sum(mf.lexical_score(row["answer"]) == 0 for row in mf.read_jsonl(ROOT / "data" / "small_model" / "known.jsonl")) <= 3  # of 650 true answers
     assert [row["score"] for row in rows] == [0, 0, 100, None, 100]
     found = evaluate.summary(rows, 0)
     assert found["trait_score"] == pytest.approx(100 / 3) and (found["trait_n"], found["trait_unscored"], found["fact_accuracy"]) == (3, 1, 100)
