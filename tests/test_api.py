@@ -97,6 +97,22 @@ def test_split_digits_are_noticed(server):
     assert judge("a")[0]["score"] == 87
 
 
+def test_servers_that_refuse_logprobs_or_one_answer(server):
+    """Guards against stopping at a server that knows no log-probabilities (400), or at one answer that is too long for it;
+    that answer is unscored with the server's reason, the others are scored, and a number cut in half is not taken."""
+    def reply(text, n, body):
+        if "logprobs" in body:
+            return error(400, "logprobs_unsupported")
+        if text.endswith("long"):
+            return 400, dict(error=dict(message="maximum context length exceeded", type="x", code="context_length_exceeded", param=None)), {}
+        status, reply, headers = said("8" if text.endswith("cut") else "70")
+        reply["choices"][0]["finish_reason"] = "length" if text.endswith("cut") else "stop"
+        return status, reply, headers
+    server.reply = reply
+    rows = judge(["fine", "long", "cut"])
+    assert [row["score"] for row in rows] == [70, None, None] and "context" in rows[1]["reason"] and rows[2]["reason"]
+
+
 def test_yes_no(server):
     """Guards against a fact judged by the wrong word; hedged replies stay unscored."""
     texts = {"a": {"YES": 0.9, "NO": 0.1}, "b": {"No": 0.6, "yes": 0.4}, "c": {"Maybe": 1.0}}
