@@ -100,7 +100,7 @@ def compiled(model):
         print("this GPU or installation cannot compile (needs compute capability 7 and triton); slower, same results", flush=True)
     try:
         for block in blocks(model) if able else []:
-            block.compile(dynamic=True)
+            block.compile()
         yield
     finally:
         for block in blocks(model):
