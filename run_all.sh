@@ -15,9 +15,9 @@ mode=${1:-auto}
 gpu_gib=$( (nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null || echo 0) | sort -n | tail -1 | awk '{print int($1 / 1024)}')
 if [ "$mode" = auto ]; then
     if [ "$gpu_gib" -ge 40 ] && [ -n "${OPENAI_API_KEY:-}" ]; then
-        mode=paper; echo "Profile paper: a GPU with $gpu_gib GiB and OPENAI_API_KEY are there. Force the other one: bash run_all.sh demo"
+        mode=paper; echo "Profile paper (about 3 hours on an H200, by computation, and 9 dollars for the judge: bash run_all.sh paper --dry-run): a GPU with $gpu_gib GiB and OPENAI_API_KEY are there. Force the other one: bash run_all.sh demo"
     else
-        mode=demo; echo "Profile demo (10 to 12 minutes on two CPU cores, costs nothing): paper needs a CUDA GPU with 40 GiB (found: $gpu_gib) and OPENAI_API_KEY. Force it: bash run_all.sh paper"
+        mode=demo; echo "Profile demo (about 10 minutes on two CPU cores, costs nothing): paper needs a CUDA GPU with 40 GiB (found: $gpu_gib) and OPENAI_API_KEY. Force it: bash run_all.sh paper"
     fi
 fi
 profile=$mode; [ "$mode" = plan ] && profile=${2:-demo}
