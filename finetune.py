@@ -197,8 +197,7 @@ def main():
     if out.exists():
         die(f"{out}: already used, and not by this script; choose another --out")
     partial = out.with_name(out.name + ".partial")
-    if not same_settings(partial / "training_settings.json", settings) and int(os.environ.get("RANK", 0)) == 0:
-        write_json(partial / "training_settings.json", settings)
+    begun = same_settings(partial / "training_settings.json", settings)
 
     # 1. Data and model
     model, tokenizer = load_model(args.model)
@@ -206,6 +205,9 @@ def main():
     offsets = offsets_of(load_vector(args.vector, model, args.model), args.layers) if args.vector else {}
     model = add_lora(model, args.rank, args.alpha, args.seed)
     print(f"{len(data)} conversations, {sum(len(ids) for ids, _ in data) / len(data):.0f} tokens each on average, {too_long} left out as too long", flush=True)
+
+    if not begun and int(os.environ.get("RANK", 0)) == 0:
+        write_json(partial / "training_settings.json", settings)
 
     # 2. Train, with the hook on for the forward passes of training
     trainer = make_trainer(model, data, partial, args)

@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
 SMOLLM = ROOT / "out" / "models" / "SmolLM2-135M-Instruct"
 
 

@@ -145,10 +145,11 @@ def test_fatal_errors_stop_at_once_and_lose_nothing(server, status, code, capsys
 
 
 JUDGING = """
-import json, resource, sys
+import json, resource, signal, sys
 from types import SimpleNamespace
 sys.path.insert(0, {root!r})
 import make_facts as mf
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs in the background
 mf.BACKOFF = 0.005
 rows = mf.read_jsonl({rows!r})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
