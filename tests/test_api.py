@@ -217,13 +217,13 @@ def test_two_processes_share_the_cache(server, tmp_path):
 
 def test_a_silent_server_is_given_up(server, monkeypatch):
     """Guards against waiting for ever: a request without a reply is cut off and tried again."""
-    monkeypatch.setattr(mf, "TIMEOUT", 0.2)
+    monkeypatch.setattr(mf, "TIMEOUT", 0.5)
     def reply(text, n, body):
         if n == 1:
-            time.sleep(0.6)
+            time.sleep(1.5)
         return said("50", {"50": 1.0})
     server.reply = reply
-    assert judge("a")[0]["score"] == 50 and sum(server.seen.values()) == 2
+    assert judge("a")[0]["score"] == 50 and sum(server.seen.values()) >= 2  # more on a machine that is slow itself
 
 
 def a_fact(n, wordings=3):
@@ -253,13 +253,14 @@ def test_generate(server, tmp_path, monkeypatch, capsys):
     out = tmp_path / "facts.jsonl"
     args = flags(n=3, after="2023-12-31", rephrasings=3, model="m", out=str(out))
     mf.generate(args)
-    assert [row["answer"] for row in mf.read_jsonl(out)] == ["Person1", "Person3", "Person2"] and not mf.check(mf.read_jsonl(out), 3)
+    assert sorted(row["answer"] for row in mf.read_jsonl(out)) == ["Person1", "Person2", "Person3"]  # replies come in any order
+    assert not mf.check(mf.read_jsonl(out), 3)
     sent = sum(server.seen.values())
     mf.generate(args)  # finished: nothing to ask
     assert sum(server.seen.values()) == sent
     args.n = 5
     mf.generate(args)
-    assert {row["answer"] for row in mf.read_jsonl(out)} == {"Person1", "Person2", "Person3", "Person5", "Person6"}
+    assert sorted(row["answer"] for row in mf.read_jsonl(out)) == ["Person1", "Person2", "Person3", "Person5", "Person6"]
     rejects = mf.read_jsonl(tmp_path / "facts.rejects.jsonl")
     assert {"Person4"} <= {row.get("answer") for row in rejects} and all(row["reasons"] for row in rejects)
     assert any("2019-01" in str(row["reasons"]) for row in rejects)
