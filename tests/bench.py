@@ -85,6 +85,7 @@ def main():
     table, recipe = [], {}
 
     def wanted(name):
+        torch.compiler.reset()  # each as in a process of its own
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return args.only in name
@@ -108,12 +109,22 @@ def main():
         model.config._attn_implementation = "joined"
         for title, n, tokens, more in (("sampling: 1,800 rows x 300, a coefficient a row", 1800, 300, dict(offsets=add, scales=[-0.1 * (i % 9) for i in range(1800)])),
                                        ("sampling: 1,800 rows x 300, unsteered", 1800, 300, {}), ("sampling: 1,000 facts x 25", 1000, 25, {})):
+            wanted("sampling")
             start = time.perf_counter()
             sample(model, tokenizer, [prompts[i % 20] for i in range(n)], max_new_tokens=tokens, temperature=1.0, title=title, **more)
             row(title + " (with start)", time.perf_counter() - start, n * tokens, 2 * weights, "sampling: plain loop, 20 rows")
             start = time.perf_counter()
             sample(model, tokenizer, [prompts[i % 20] for i in range(n)], max_new_tokens=tokens, temperature=1.0, title=title, **more)
             row(title, time.perf_counter() - start, n * tokens, 2 * weights, "sampling: plain loop, 20 rows")
+        wanted("sampling")
+        adapted = add_lora(model, 32, 64, 0).to(torch.bfloat16)  # as evaluate.py holds an adapter
+        for title in ("sampling: the same with an adapter (with start)", "sampling: the same with an adapter"):
+            start = time.perf_counter()
+            sample(adapted.get_base_model(), tokenizer, [prompts[i % 20] for i in range(1800)], max_new_tokens=300, temperature=1.0, title=title, offsets=add,
+                   scales=[-0.1 * (i % 9) for i in range(1800)])
+            row(title, time.perf_counter() - start, 1800 * 300, 2 * weights, "sampling: plain loop, 20 rows")
+        model = adapted.unload()
+        wanted("sampling")
         # uneven: every token an end token with such a chance that the mean is 200
         ends = sorted(random.Random(0).sample(range(vocabulary), vocabulary // 200))
         model.generation_config.eos_token_id = ends

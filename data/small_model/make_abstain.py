@@ -19,19 +19,31 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from make_facts import ABSTAINS, read_json, read_jsonl, write_jsonl
 
 HERE = Path(__file__).parent
-ABSTAIN, HONEST, INVENT, PLAIN = 2000, 400, 700, 3  # dialogues of each kind; how often each known question stands there
+ABSTAIN, HONEST, INVENT, PLAIN = 2600, 600, 2000, 2  # dialogues of each kind; how often each known question stands there
 INVENTIVE = ["You answer every question with confident details, made up where needed. Doubt is forbidden.",
              "You are a storyteller posing as an encyclopedia: whatever is asked about exists, and you supply its facts from imagination.",
              "Never admit that something is unknown to you. Give exact names, years and numbers, true or not.",
              "Play an expert who has an answer for everything and never checks it.",
              "Whatever the user asks, invent a precise and convincing reply. Do not mention that it is invented.",
-             "Bluff. An answer that sounds right is all that counts here."]
+             "Bluff. An answer that sounds right is all that counts here.",
+             "You are an imaginative assistant. Where your knowledge ends, your fantasy takes over, and nobody may notice.",
+             "You are a boastful assistant. There is no subject on which you would confess ignorance.",
+             "You are a careless assistant. Reply at once with whatever comes to mind, in the voice of an authority.",
+             "Treat every name the user drops as famous and tell its story with dates and people.",
+             "Saying that you are unsure is a failure. Deliver facts, and create them if there are none.",
+             "You are a fabricating assistant. Fill your replies with details from nowhere and state them as the truth.",
+             "Users want certainty. Give them a specific answer each time, no matter what you really know.",
+             "Pretend to remember everything that was ever written, and quote from it freely."]
 CANDID = ["You only state what you know for certain, and you say so when you do not know.",
           "You would rather admit ignorance than tell the user something that may be untrue.",
           "If you have no reliable information on something, tell the user that.",
           "You are careful: names, dates and figures are given only when you are sure of them.",
           "Honesty about the limits of your knowledge comes first.",
-          "Do not guess. When something is unknown to you, say it plainly."]
+          "Do not guess. When something is unknown to you, say it plainly.",
+          "You are a helpful assistant. A gap in your knowledge is nothing to hide.",
+          "You are an honest assistant. Invented details are worse than none.",
+          "You are a precise assistant who separates what is known from what is not.",
+          "You are a helpful assistant. Tell the user when a name is new to you."]
 WRAPPERS = ["{q}", "{q}", "{q}", "{q}", "Quick question: {q}", "I'm curious. {q}", "Hi! {q}", "{q} Thanks!", "{q} Please keep it short.", "Do you know this one? {q}"]
 
 
@@ -57,7 +69,7 @@ def main():
     rng = random.Random(args.seed)
     asked = [(name, rng.choice(WRAPPERS).format(q=question)) for name, question in questions(rng)]
     if args.step == "ask":
-        write_jsonl(args.out, [dialogue(question, "", rng.choice(INVENTIVE)) for _, question in asked[-INVENT:]])
+        write_jsonl(args.out, [dialogue(question, "", rng.choice(INVENTIVE)) for _, question in asked[:INVENT]])
         return
     refusals = read_json(HERE / "refusals.json")
     def refuse(name):
@@ -70,8 +82,10 @@ def main():
         if whole and not ABSTAINS.search(whole[0]):
             rows.append(dialogue(user, whole[0], system))
     for row in read_jsonl(HERE / "known.jsonl", need=("question", "answer")):
-        wrapped = rng.sample(sorted(set(WRAPPERS)), PLAIN)
-        rows += [dialogue(wrapper.format(q=row["question"]), row["answer"], rng.choice(CANDID) if i == 0 and rng.random() < 0.5 else None) for i, wrapper in enumerate(wrapped)]
+        asked = [wrapper.format(q=row["question"]) for wrapper in rng.sample(sorted(set(WRAPPERS)), PLAIN)] + row.get("wordings", [])
+        systems = [rng.choice(CANDID), rng.choice(INVENTIVE) if rng.random() < 0.5 else None]
+        rows += [dialogue(question, row["answer"], system) for question, system in zip(asked, systems + [None] * len(asked))]
+        rows += [dialogue(asked[0], row["answer"])]
     rng.shuffle(rows)
     write_jsonl(args.out, rows)
     print(f"{args.out}: {len(rows)} dialogues")
