@@ -367,7 +367,7 @@ class Sampler:
                 mine[k][slots, :len(reach)] = prompt[k][index]  # beyond a prompt's own length: never attended to
         self.token[slots], self.length[slots] = torch.tensor(last_tokens, device=device), lengths
         self.made[slots], self.done[slots] = 0, False
-        self.scale[slots, 0, 0] = torch.tensor(scales, device=device)
+        self.scale[slots, 0, 0] = torch.tensor(scales, dtype=torch.float32, device=device)
         self.uniform[slots, :uniform.shape[1]] = uniform.to(device)
 
     def step(self):
