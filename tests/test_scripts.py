@@ -148,28 +148,29 @@ finetune.main()
 """
 
 
-def test_two_processes_train_like_one(work, script, tmp_path):
-    """Guards against torchrun training on another global batch, writing twice, or not resuming. In float32 the sums over
+def test_two_processes_train_like_one(work, vector, script, tmp_path):
+    """Guards against torchrun training on another global batch, writing twice, or not resuming; seen at the second adapter of
+    a sweep. In float32 the sums over
     two half batches differ from one sum by rounding alone: losses within 1e-4, adapters within 1e-3 of their size."""
     (tmp_path / "float32.py").write_text(FLOAT32.format(root=str(ROOT)))
     env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     def command(processes, out, *args):
         return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(29500 + os.getpid() % 400), str(tmp_path / "float32.py"),
-                *map(str, train(work, out, "--steer-mode", "none", "--epochs", 6, *args))]  # 24 steps, a checkpoint at 20
+                *map(str, train(work, out, "--steer-mode", "preventative", "--vector", vector, "--coef", 1, 2, "--epochs", 6, *args))]  # 24 steps, a checkpoint at 20
     for processes, out in ((1, "one"), (2, "two")):
         done = subprocess.run(command(processes, out), env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
     process = subprocess.Popen(command(2, "again"), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    checkpoint = work / "again.partial" / "checkpoint-20" / "trainer_state.json"
+    checkpoint = work / "again-2.partial" / "checkpoint-20" / "trainer_state.json"
     while not checkpoint.exists() and process.poll() is None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert checkpoint.exists() and not (work / "again").exists()
+    assert checkpoint.exists() and not (work / "again-2").exists()
     done = subprocess.run(command(2, "again"), env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     from safetensors.torch import load_file
-    one, two, again = (([row["loss"] for row in mf.read_jsonl(work / name / "loss.jsonl")], load_file(work / name / "adapter_model.safetensors")) for name in ("one", "two", "again"))
+    one, two, again = (([row["loss"] for row in mf.read_jsonl(work / name / "loss.jsonl")], load_file(work / name / "adapter_model.safetensors")) for name in ("one-2", "two-2", "again-2"))
     assert len(two[0]) == 24 and two[0] == pytest.approx(one[0], abs=1e-4)
     assert all((two[1][name] - w).norm() <= 1e-3 * w.norm() for name, w in one[1].items())
     assert again[0] == two[0] and all(torch.equal(w, two[1][name]) for name, w in again[1].items())
