@@ -2,7 +2,7 @@
 
     python plot.py out/demo/points.jsonl
 
-Figure 1: learning new facts, with inference-time (left) and preventative steering (right), one row for each choice of layers.
+Figure 1: learning new facts, with inference-time (left) and preventative steering (right), a row for each choice of layers.
 The trade-off: what is left of the facts against hallucination, for every sweep. Figure 2: preventative steering on three data
 sets (rows) against three traits (columns). report.html is one page without network: figures, tables and a browser through the
 answers in answers/. Where points were judged twice (evaluate.py --rejudge), the figures show the judge with most points, and
@@ -72,11 +72,6 @@ def setting_of(point, x):
     return str(point.get(layers) or "all"), point.get(positions), point.get(vector, point.get("vector"))
 
 
-def layers_order(layers):
-    """Sorts all, 6-20, 11."""
-    return layers != "all", [int(n) for n in re.findall(r"\d+", layers)]
-
-
 def place(layers):
     return "all blocks" if layers == "all" else f"block{'s' * ('-' in layers)} {layers}"
 
@@ -90,7 +85,7 @@ def sweeps(points):
         for p in points:
             if p[x] and not (p["train_coef"] and p["inference_coef"]) and not p.get("system_prompt"):
                 settings[setting_of(p, x)].append(p)
-        for setting in sorted(settings, key=lambda s: (layers_order(s[0]), str(s))):
+        for setting in sorted(settings, key=lambda s: (s[0] != "all", [int(n) for n in re.findall(r"\d+", s[0])], str(s))):  # all, 6-20, 11
             differ = [f"{word} {setting[i]}" for i, word in ((1, "positions"), (2, "vector")) if len({s[i] for s in settings}) > 1]
             found.append((", ".join([name, place(setting[0]), *differ]), x, setting, plain_of(points) + settings[setting]))
     if all(setting[0] == "all" for _, _, setting, _ in found):  # as in the post: needs no saying
@@ -175,16 +170,14 @@ def finish(figure, title, shown, path):
 def figure1(points, path):
     facts, base = facts_of(points), pick_base(points, "hallucination")
     names, found = {metric: label_of(metric, facts) for metric, *_ in METRICS}, sweeps(facts)
-    rows = []  # of (inference-time, preventative), the same layers side by side; None where a method was not run there
-    for layers in sorted({setting[0] for _, _, setting, _ in found}, key=layers_order):
-        rows += zip_longest(*([sweep for sweep in found if sweep[1] == x and sweep[2][0] == layers] for _, x, _ in METHODS))
-    rows = rows or [(None, None)]
+    sides = [[sweep for sweep in found if sweep[1] == x] for _, x, _ in METHODS]
+    shared = set.intersection(*({setting[0] for _, _, setting, _ in side} for side in sides))  # the same layers side by side, then those of one method only
+    rows = list(zip_longest(*(sorted(side, key=lambda sweep: sweep[2][0] not in shared) for side in sides))) or [(None, None)]
     figure, axes = plt.subplots(len(rows), 2, figsize=(11, 1 + 3.8 * len(rows)), sharey=True, squeeze=False)
     for row, pair in zip(axes, rows):
         for axis, sweep, (method, x, _) in zip(row, pair, METHODS):
             if sweep is None and len(rows) > 1:
                 axis.set_axis_off()
-                axis.text(0.5, 0.5, f"{method.lower()}: not run here", transform=axis.transAxes, ha="center", color="gray")
                 continue
             draw(axis, sweep[3] if sweep else plain_of(facts), x, base, names, names)
             axis.set_title(sweep[0] if sweep else method)
@@ -228,12 +221,12 @@ def figure2(points, path):
     shown = [p for p in points if p.get("dataset") in dict(DATASETS)]
     names = {metric: label_of(metric, shown) for metric, *_ in METRICS} | dict(trait_score="trait score")
     steered = Counter(setting_of(p, "train_coef")[:2] for p in shown if p["train_coef"])
-    main = max(steered, key=steered.get, default=("all", None))  # one choice of layers and positions; the table has the others
+    chosen = max(steered, key=steered.get, default=("all", None))  # one choice of layers and positions; the table has the others
     for row, (dataset, title) in enumerate(DATASETS):
         for column, trait in enumerate(TRAITS):
             axis = axes[row][column]
             here = [p for p in shown if p["dataset"] == dataset and p.get("trait") == trait and p["inference_coef"] == 0]
-            draw(axis, max((some for _, _, setting, some in sweeps(here) if setting[:2] == main), key=len, default=plain_of(here)), "train_coef", pick_base(points, trait),
+            draw(axis, max((some for _, _, setting, some in sweeps(here) if setting[:2] == chosen), key=len, default=plain_of(here)), "train_coef", pick_base(points, trait),
                  ("trait_score", "mmlu_accuracy"), names)
             if row == 0:
                 axis.set_title(trait)
@@ -241,7 +234,7 @@ def figure2(points, path):
                 axis.set_ylabel(f"{title}\nscore / accuracy (%)")
             if row == 2:
                 axis.set_xlabel("steering coefficient in training")
-    where = f", {place(main[0])}" + (f", positions {main[1]}" if main[1] else "") if len(steered) > 1 or main[0] != "all" else ""
+    where = f", {place(chosen[0])}" + (f", positions {chosen[1]}" if chosen[1] else "") if len(steered) > 1 or chosen[0] != "all" else ""
     finish(figure, f"Preventative steering across data sets{where}; dashed: before training", shown, path)
 
 
@@ -253,7 +246,7 @@ def headline(points):
     """Whether there was a rise to prevent; for each sweep the smallest coefficient that brings hallucination to the upper end of
     the untrained model's 95% interval or below, and what is left of facts and MMLU there. -> text lines."""
     base, facts = pick_base(points, "hallucination"), facts_of(points)
-    lines, plain = [], next((at[1] for at in curve(plain_of(facts), "train_coef", "trait_score", "trait_ci")), None)
+    plain = next((at[1] for at in curve(plain_of(facts), "train_coef", "trait_score", "trait_ci")), None)
     probe = ["The judge is the probe, which measures the very direction that is steered: steering lowers this score by construction, too."] * any(p["judge"] == "probe" for p in facts)
     if not base or not usable(base, "trait_score"):
         return ["No headline: the model before training was not measured.", *probe]
@@ -263,6 +256,7 @@ def headline(points):
         return [f"No room: the model before training scores {base['trait_score']:.1f} for hallucination already, so the rise that the post starts from cannot show.", *probe]
     if plain is not None and plain <= level:
         return [f"Nothing to prevent: plain finetuning ends at {plain:.1f}, not above {reached}, so the rise that the post starts from did not happen here.", *probe]
+    lines = []
     for name, x, _, some in sweeps(facts):
         lines_at = {metric: {c[0]: c[1] for c in curve(some, x, metric, ci)} for metric, ci, *_ in METRICS}
         reach = [value for value, score in lines_at["trait_score"].items() if score <= level]
@@ -302,7 +296,7 @@ def kept(points):
         for method, x, _, some in sweeps(facts):
             by_seed = defaultdict(dict)
             for p in some:
-                if usable(p, "trait_score"):
+                if usable(p, "trait_score") and p[x] >= 0:
                     by_seed[p.get("train_seed")][p[x]] = (p[x], p["trait_score"], *(p[m] if usable(p, m) else None for m in ("fact_accuracy", "mmlu_accuracy")))
             swept = [sorted(at.values()) for at in by_seed.values() if any(at)]  # a seed with plain finetuning alone is no sweep
             found = [at for at in (at_level(sweep, level) for sweep in swept) if at]
@@ -382,15 +376,19 @@ def agreement_lines(found):
 
 
 def summary(points, folder, agreed):
-    lines = ["# Summary", "", describe(points), "", *(f"- {line}" for line in headline(points)), ""]
+    lines = ["# Summary", "", describe(points), "", *(f"- {line}" for line in headline(points))]
+    alike = defaultdict(set)
+    for p in points:
+        alike[p.get("dataset"), p.get("trait"), p.get("train_seed"), p.get("system_prompt"), p.get("train_coef"), setting_of(p, "train_coef") if p.get("train_coef") else ""].add(p.get("adapter"))
+    lines += [f"- {', '.join(sorted(map(str, some)))}: the points do not tell these adapters apart; the figures show the one measured last." for some in alike.values() if len(some) > 1]
     vectors = [read_json(path) for path in sorted((folder / "vectors").glob("*.json"))]
     if any("probe" in v for v in vectors):
-        lines += ["Probes (projection on the vector; AUC between positive and negative extraction answers on held-out questions): "
+        lines += ["- Probes (projection on the vector; AUC between positive and negative extraction answers on held-out questions): "
                   + ", ".join(f"{v['trait']} row {v['probe']['row']}, AUC {v['probe']['auc']:.2f}" + (" (weak: under 0.7)" if v["probe"]["auc"] < 0.7 else "")
-                              for v in vectors if "probe" in v) + ".", ""]
+                              for v in vectors if "probe" in v) + "."]
     if rows := kept(points):
-        lines += ["## New facts kept at equal hallucination", "", *rows, ""]
-    lines += ["## All points", "", *points_table(points)]
+        lines += ["", "## New facts kept at equal hallucination", "", *rows]
+    lines += ["", "## All points", "", *points_table(points)]
     if agreed:
         lines += ["", "Agreement of judges on the same answers:", "", *agreement_lines(agreed)]
     return "\n".join(lines) + "\n"
@@ -398,19 +396,20 @@ def summary(points, folder, agreed):
 
 def points_table(points):
     """One row a point; how it was steered only where that differs between points."""
-    def value(p, key):  # None where the setting had no say
-        x = next((x for x, keys in SETTINGS.items() if key in keys), "key")
-        return p.get(key) if p.get(x) else None
-    def differs(key):  # within a trait, since every trait has its own vector
-        return any(len({value(p, key) for p in points if p.get("trait") == trait} - {None}) > 1 for trait in {p.get("trait") for p in points})
-    extra = [key for keys in SETTINGS.values() for key in keys if differs(key)] + ["system_prompt"] * any(p.get("system_prompt") for p in points)
-    lines = [f"| data | trait | training coef | inference coef |{''.join(f' {key} |' for key in extra)} trait score [95%] | answers (unscored) | new facts | general knowledge / MMLU | seed |", "|---" * (9 + len(extra)) + "|"]
-    order = lambda p: (str(p.get("dataset") or ""), str(p.get("trait")), *(str(value(p, key) or "") for key in extra), p.get("train_coef") or 0, p["inference_coef"], str(p.get("train_seed")))
+    extra = [(key, x, i) for x, keys in SETTINGS.items() for i, key in enumerate(keys)  # within a trait, since every trait has its own vector
+             if any(len({setting_of(p, x)[i] for p in points if p.get(x) and p.get("trait") == trait}) > 1 for trait in TRAITS)]
+    prompts = any(p.get("system_prompt") for p in points)
+    def how(p):
+        return [str((setting_of(p, x)[i] if p.get(x) else None) or "-") for _, x, i in extra] + [(p.get("system_prompt") or "-")[:60].replace("|", "/").replace("\n", " ")] * prompts
+    names = [*(key for key, *_ in extra), *["system_prompt"] * prompts]
+    lines = [f"| data | trait | training coef | inference coef |{''.join(f' {name} |' for name in names)} trait score [95%] | answers (unscored) | new facts | general knowledge / MMLU | seed |",
+             "|---" * (9 + len(names)) + "|"]
+    order = lambda p: (str(p.get("dataset") or ""), str(p.get("trait")), how(p), p.get("train_coef") or 0, p["inference_coef"], str(p.get("train_seed")))
     for p in sorted(points, key=order):
         flag = " (under 90% scored)" if (p.get("trait_unscored") or 0) > 0.1 * ((p.get("trait_n") or 0) + (p.get("trait_unscored") or 0)) else ""
         name = "before training" if p.get("adapter") is None else p.get("dataset")
         lines.append(f"| {name} | {p.get('trait')} | {'-' if p.get('train_coef') is None else format(p['train_coef'], 'g')} | {p['inference_coef']:g} |"
-                     + "".join(f" {str(value(p, key) or '-')[:60].replace('|', '/')} |" for key in extra) + f" {cell(p, 'trait_score', 'trait_ci')} | "
+                     + "".join(f" {text} |" for text in how(p)) + f" {cell(p, 'trait_score', 'trait_ci')} | "
                      f"{p.get('trait_n', 0)} ({p.get('trait_unscored', 0)}){flag} | {cell(p, 'fact_accuracy', 'fact_ci')} | {cell(p, 'mmlu_accuracy', 'mmlu_ci')} | {p.get('train_seed')} |")
     return lines
 
