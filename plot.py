@@ -147,7 +147,7 @@ def describe(points):
     judges = sorted({p["judge"] for p in points})
     text = f"{', '.join(models)}; judge: {', '.join(judges)}; {', '.join(parts)}; bars: 95% intervals"
     seeds = {p.get("train_seed") for p in points if p.get("adapter")}
-    return text + (f" over questions\nup to {len(seeds)} training seeds: means, black dots for single seeds; where there are several, bars cover questions and seeds (Student's t)" if len(seeds) > 1 else "")
+    return text + (f" over questions\nup to {len(seeds)} training seeds: means, small dots for single seeds; where there are several, bars cover questions and seeds (Student's t)" if len(seeds) > 1 else "")
 
 
 def finish(figure, title, shown, path):
@@ -201,6 +201,8 @@ def tradeoff(points, path):
             axis.plot([h[1] for _, h, _ in line], [f[1] for _, _, f in line], marker="os^Dv"[n % 5], linestyle=["-", "--", ":", "-."][n % 4], color=color, label=name)
             for value, h, f in line:
                 axis.errorbar(h[1], f[1], xerr=[[h[1] - h[2]], [h[3] - h[1]]], yerr=[[f[1] - f[2]], [f[3] - f[1]]], color=color, alpha=0.2)
+                if len(h[5]) == len(f[5]) > 1:
+                    axis.plot(h[5], f[5], ".", color=color, markersize=4, alpha=0.6)
                 if value:
                     axis.annotate(f"{value:g}", (h[1], f[1]), xytext=(-5, 4), textcoords="offset points", fontsize=8, color=color, ha="right")
     marks = [("before training", "*", [base] if base else []), ("plain finetuning", "o", plain_of(facts))]

@@ -152,4 +152,4 @@ while IFS= read -r line; do
             touch "$mark" ;;
     esac
 done < <(plan)
-echo "finished in $((SECONDS - begin)) s: $OUT/fig1.png $OUT/fig2.png $OUT/summary.md $OUT/report.html"
+echo "finished in $((SECONDS - begin)) s: $OUT/fig1.png $OUT/tradeoff.png $OUT/fig2.png $OUT/summary.md $OUT/report.html"
