@@ -181,7 +181,7 @@ def main():
             if not wanted(f"{name}, {title}"):
                 continue
             folder, clock = tempfile.mkdtemp(), Clock(steps // 2, steps - 4, args.profile and title == "steered")
-            settings = SimpleNamespace(epochs=1, lr=1e-5, batch_size=16, max_steps=-1, seed=0)
+            settings = SimpleNamespace(epochs=1, lr=1e-5, batch_size=16, max_steps=-1, seed=0, positions="all")
             start = time.perf_counter()
             with steering(model.get_base_model(), offsets) as steer, compiled(model):
                 trainer = make_trainer(model, data, folder, settings, [clock])
