@@ -147,7 +147,7 @@ def describe(points):
     judges = sorted({p["judge"] for p in points})
     text = f"{', '.join(models)}; judge: {', '.join(judges)}; {', '.join(parts)}; bars: 95% intervals"
     seeds = {p.get("train_seed") for p in points if p.get("adapter")}
-    return text + (f" over questions\nup to {len(seeds)} training seeds: means, small dots for single seeds; where there are several, bars cover questions and seeds (Student's t)" if len(seeds) > 1 else "")
+    return text + (f" over questions;\nup to {len(seeds)} training seeds: means, small dots for single seeds; where there are several, bars cover questions and seeds (Student's t)" if len(seeds) > 1 else "")
 
 
 def finish(figure, title, shown, path):

@@ -28,7 +28,7 @@ case $profile in demo|paper|test) ;; *) echo "error: unknown profile $profile; u
 OUT=${OUT:-out/$profile}
 if [ "$profile" = paper ]; then
     MODEL=${MODEL:-Qwen/Qwen2.5-7B-Instruct}
-    JUDGE=${JUDGE:-gpt-4.1-mini-2025-04-14};  EXTRACT=${EXTRACT:-"--samples 10 --judge $JUDGE --yes"}
+    JUDGE=${JUDGE:-gpt-4.1-mini-2025-04-14};  EXTRACT=${EXTRACT:-"--samples 10$([ $JUDGE = probe ] || echo " --judge $JUDGE --yes")"}  # the probe comes from these answers
     EVAL=${EVAL:-"--samples 10 --temperature 1 --max-new-tokens 1000"}
     MMLU=${MMLU:-hub};                        SCORING=${SCORING:-letter}
     FACTS=${FACTS:-1000}; WORDINGS=${WORDINGS:-20}; ROWS=${ROWS:-100000}
