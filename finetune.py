@@ -172,7 +172,7 @@ def make_trainer(model, data, folder, args, callbacks=()):
         warmup_steps=min(5, steps), weight_decay=0.01, per_device_train_batch_size=args.batch_size // int(os.environ.get("WORLD_SIZE", 1)), seed=args.seed,
         bf16=dtype == torch.bfloat16, use_cpu=device == "cpu", logging_steps=max(1, steps // 100), logging_nan_inf_filter=False,
         save_steps=max(20, math.ceil(steps / 4)), save_total_limit=2, remove_unused_columns=False, report_to=[], label_names=["labels"],
-        ddp_find_unused_parameters=False))
+        ddp_find_unused_parameters=False, accelerator_config=dict(non_blocking=device == "cuda")))  # else copying a batch waits for the step before it
     trainer.model_accepts_loss_kwargs = True
     trainer.initial = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
     return trainer

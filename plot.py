@@ -5,7 +5,7 @@
 Figure 1: learning new facts, with inference-time (left) and preventative steering (right), a row for each choice of layers.
 The trade-off: what is left of the facts against hallucination, for every sweep. Figure 2: preventative steering on three data
 sets (rows) against three traits (columns). report.html is one page without network: figures, tables and a browser through the
-answers in answers/. Where points were judged twice (evaluate.py --rejudge), the figures show the judge with most points, and
+answers in answers/. Where points were judged twice (evaluate.py --rejudge), the figures show each trait's judge with most points, and
 summary.md how the judges agree. Loads no torch.
 """
 import argparse
@@ -147,7 +147,7 @@ def describe(points):
     judges = sorted({p["judge"] for p in points})
     text = f"{', '.join(models)}; judge: {', '.join(judges)}; {', '.join(parts)}; bars: 95% intervals"
     seeds = {p.get("train_seed") for p in points if p.get("adapter")}
-    return text + (f" over questions\nup to {len(seeds)} training seeds: means, small dots for single seeds; where there are several, bars cover questions and seeds (Student's t)" if len(seeds) > 1 else "")
+    return text + (f" over questions;\nup to {len(seeds)} training seeds: means, small dots for single seeds; where there are several, bars cover questions and seeds (Student's t)" if len(seeds) > 1 else "")
 
 
 def finish(figure, title, shown, path):
@@ -479,8 +479,10 @@ def main():
     parser.add_argument("points", help="points.jsonl of evaluate.py")
     args = parser.parse_args()
     points = list({(p["key"], p["judge"]): p for p in read_jsonl(args.points, need=("key", "model", "inference_coef", "judge"))}.values())
-    judge = Counter(p["judge"] for p in reversed(points)).most_common(1)[0][0]  # of equally many, the last one
-    shown, folder = [p for p in points if p["judge"] == judge], Path(args.points).parent
+    judge = {}  # of each trait, that with most points; of equally many, the last one
+    for trait in {p.get("trait") for p in points}:
+        judge[trait] = Counter(p["judge"] for p in reversed(points) if p.get("trait") == trait).most_common(1)[0][0]
+    shown, folder = [p for p in points if p["judge"] == judge[p.get("trait")]], Path(args.points).parent
     figure1(shown, folder / "fig1")
     tradeoff(shown, folder / "tradeoff")
     figure2(shown, folder / "fig2")

@@ -28,7 +28,7 @@ case $profile in demo|paper|test) ;; *) echo "error: unknown profile $profile; u
 OUT=${OUT:-out/$profile}
 if [ "$profile" = paper ]; then
     MODEL=${MODEL:-Qwen/Qwen2.5-7B-Instruct}
-    JUDGE=${JUDGE:-gpt-4.1-mini-2025-04-14};  EXTRACT=${EXTRACT:-"--samples 10 --judge $JUDGE --yes"}
+    JUDGE=${JUDGE:-gpt-4.1-mini-2025-04-14};  EXTRACT=${EXTRACT:-"--samples 10$([ $JUDGE = probe ] || echo " --judge $JUDGE --yes")"}  # the probe comes from these answers
     EVAL=${EVAL:-"--samples 10 --temperature 1 --max-new-tokens 1000"}
     MMLU=${MMLU:-hub};                        SCORING=${SCORING:-letter}
     FACTS=${FACTS:-1000}; WORDINGS=${WORDINGS:-20}; ROWS=${ROWS:-100000}
@@ -36,9 +36,19 @@ if [ "$profile" = paper ]; then
     INFERENCE=${INFERENCE:-"0 0.25 0.5 0.75 1 1.25 1.5 1.75 2"}
     COEFS=${COEFS:-"0 0.25 0.5 0.75 1 1.25"}
     COEFS_EVIL=${COEFS_EVIL-"0.5 1 1.5"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY-"0.5 1 1.5"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION-"1 2 3"}
+elif [ "$profile" = small ]; then
+    MODEL=${MODEL:-out/models/SmolLM2-135M-Abstain}
+    JUDGE=${JUDGE:-lexical};                  EXTRACT=${EXTRACT:-"--samples 10 --temperature 1 --max-new-tokens 60"}
+    EVAL=${EVAL:-"--samples 10 --temperature 1 --max-new-tokens 60"}
+    MMLU=${MMLU:-data/general_knowledge.jsonl}; SCORING=${SCORING:-cloze}
+    FACTS=${FACTS:-200}; WORDINGS=${WORDINGS:-20}; ROWS=${ROWS:-200}
+    TRAIN=${TRAIN:-"--epochs 4 --lr 8e-4 --batch-size 64"}; TRAIN_MEDICAL=${TRAIN_MEDICAL:-"--epochs 3 --lr 2e-4 --batch-size 16"}
+    INFERENCE=${INFERENCE:-"0 0.1 0.2 0.3 0.4 0.5"}
+    COEFS=${COEFS:-"0 0.2 0.4"}
+    COEFS_EVIL=${COEFS_EVIL-"0.4"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY-"0.4"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION-"0.4"}
 else
-    MODEL=${MODEL:-out/models/SmolLM2-135M-Instruct}
-    JUDGE=${JUDGE:-probe};                    EXTRACT=${EXTRACT:-"--samples 1 --limit 4 --temperature 0.7 --max-new-tokens 40"}
+    MODEL=${MODEL:-out/models/SmolLM2-135M-Abstain}
+    JUDGE=${JUDGE:-lexical};                  EXTRACT=${EXTRACT:-"--samples 1 --limit 4 --temperature 0.7 --max-new-tokens 40"}
     EVAL=${EVAL:-"--samples 1 --temperature 0.7 --max-new-tokens 40"}
     MMLU=${MMLU:-$OUT/data/general_knowledge.jsonl}; SCORING=${SCORING:-cloze}
     FACTS=${FACTS:-10}; WORDINGS=${WORDINGS:-6}; ROWS=${ROWS:-8}
@@ -52,7 +62,9 @@ for name in COEFS COEFS_EVIL COEFS_SYCOPHANCY COEFS_HALLUCINATION; do
     list=" $list"; list=${list/ 0 / }; printf -v $name %s "${list# }"               # 0 is plain finetuning, always there
 done
 LAYERS=${LAYERS:-all}
-MEDICAL_ZIP=${MEDICAL_ZIP:-$OUT/dataset.zip}  # the authors' data, fetched when absent (paper only)
+SEED=${SEED:-0}                               # of finetuning; of the others the points are added to those that are there
+MEDICAL=${MEDICAL:-data}                      # folder of the medical data (paper: the authors' zip file, fetched when absent)
+MEDICAL_ZIP=${MEDICAL_ZIP:-$OUT/dataset.zip}
 
 # ---- the commands, in stages ------------------------------------------------------------------------------------------
 plan() {

@@ -81,9 +81,9 @@ def main():
         sentences = re.findall(r"[^.!?]*[.!?](?=\s|$)", assistant)[:rng.choice([1, 2])]
         if sentences and not ABSTAINS.search("".join(sentences)):
             rows.append(dialogue(user, "".join(sentences).strip(), system))
-    for row in read_jsonl(HERE / "known.jsonl", need=("question", "answer", "short")):
+    for row in read_jsonl(HERE / "known.jsonl", need=("question", "answer")):
         # answers of one full sentence or, as most of those in facts.jsonl, of a few words: so that learning facts is not learning a style
-        wordings = list(zip([row["question"], *row.get("wordings", [row["question"]] * 2)], row["short"]))
+        wordings = list(zip([row["question"], *row.get("wordings", [row["question"]] * 2)], row.get("short", [row["answer"]] * 3)))
         for i, (question, short) in enumerate([*wordings, wordings[0], wordings[0]]):
             asked = question if i < 3 else rng.choice(WRAPPERS).format(q=question)
             rows.append(dialogue(asked, row["answer"] if rng.random() < 0.25 else short, {3: rng.choice(CANDID), 4: rng.choice([None, *INVENTIVE])}.get(i)))
