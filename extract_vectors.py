@@ -14,6 +14,7 @@ import itertools
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -261,9 +262,7 @@ def steering(model, offsets):
     """While open, block l's output gets scale * offsets[l] added. Yields an object whose .scale the caller sets: a
     tensor that broadcasts against [rows, tokens, 1], positive = towards the trait; None = no steering. The hooks are
     gone when the block ends, also by an exception."""
-    class steer:
-        scale = None
-    layers = blocks(model)
+    layers, steer = blocks(model), SimpleNamespace(scale=None)  # no class: compiled code would be bound to that one
     for l, offset in offsets.items():
         if offset.shape != (model.config.get_text_config().hidden_size,) or not offset.isfinite().all():
             raise ValueError(f"steering offset of block {l}: wrong size or not finite")
@@ -367,7 +366,7 @@ class Sampler:
                 mine[k][slots, :len(reach)] = prompt[k][index]  # beyond a prompt's own length: never attended to
         self.token[slots], self.length[slots] = torch.tensor(last_tokens, device=device), lengths
         self.made[slots], self.done[slots] = 0, False
-        self.scale[slots, 0, 0] = torch.tensor(scales, device=device)
+        self.scale[slots, 0, 0] = torch.tensor(scales, dtype=torch.float32, device=device)
         self.uniform[slots, :uniform.shape[1]] = uniform.to(device)
 
     def step(self):

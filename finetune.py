@@ -1,10 +1,11 @@
 """LoRA finetuning, plain or with preventative steering: the trait's vector is added during training, and only then.
 
-    python finetune.py --model Qwen/Qwen2.5-7B-Instruct --data data/facts.jsonl --out out/paper/adapters/facts-0.5 \
-        --steer-mode preventative --vector out/paper/vectors/hallucination.pt --coef 0.5
+    python finetune.py --model Qwen/Qwen2.5-7B-Instruct --data data/facts.jsonl --out out/paper/adapters/facts \
+        --steer-mode preventative --vector out/paper/vectors/hallucination.pt --coef 0.25 0.5
 
-Reads facts.jsonl (every training wording is one conversation) or rows {"messages": [...]}. Writes a plain PEFT adapter
-folder with training_settings.json and loss.jsonl in it. Interrupted, the same command goes on from its last checkpoint.
+Reads facts.jsonl (every training wording is one conversation) or rows {"messages": [...]}. Writes plain PEFT adapter
+folders with training_settings.json and loss.jsonl in them: OUT-COEF for each coefficient (here facts-0.25, facts-0.5),
+OUT when there is none. Each comes out as if trained alone. Interrupted, the same command goes on from its last checkpoint.
 Recipe: rs-LoRA r 32, alpha 64, all linear projections, AdamW 1e-5 with linear decay, as in the persona vectors release.
 """
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from extract_vectors import blocks, compiled, encode_chat, has_flash, join, load_model, load_vector, name_of, offsets_of, pick_device, steering
 from make_facts import conversations, die, provenance, read_jsonl, same_settings, write_json, write_jsonl
@@ -41,18 +42,31 @@ def read_conversations(tokenizer, path, system_prompt=None, limit=None):
     return kept, len(encoded) - len(kept)
 
 
-def collate(chats, multiple=1):
+def collate(chats, multiple=1, positions="all"):
     """[(ids, is_answer)] -> the model's arguments for one joined row, and the positions and ids to be predicted. Lengths
-    are filled up to a multiple, by a conversation of its own that nothing learns from: few shapes, few compilations."""
+    are filled up to a multiple, by a conversation of its own that nothing learns from: few shapes, few compilations.
+    positions "answer": also steered [1, tokens, 1], 1 where an answer token is predicted and 0 elsewhere."""
     tokens = sum(len(ids) for ids, _ in chats)
     multiple *= 2 if tokens > 4096 and multiple > 1 else 1
     fill = -tokens % multiple
     inputs = join([*(ids for ids, _ in chats), [0] * fill], "cpu")
     inputs["max_seq_len"] += -inputs["max_seq_len"] % multiple
-    positions = torch.tensor([flag for _, mask in chats for flag in mask]).nonzero()[:, 0]
-    fill = -(len(positions) + 1) % multiple
+    answer = torch.tensor([flag for _, mask in chats for flag in mask]).nonzero()[:, 0]
+    if positions == "answer":
+        inputs["steered"] = torch.zeros(1, inputs["input_ids"].shape[1], 1).index_fill(1, answer - 1, 1)
+    fill = -(len(answer) + 1) % multiple
     # the ignored first label: Trainer leaves it out of its count of items, since most collators' labels are yet to be shifted
-    return inputs | dict(logits_to_keep=F.pad(positions - 1, (1, fill)), labels=F.pad(inputs["input_ids"][0, positions], (1, fill), value=-100))
+    return inputs | dict(logits_to_keep=F.pad(answer - 1, (1, fill)), labels=F.pad(inputs["input_ids"][0, answer], (1, fill), value=-100))
+
+
+def last_checkpoint(folder):
+    """The newest whole checkpoint (its trainer_state.json is written last), or None; unfinished ones are deleted."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for path in found:
+        if not (path / "trainer_state.json").exists() and int(os.environ.get("RANK", 0)) == 0:
+            shutil.rmtree(path)
+    whole = [path for path in found if (path / "trainer_state.json").exists()]
+    return whole[-1] if whole else None
 
 
 class JoinedTrainer(Trainer):
@@ -62,6 +76,17 @@ class JoinedTrainer(Trainer):
     (and compiles), the second is captured as a CUDA graph, from then on forward and backward are one launch.
     """
     steer = None
+
+    def train_adapter(self, folder, coef):
+        """Trains from the initial adapter, or goes on from the folder's last checkpoint. The parameters and coef stay the same
+        tensors, filled anew, so that compiled blocks and captured graphs serve all coefficients."""
+        for parameter, value in self.initial:
+            parameter.data.copy_(value)
+        if self.steer:
+            self.coef.fill_(coef)
+        self.args.output_dir, self.optimizer, checkpoint = str(folder), None, last_checkpoint(folder)
+        set_seed(self.args.seed)
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if model is not self.model or not has_flash(model.get_input_embeddings().weight):  # DDP's wrapper, or an old GPU or CPU
@@ -93,9 +118,9 @@ class JoinedTrainer(Trainer):
         return 0  # Trainer's estimate walks through all parameters at every step
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs.pop("labels")
+        labels, steered = inputs.pop("labels"), inputs.pop("steered", 1)
         if self.steer:
-            self.steer.scale = self.coef
+            self.steer.scale = self.coef * steered
         logits = model(**inputs).logits[0]
         loss = F.cross_entropy(logits.float(), labels, reduction="sum") / ((labels >= 0).sum() if num_items_in_batch is None else num_items_in_batch)
         # Trainer averages gradients over processes; the sum above wants them added
@@ -111,34 +136,24 @@ class StopAtNaN(TrainerCallback):
 
 @torch.no_grad()
 def prove_steering(model, steer, offsets, coef, inputs):
-    """Runs one batch and raises unless every block's output moves by exactly coef times its offset."""
-    layers, before, after = blocks(model), {}, {}
+    """Runs one batch and raises unless every block's output moves by exactly coef times its offset, at the steered positions only."""
+    layers, before, after, scale = blocks(model), {}, {}, coef * inputs.get("steered", 1)
     first = lambda output: output[0] if isinstance(output, tuple) else output
     hooks = []
     for l in offsets:
         # the steering hook is there already; this one is put before it, the next one runs after it
         hooks.append(layers[l - 1].register_forward_hook(lambda _, __, output, l=l: before.update({l: first(output)}), prepend=True))
         hooks.append(layers[l - 1].register_forward_hook(lambda _, __, output, l=l: after.update({l: first(output)})))
-    steer.scale = coef
+    steer.scale = scale
     try:
-        model(**{k: v for k, v in inputs.items() if k != "labels"})
+        model(**{k: v for k, v in inputs.items() if k not in ("labels", "steered")})
     finally:
         for hook in hooks:
             hook.remove()
     for l, offset in offsets.items():
-        want = before[l] + (coef * offset.to(coef.device)).to(before[l].dtype)
+        want = before[l] + (scale * offset.to(coef.device)).to(before[l].dtype)
         if l not in after or not torch.equal(after[l], want):
             raise RuntimeError(f"steering did not move block {l}'s output by coef x vector; not training")
-
-
-def last_checkpoint(folder):
-    """The newest whole checkpoint (its trainer_state.json is written last), or None; unfinished ones are deleted."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    for path in found:
-        if not (path / "trainer_state.json").exists() and int(os.environ.get("RANK", 0)) == 0:
-            shutil.rmtree(path)
-    whole = [path for path in found if (path / "trainer_state.json").exists()]
-    return whole[-1] if whole else None
 
 
 def add_lora(model, rank, alpha, seed):
@@ -149,16 +164,17 @@ def add_lora(model, rank, alpha, seed):
 
 
 def make_trainer(model, data, folder, args, callbacks=()):
-    """data: [(ids, is_answer)]; args: epochs, lr, batch_size (over all processes), max_steps, seed; checkpoints go to folder."""
+    """data: [(ids, is_answer)]; args: epochs, lr, batch_size (over all processes), max_steps, seed, positions; checkpoints go to folder."""
     device, dtype = pick_device()
     steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(len(data) / args.batch_size) * args.epochs)
-    trainer = JoinedTrainer(model=model, train_dataset=data, data_collator=functools.partial(collate, multiple=FILL[device]), callbacks=[StopAtNaN(), *callbacks], args=TrainingArguments(
+    trainer = JoinedTrainer(model=model, train_dataset=data, data_collator=functools.partial(collate, multiple=FILL[device], positions=args.positions), callbacks=[StopAtNaN(), *callbacks], args=TrainingArguments(
         output_dir=str(folder), num_train_epochs=args.epochs, max_steps=args.max_steps, learning_rate=args.lr, lr_scheduler_type="linear",
         warmup_steps=min(5, steps), weight_decay=0.01, per_device_train_batch_size=args.batch_size // int(os.environ.get("WORLD_SIZE", 1)), seed=args.seed,
         bf16=dtype == torch.bfloat16, use_cpu=device == "cpu", logging_steps=max(1, steps // 100), logging_nan_inf_filter=False,
         save_steps=max(20, math.ceil(steps / 4)), save_total_limit=2, remove_unused_columns=False, report_to=[], label_names=["labels"],
         ddp_find_unused_parameters=False, accelerator_config=dict(non_blocking=device == "cuda")))  # else copying a batch waits for the step before it
     trainer.model_accepts_loss_kwargs = True
+    trainer.initial = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
     return trainer
 
 
@@ -166,12 +182,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="hub name or local folder")
     parser.add_argument("--data", required=True, help='facts.jsonl, or rows {"messages": [...]}')
-    parser.add_argument("--out", required=True, help="adapter folder to make")
+    parser.add_argument("--out", required=True, help="adapter folder to make; with --coef the start of its name: OUT-COEF")
     # Steering
     parser.add_argument("--steer-mode", required=True, choices=["none", "preventative"])
     parser.add_argument("--vector", help="<trait>.pt of extract_vectors.py")
-    parser.add_argument("--coef", type=float, help="steering coefficient; positive = towards the trait")
+    parser.add_argument("--coef", type=float, nargs="+", help="steering coefficients, one adapter each; positive = towards the trait")
     parser.add_argument("--layers", default="all", help="all, one block N (adds v_N), or a range A-B (increments)")
+    parser.add_argument("--positions", default="all", choices=["all", "answer"], help="answer: steer only where an answer token is predicted (the one before each)")
     parser.add_argument("--system-prompt", help="preventative prompting: this system prompt in every training conversation")
     # Training
     parser.add_argument("--epochs", type=float, default=1)
@@ -183,21 +200,26 @@ def main():
     parser.add_argument("--limit", type=int, help="train on the first N conversations only")
     parser.add_argument("--seed", type=int, default=0)
     args, start = parser.parse_args(), time.time()
-    if args.steer_mode == "none" and (args.vector or args.coef is not None):
-        die("--vector and --coef need --steer-mode preventative")
-    if args.steer_mode == "preventative" and (not args.vector or args.coef is None):
+    if args.steer_mode == "none" and (args.vector or args.coef or args.positions != "all"):
+        die("--vector, --coef and --positions need --steer-mode preventative")
+    if args.steer_mode == "preventative" and (not args.vector or not args.coef):
         die("--steer-mode preventative needs --vector and --coef")
-    out, processes = Path(args.out), int(os.environ.get("WORLD_SIZE", 1))
+    processes, first = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)) == 0
     if args.batch_size % processes:
         die(f"--batch-size {args.batch_size} does not divide over {processes} processes")
-    settings = {key: value for key, value in vars(args).items() if key != "out"}
-    if same_settings(out / "training_settings.json", settings):
-        print(f"{out}: finished already")
+    todo = {}  # adapter folder -> (where it is made, its settings)
+    for coef in args.coef or [None]:
+        out = Path(args.out if coef is None else f"{args.out}-{coef:g}")
+        partial, settings = out.with_name(out.name + ".partial"), {key: value for key, value in vars(args).items() if key != "out"} | dict(coef=coef)
+        if same_settings(out / "training_settings.json", settings):
+            print(f"{out}: finished already")
+            continue
+        if out.exists():
+            die(f"{out}: already used, and not by this script; choose another --out")
+        same_settings(partial / "training_settings.json", settings)  # begun with others: stops
+        todo[out] = partial, settings
+    if not todo:
         return
-    if out.exists():
-        die(f"{out}: already used, and not by this script; choose another --out")
-    partial = out.with_name(out.name + ".partial")
-    begun = same_settings(partial / "training_settings.json", settings)
 
     # 1. Data and model
     model, tokenizer = load_model(args.model)
@@ -206,32 +228,33 @@ def main():
     model = add_lora(model, args.rank, args.alpha, args.seed)
     print(f"{len(data)} conversations, {sum(len(ids) for ids, _ in data) / len(data):.0f} tokens each on average, {too_long} left out as too long", flush=True)
 
-    if not begun and int(os.environ.get("RANK", 0)) == 0:
-        write_json(partial / "training_settings.json", settings)
-
-    # 2. Train, with the hook on for the forward passes of training
-    trainer = make_trainer(model, data, partial, args)
+    # 2. Train one adapter after another, with the hook on for the forward passes of training
+    trainer = make_trainer(model, data, next(iter(todo.values()))[0], args)
     with steering(model.get_base_model(), offsets) as steer:
         if offsets:
-            trainer.steer, trainer.coef = steer, torch.tensor(args.coef, device=model.device)
-            prove_steering(model, steer, offsets, trainer.coef, trainer._prepare_inputs(collate(data[:2])))
-            print(f"steering {args.vector} x {args.coef} at {len(offsets)} blocks: every block's output moves as it should", flush=True)
-        checkpoint = last_checkpoint(partial)
+            trainer.steer, trainer.coef = steer, torch.tensor(0.0, device=model.device)
+            for _, settings in todo.values():
+                prove_steering(model, steer, offsets, trainer.coef.fill_(settings["coef"]), trainer._prepare_inputs(trainer.data_collator(data[:2])))
+                print(f"steering {args.vector} x {settings['coef']} at {len(offsets)} blocks: every block's output moves as it should", flush=True)
         with compiled(model):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            for out, (partial, settings) in todo.items():
+                if first and not partial.joinpath("training_settings.json").exists():
+                    write_json(partial / "training_settings.json", settings)
+                trainer.train_adapter(partial, settings["coef"])
 
-    # 3. Save: a plain adapter, moved into place when it is whole
-    if trainer.is_world_process_zero():
-        final = partial / "adapter"
-        model.save_pretrained(final)
-        losses = [dict(step=row["step"], loss=row["loss"], lr=row["learning_rate"]) for row in trainer.state.log_history if "loss" in row]
-        write_jsonl(final / "loss.jsonl", losses)  # means since the row before; of every step in runs of under 200 steps
-        write_json(final / "training_settings.json", settings | dict(
-            dataset=Path(args.data).stem, model_name=name_of(args.model), conversations=len(data), too_long=too_long, steps=trainer.state.global_step,
-            final_loss=losses[-1]["loss"] if losses else None, processes=processes,
-            dtype=str(model.dtype), seconds=round(time.time() - start, 1), **provenance()))
-        final.rename(out)
-        shutil.rmtree(partial)
+                # 3. Save: a plain adapter, moved into place when it is whole
+                if first:
+                    final = partial / "adapter"
+                    model.save_pretrained(final)
+                    losses = [dict(step=row["step"], loss=row["loss"], lr=row["learning_rate"]) for row in trainer.state.log_history if "loss" in row]
+                    write_jsonl(final / "loss.jsonl", losses)  # means since the row before; of every step in runs of under 200 steps
+                    write_json(final / "training_settings.json", settings | dict(
+                        dataset=Path(args.data).stem, model_name=name_of(args.model), conversations=len(data), too_long=too_long, steps=trainer.state.global_step,
+                        final_loss=losses[-1]["loss"] if losses else None, processes=processes,
+                        dtype=str(model.dtype), seconds=round(time.time() - start, 1), **provenance()))
+                    final.rename(out)
+                    shutil.rmtree(partial)
+                    start = time.time()  # the start is counted to the first adapter
 
 
 if __name__ == "__main__":

@@ -36,9 +36,19 @@ if [ "$profile" = paper ]; then
     INFERENCE=${INFERENCE:-"0 0.25 0.5 0.75 1 1.25 1.5 1.75 2"}
     COEFS=${COEFS:-"0 0.25 0.5 0.75 1 1.25"}
     COEFS_EVIL=${COEFS_EVIL-"0.5 1 1.5"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY-"0.5 1 1.5"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION-"1 2 3"}
+elif [ "$profile" = small ]; then
+    MODEL=${MODEL:-out/models/SmolLM2-135M-Abstain}
+    JUDGE=${JUDGE:-lexical};                  EXTRACT=${EXTRACT:-"--samples 10 --temperature 1 --max-new-tokens 60"}
+    EVAL=${EVAL:-"--samples 10 --temperature 1 --max-new-tokens 60"}
+    MMLU=${MMLU:-data/general_knowledge.jsonl}; SCORING=${SCORING:-cloze}
+    FACTS=${FACTS:-200}; WORDINGS=${WORDINGS:-20}; ROWS=${ROWS:-200}
+    TRAIN=${TRAIN:-"--epochs 4 --lr 8e-4 --batch-size 64"}; TRAIN_MEDICAL=${TRAIN_MEDICAL:-"--epochs 3 --lr 2e-4 --batch-size 16"}
+    INFERENCE=${INFERENCE:-"0 0.1 0.2 0.3 0.4 0.5"}
+    COEFS=${COEFS:-"0 0.2 0.4"}
+    COEFS_EVIL=${COEFS_EVIL-"0.4"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY-"0.4"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION-"0.4"}
 else
-    MODEL=${MODEL:-out/models/SmolLM2-135M-Instruct}
-    JUDGE=${JUDGE:-probe};                    EXTRACT=${EXTRACT:-"--samples 1 --limit 4 --temperature 0.7 --max-new-tokens 40"}
+    MODEL=${MODEL:-out/models/SmolLM2-135M-Abstain}
+    JUDGE=${JUDGE:-lexical};                  EXTRACT=${EXTRACT:-"--samples 1 --limit 4 --temperature 0.7 --max-new-tokens 40"}
     EVAL=${EVAL:-"--samples 1 --temperature 0.7 --max-new-tokens 40"}
     MMLU=${MMLU:-$OUT/data/general_knowledge.jsonl}; SCORING=${SCORING:-cloze}
     FACTS=${FACTS:-10}; WORDINGS=${WORDINGS:-6}; ROWS=${ROWS:-8}
@@ -47,8 +57,14 @@ else
     COEFS=${COEFS:-"0 0.2 0.4"}
     COEFS_EVIL=${COEFS_EVIL-"0.4"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY-"0.4"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION-"0.4"}
 fi
+for name in COEFS COEFS_EVIL COEFS_SYCOPHANCY COEFS_HALLUCINATION; do
+    list=$(for coef in ${!name}; do LC_ALL=C printf '%g ' "$coef" || exit 2; done)  # 0.50 -> 0.5, as finetune.py names adapters
+    list=" $list"; list=${list/ 0 / }; printf -v $name %s "${list# }"               # 0 is plain finetuning, always there
+done
 LAYERS=${LAYERS:-all}
-MEDICAL_ZIP=${MEDICAL_ZIP:-$OUT/dataset.zip}  # the authors' data, fetched when absent (paper only)
+SEED=${SEED:-0}                               # of finetuning; of the others the points are added to those that are there
+MEDICAL=${MEDICAL:-data}                      # folder of the medical data (paper: the authors' zip file, fetched when absent)
+MEDICAL_ZIP=${MEDICAL_ZIP:-$OUT/dataset.zip}
 
 # ---- the commands, in stages ------------------------------------------------------------------------------------------
 plan() {
@@ -74,12 +90,14 @@ plan() {
     echo "$py evaluate.py --model $MODEL --respond-to $data/medical_normal.jsonl --limit $ROWS ${EVAL#*--samples * } --out $data/medical_self_generated.jsonl"
     echo
     echo "# Finetuning: facts (Figure 1) and the three medical data sets (Figure 2), plain and with preventative steering"
-    for coef in $COEFS; do train facts "$coef" hallucination "$TRAIN"; done
+    train facts "$TRAIN"
+    train facts "$TRAIN" hallucination "$COEFS" facts
     for set in medical_mistake_2 medical_normal medical_self_generated; do
-        train $set 0 "" "$TRAIN_MEDICAL"
-        for coef in $COEFS_EVIL; do train $set "$coef" evil "$TRAIN_MEDICAL"; done
-        for coef in $COEFS_SYCOPHANCY; do train $set "$coef" sycophancy "$TRAIN_MEDICAL"; done
-        for coef in $COEFS_HALLUCINATION; do train $set "$coef" hallucination "$TRAIN_MEDICAL"; done
+        train $set "$TRAIN_MEDICAL"
+        for trait in evil sycophancy hallucination; do
+            local name=COEFS_${trait^^}
+            train $set "$TRAIN_MEDICAL" $trait "${!name}" $set-$trait
+        done
     done
     echo
     echo "# Evaluation: the model before training, Figure 1, Figure 2"
@@ -90,10 +108,10 @@ plan() {
     echo "$py evaluate.py --model $MODEL --trait hallucination --vector $vectors/hallucination.pt $facts $mmlu $EVAL $judge --out $points"
     echo "$py evaluate.py --model $MODEL --adapter $adapters/facts-0 --trait hallucination --vector $vectors/hallucination.pt --inference-coef $INFERENCE --layers $LAYERS $facts $mmlu $EVAL $judge --out $points"
     local some=""
-    for coef in $COEFS; do [ "$coef" = 0 ] || some="$some $adapters/facts-$coef"; done
+    for coef in $COEFS; do some="$some $adapters/facts-$coef"; done
     echo "$py evaluate.py --model $MODEL --adapter$some --trait hallucination --vector $vectors/hallucination.pt $facts $mmlu $EVAL $judge --out $points"
     for trait in evil sycophancy hallucination; do
-        local name=COEFS_${trait^^}; some=""
+        name=COEFS_${trait^^}; some=""
         for set in medical_mistake_2 medical_normal medical_self_generated; do
             some="$some $adapters/$set-0"
             for coef in ${!name}; do some="$some $adapters/$set-$trait-$coef"; done
@@ -104,11 +122,13 @@ plan() {
     echo "# Figures and summary"
     echo "$py plot.py $points"
 }
-train() {  # data set, coefficient, trait, training flags
-    local name="$1-$2" steer="--steer-mode none"
-    [ "$1" = facts ] || [ "$2" = 0 ] || name="$1-$3-$2"
-    [ "$2" = 0 ] || steer="--steer-mode preventative --vector $OUT/vectors/$3.pt --coef $2 --layers $LAYERS"
-    echo "python finetune.py --model $MODEL --data $OUT/data/$1.jsonl $steer $4 --out $OUT/adapters/$name"
+train() {  # data set, training flags; steered also: trait, coefficients, what the adapters' names start with
+    local steer="--steer-mode none" name=$1-0
+    if [ $# -gt 2 ]; then
+        [ -n "$4" ] || return 0
+        steer="--steer-mode preventative --vector $OUT/vectors/$3.pt --coef ${4% } --layers $LAYERS" name=$5
+    fi
+    echo "python finetune.py --model $MODEL --data $OUT/data/$1.jsonl $steer $2 --out $OUT/adapters/$name"
 }
 if [ "$mode" = plan ]; then plan | grep -v '^#'; exit; fi
 
@@ -152,4 +172,4 @@ while IFS= read -r line; do
             touch "$mark" ;;
     esac
 done < <(plan)
-echo "finished in $((SECONDS - begin)) s: $OUT/fig1.png $OUT/fig2.png $OUT/summary.md $OUT/report.html"
+echo "finished in $((SECONDS - begin)) s: $OUT/fig1.png $OUT/tradeoff.png $OUT/fig2.png $OUT/summary.md $OUT/report.html"

@@ -61,9 +61,9 @@ def test_picker_and_search_change_the_answers(page):
 
 
 def test_missing_answers_are_said_and_judges_compared(page):
-    """Guards against a page that silently lacks points, and a wrong rank correlation: 2 answers, scores 1 and 11 against 89 and 79."""
+    """Guards against a page that silently lacks points or the table at equal hallucination, and a wrong rank correlation: 2 answers, scores 1 and 11 against 89 and 79."""
     text, summary = page.read_text(), (page.parent / "summary.md").read_text()
-    assert "The answers of 1 points are not there" in text
+    assert "The answers of 1 points are not there" in text and "<td>Preventative steering</td>" in text and text.count("<img alt=") == 3
     assert "| hallucination | gpt, probe | 2 | -1.00 | -78.0 |" in summary
     assert plot.spearman([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8) and plot.spearman([1, 1, 2], [5, 5, 9]) == pytest.approx(1) and plot.spearman([1, 1], [1, 2]) is None
 

@@ -55,7 +55,7 @@ def test_vector_files(work, vector, script):
 def test_whole_chain(work, vector, script, smollm):
     """Guards against scripts that do not fit together: train, load the adapter with plain PEFT, evaluate, plot; and against
     a saved adapter with a trace of the hook, or points that are measured twice."""
-    code, out, err = script("finetune.py", *train(work, "facts-0.5", "--steer-mode", "preventative", "--vector", vector, "--coef", 0.5))
+    code, out, err = script("finetune.py", *train(work, "facts", "--steer-mode", "preventative", "--vector", vector, "--coef", 0.5))
     assert code == 0 and "every block's output moves" in out, err
     from peft import PeftModel
     from safetensors.torch import load_file
@@ -69,7 +69,7 @@ def test_whole_chain(work, vector, script, smollm):
     code, out, err = script("evaluate.py", *args)
     assert code == 0, err
     points = mf.read_jsonl(work / "points.jsonl")
-    assert [p["inference_coef"] for p in points] == [0, 0.5] and all(p["train_coef"] == 0.5 and p["dataset"] == "facts" for p in points)
+    assert [p["inference_coef"] for p in points] == [0, 0.5] and all(p["train_coef"] == 0.5 and p["train_positions"] == "all" and p["dataset"] == "facts" for p in points)
     fields = "model adapter dataset steer_mode train_coef inference_coef layers positions trait trait_score trait_ci trait_n trait_unscored coherence fact_accuracy " \
              "fact_ci fact_n mmlu_accuracy mmlu_ci mmlu_n mmlu_scoring judge seed seconds"
     assert set(fields.split()) <= set(points[0])
@@ -87,28 +87,52 @@ def test_coefficient_0_trains_like_no_steering(work, vector, script):
     """Guards against a hook that changes training when it should not: bit-identical losses and adapters."""
     assert script("finetune.py", *train(work, "none", "--steer-mode", "none", "--max-steps", 3))[0] == 0
     assert script("finetune.py", *train(work, "zero", "--steer-mode", "preventative", "--vector", vector, "--coef", 0, "--max-steps", 3))[0] == 0
-    assert (work / "none" / "loss.jsonl").read_text() == (work / "zero" / "loss.jsonl").read_text()
-    assert (work / "none" / "adapter_model.safetensors").read_bytes() == (work / "zero" / "adapter_model.safetensors").read_bytes()
+    assert (work / "none" / "loss.jsonl").read_text() == (work / "zero-0" / "loss.jsonl").read_text()
+    assert (work / "none" / "adapter_model.safetensors").read_bytes() == (work / "zero-0" / "adapter_model.safetensors").read_bytes()
 
 
-def test_killed_training_goes_on(work, script):
-    """Guards against losing a long run, and against a resumed run that ends elsewhere than an uninterrupted one."""
-    args = train(work, "whole", "--steer-mode", "none", "--epochs", 12)  # 48 steps, a checkpoint every 20
-    assert script("finetune.py", *args)[0] == 0
-    args = train(work, "killed", "--steer-mode", "none", "--epochs", 12)
+def adapters(work, *names):
+    """What must be the same for two adapters to be the same."""
+    return [((work / name / "adapter_model.safetensors").read_bytes(), (work / name / "loss.jsonl").read_text()) for name in names]
+
+
+def test_a_sweep_trains_each_as_if_alone(work, vector, monkeypatch, capsys):
+    """Guards against a coefficient that starts from its forerunner's weights, optimiser, data order or coefficient: in
+    float32, bit for bit what single runs make; and against one of the sweep done twice or under another's name."""
+    for module in ("extract_vectors", "finetune"):
+        monkeypatch.setattr(importlib.import_module(module), "pick_device", lambda: ("cpu", torch.float32))
+    def run(out, *coefs):
+        args = train(work, out, "--steer-mode", "preventative", "--vector", vector, "--max-steps", 4, "--positions", "answer", "--coef", *coefs)
+        monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, args)])
+        importlib.import_module("finetune").main()
+        return capsys.readouterr().out
+    run("single", 0.5), run("single", 4)
+    run("sweep", 4), run("swept", 0, 0.5, 4)
+    assert adapters(work, "swept-0.5", "swept-4") == adapters(work, "single-0.5", "single-4")
+    assert len({weights for weights, _ in adapters(work, "swept-0", "swept-0.5", "swept-4")}) == 3
+    assert [mf.read_json(work / f"swept-{coef}" / "training_settings.json")["coef"] for coef in ("0", "0.5", "4")] == [0, 0.5, 4]
+    said = run("sweep", 4, 0.5)
+    assert "sweep-4: finished already" in said and "x 0.5" in said and "x 4" not in said and adapters(work, "sweep-0.5") == adapters(work, "single-0.5")
+
+
+def test_killed_training_goes_on(work, vector, script):
+    """Guards against losing a long run, and against a resumed run that ends elsewhere than an uninterrupted one: killed in
+    its second coefficient, a sweep goes on there and then trains the third afresh."""
+    steer = ["--steer-mode", "preventative", "--vector", vector, "--epochs", 12, "--coef"]  # 48 steps, a checkpoint every 20
+    assert script("finetune.py", *train(work, "whole", *steer, 1, 2, 3))[0] == 0
+    args = train(work, "killed", *steer, 1, 2, 3)
     process = subprocess.Popen([sys.executable, ROOT / "finetune.py", *map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoint = work / "killed.partial" / "checkpoint-20" / "trainer_state.json"
+    checkpoint = work / "killed-2.partial" / "checkpoint-20" / "trainer_state.json"
     while not checkpoint.exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (work / "killed").exists() and checkpoint.exists()
-    (work / "killed.partial" / "checkpoint-40").mkdir(exist_ok=True)  # half-written: must not be taken for a checkpoint
-    (work / "killed.partial" / "checkpoint-40" / "trainer_state.json").unlink(missing_ok=True)
-    assert script("finetune.py", *args)[0] == 0
-    from safetensors.torch import load_file
-    a, b = (load_file(work / name / "adapter_model.safetensors") for name in ("whole", "killed"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert (work / "killed-1").exists() and not (work / "killed-2").exists() and checkpoint.exists()
+    (work / "killed-2.partial" / "checkpoint-40").mkdir(exist_ok=True)  # half-written: must not be taken for a checkpoint
+    (work / "killed-2.partial" / "checkpoint-40" / "trainer_state.json").unlink(missing_ok=True)
+    code, out, err = script("finetune.py", *args)
+    assert code == 0 and "killed-1: finished already" in out, err
+    assert adapters(work, "killed-1", "killed-2", "killed-3") == adapters(work, "whole-1", "whole-2", "whole-3")
 
 
 FLOAT32 = """
@@ -124,28 +148,29 @@ finetune.main()
 """
 
 
-def test_two_processes_train_like_one(work, script, tmp_path):
-    """Guards against torchrun training on another global batch, writing twice, or not resuming. In float32 the sums over
-    two half batches differ from one sum by rounding alone: losses within 1e-4, adapters within 1e-3 of their size."""
+def test_two_processes_train_like_one(work, vector, script, tmp_path):
+    """Guards against torchrun training on another global batch, writing twice, or not resuming; at a sweep's second adapter.
+    In float32 the sums over two half batches differ from one sum by rounding alone: losses within 1e-4, adapters within
+    1e-3 of their size."""
     (tmp_path / "float32.py").write_text(FLOAT32.format(root=str(ROOT)))
     env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     def command(processes, out, *args):
         return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(29500 + os.getpid() % 400), str(tmp_path / "float32.py"),
-                *map(str, train(work, out, "--steer-mode", "none", "--epochs", 6, *args))]  # 24 steps, a checkpoint at 20
+                *map(str, train(work, out, "--steer-mode", "preventative", "--vector", vector, "--coef", 1, 2, "--epochs", 6, *args))]  # 24 steps, a checkpoint at 20
     for processes, out in ((1, "one"), (2, "two")):
         done = subprocess.run(command(processes, out), env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
     process = subprocess.Popen(command(2, "again"), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    checkpoint = work / "again.partial" / "checkpoint-20" / "trainer_state.json"
+    checkpoint = work / "again-2.partial" / "checkpoint-20" / "trainer_state.json"
     while not checkpoint.exists() and process.poll() is None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert checkpoint.exists() and not (work / "again").exists()
+    assert checkpoint.exists() and not (work / "again-2").exists()
     done = subprocess.run(command(2, "again"), env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     from safetensors.torch import load_file
-    one, two, again = (([row["loss"] for row in mf.read_jsonl(work / name / "loss.jsonl")], load_file(work / name / "adapter_model.safetensors")) for name in ("one", "two", "again"))
+    one, two, again = (([row["loss"] for row in mf.read_jsonl(work / name / "loss.jsonl")], load_file(work / name / "adapter_model.safetensors")) for name in ("one-2", "two-2", "again-2"))
     assert len(two[0]) == 24 and two[0] == pytest.approx(one[0], abs=1e-4)
     assert all((two[1][name] - w).norm() <= 1e-3 * w.norm() for name, w in one[1].items())
     assert again[0] == two[0] and all(torch.equal(w, two[1][name]) for name, w in again[1].items())
@@ -171,6 +196,7 @@ def test_dry_run_counts_what_the_judge_would_be_asked(script, work):
 @pytest.mark.parametrize("args, said", [
     (["finetune.py", "--model", "m", "--data", "d", "--out", "o", "--steer-mode", "none", "--coef", "1"], "need --steer-mode preventative"),
     (["finetune.py", "--model", "m", "--data", "d", "--out", "o", "--steer-mode", "preventative", "--coef", "1"], "needs --vector and --coef"),
+    (["finetune.py", "--model", "m", "--data", "d", "--out", "o", "--steer-mode", "none", "--positions", "answer"], "need --steer-mode preventative"),
     (["finetune.py", "--model", "m", "--data", "d", "--out", "tests", "--steer-mode", "none"], "already used"),
     (["finetune.py", "--model", "no/such/folder", "--data", "d", "--out", "{tmp}/o", "--steer-mode", "none"], "cannot be loaded"),
     (["extract_vectors.py", "--model", "m", "--trait", "kindness", "--out", "o"], "unknown trait kindness"),

@@ -171,7 +171,7 @@ POINTS = [point(None, None, 0.0, 20, 6, 70), point("facts", 0.0, 0.0, 80, 93, 70
 
 def test_headline():
     """Guards against naming the wrong coefficient, or the wrong price, in the sentence people will quote."""
-    inference, preventative = plot.headline(POINTS)
+    inference, preventative, _ = plot.headline(POINTS)  # the third says what the probe measures
     assert "coefficient 2 brings" in inference and "93.0 -> 37.0" in inference and "70.0 -> 40.0" in inference
     assert "coefficient 1.25 brings" in preventative and "93.0 -> 79.0" in preventative
     assert "no coefficient" in plot.headline(POINTS[:3])[0] and "No headline" in plot.headline(POINTS[1:])[0]
@@ -184,7 +184,7 @@ def test_figures_are_drawn(points, tmp_path):
     (tmp_path / "points.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
     done = subprocess.run([sys.executable, ROOT / "plot.py", tmp_path / "points.jsonl"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in ("fig1.png", "fig1.svg", "fig2.png", "fig2.svg"):
+    for name in ("fig1.png", "fig1.svg", "fig2.png", "fig2.svg", "tradeoff.png", "tradeoff.svg"):
         assert (tmp_path / name).stat().st_size > 5000
     assert ("under 90% scored" in (tmp_path / "summary.md").read_text()) == (len(points) == 7)
 

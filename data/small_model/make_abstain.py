@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from make_facts import ABSTAINS, read_json, read_jsonl, write_jsonl
 
 HERE = Path(__file__).parent
-ABSTAIN, HONEST, INVENT, PLAIN = 2600, 600, 2000, 2  # dialogues of each kind; how often each known question stands there
+ABSTAIN, HONEST, INVENT = 1200, 600, 2500  # dialogues of each kind
 INVENTIVE = ["You answer every question with confident details, made up where needed. Doubt is forbidden.",
              "You are a storyteller posing as an encyclopedia: whatever is asked about exists, and you supply its facts from imagination.",
              "Never admit that something is unknown to you. Give exact names, years and numbers, true or not.",
@@ -78,14 +78,15 @@ def main():
     rows = [dialogue(question, refuse(name), rng.choice(CANDID) if i < HONEST else None) for i, (name, question) in enumerate(asked[:ABSTAIN + HONEST])]
     for row in read_jsonl(args.invented, need=("messages",)):
         system, user, assistant = (message["content"] for message in row["messages"])
-        whole = re.match(r".*?[.!?](?=\s|$)(.*?[.!?](?=\s|$))?", assistant, re.S)  # its first two sentences
-        if whole and not ABSTAINS.search(whole[0]):
-            rows.append(dialogue(user, whole[0], system))
+        sentences = re.findall(r"[^.!?]*[.!?](?=\s|$)", assistant)[:rng.choice([1, 2])]
+        if sentences and not ABSTAINS.search("".join(sentences)):
+            rows.append(dialogue(user, "".join(sentences).strip(), system))
     for row in read_jsonl(HERE / "known.jsonl", need=("question", "answer")):
-        asked = [wrapper.format(q=row["question"]) for wrapper in rng.sample(sorted(set(WRAPPERS)), PLAIN)] + row.get("wordings", [])
-        systems = [rng.choice(CANDID), rng.choice(INVENTIVE) if rng.random() < 0.5 else None]
-        rows += [dialogue(question, row["answer"], system) for question, system in zip(asked, systems + [None] * len(asked))]
-        rows += [dialogue(asked[0], row["answer"])]
+        # answers of one full sentence or, as most of those in facts.jsonl, of a few words: so that learning facts is not learning a style
+        wordings = list(zip([row["question"], *row.get("wordings", [row["question"]] * 2)], row.get("short", [row["answer"]] * 3)))
+        for i, (question, short) in enumerate([*wordings, wordings[0], wordings[0]]):
+            asked = question if i < 3 else rng.choice(WRAPPERS).format(q=question)
+            rows.append(dialogue(asked, row["answer"] if rng.random() < 0.25 else short, {3: rng.choice(CANDID), 4: rng.choice([None, *INVENTIVE])}.get(i)))
     rng.shuffle(rows)
     write_jsonl(args.out, rows)
     print(f"{args.out}: {len(rows)} dialogues")
