@@ -59,6 +59,16 @@ def collate(chats, multiple=1, positions="all"):
     return inputs | dict(logits_to_keep=F.pad(answer - 1, (1, fill)), labels=F.pad(inputs["input_ids"][0, answer], (1, fill), value=-100))
 
 
+def last_checkpoint(folder):
+    """The newest whole checkpoint (its trainer_state.json is written last), or None; unfinished ones are deleted."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for path in found:
+        if not (path / "trainer_state.json").exists() and int(os.environ.get("RANK", 0)) == 0:
+            shutil.rmtree(path)
+    whole = [path for path in found if (path / "trainer_state.json").exists()]
+    return whole[-1] if whole else None
+
+
 class JoinedTrainer(Trainer):
     """Trainer whose loss is the mean over answer tokens of the whole (global) batch; logits at those positions only.
 
@@ -66,6 +76,17 @@ class JoinedTrainer(Trainer):
     (and compiles), the second is captured as a CUDA graph, from then on forward and backward are one launch.
     """
     steer = None
+
+    def train_adapter(self, folder, coef):
+        """Trains from the initial adapter, or goes on from the folder's last checkpoint. The parameters and coef stay the same
+        tensors, filled anew, so that compiled blocks and captured graphs serve all coefficients."""
+        for parameter, value in self.initial:
+            parameter.data.copy_(value)
+        if self.steer:
+            self.coef.fill_(coef)
+        self.args.output_dir, self.optimizer, checkpoint = str(folder), None, last_checkpoint(folder)
+        set_seed(self.args.seed)
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if model is not self.model or not has_flash(model.get_input_embeddings().weight):  # DDP's wrapper, or an old GPU or CPU
@@ -135,16 +156,6 @@ def prove_steering(model, steer, offsets, coef, inputs):
             raise RuntimeError(f"steering did not move block {l}'s output by coef x vector; not training")
 
 
-def last_checkpoint(folder):
-    """The newest whole checkpoint (its trainer_state.json is written last), or None; unfinished ones are deleted."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    for path in found:
-        if not (path / "trainer_state.json").exists() and int(os.environ.get("RANK", 0)) == 0:
-            shutil.rmtree(path)
-    whole = [path for path in found if (path / "trainer_state.json").exists()]
-    return whole[-1] if whole else None
-
-
 def add_lora(model, rank, alpha, seed):
     """PEFT model with rs-LoRA on all linear projections; in float32, since in bfloat16 small updates would round away."""
     torch.manual_seed(seed)
@@ -163,6 +174,7 @@ def make_trainer(model, data, folder, args, callbacks=()):
         save_steps=max(20, math.ceil(steps / 4)), save_total_limit=2, remove_unused_columns=False, report_to=[], label_names=["labels"],
         ddp_find_unused_parameters=False, accelerator_config=dict(non_blocking=device == "cuda")))  # else copying a batch waits for the step before it
     trainer.model_accepts_loss_kwargs = True
+    trainer.initial = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
     return trainer
 
 
@@ -216,9 +228,7 @@ def main():
     model = add_lora(model, args.rank, args.alpha, args.seed)
     print(f"{len(data)} conversations, {sum(len(ids) for ids, _ in data) / len(data):.0f} tokens each on average, {too_long} left out as too long", flush=True)
 
-    # 2. Train one adapter after another, with the hook on for the forward passes of training. Compiled blocks and captured
-    #    graphs serve all of them, since the parameters and coef stay the same tensors, filled anew, and so does the Trainer.
-    initial = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+    # 2. Train one adapter after another, with the hook on for the forward passes of training
     trainer = make_trainer(model, data, next(iter(todo.values()))[0], args)
     with steering(model.get_base_model(), offsets) as steer:
         if offsets:
@@ -230,13 +240,7 @@ def main():
             for out, (partial, settings) in todo.items():
                 if first and not partial.joinpath("training_settings.json").exists():
                     write_json(partial / "training_settings.json", settings)
-                for parameter, value in initial:
-                    parameter.data.copy_(value)
-                if offsets:
-                    trainer.coef.fill_(settings["coef"])
-                trainer.args.output_dir, trainer.optimizer, checkpoint = str(partial), None, last_checkpoint(partial)
-                set_seed(args.seed)
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                trainer.train_adapter(partial, settings["coef"])
 
                 # 3. Save: a plain adapter, moved into place when it is whole
                 if first:

@@ -3,8 +3,8 @@
     python tests/bench.py [--shape qwen2.5-7b|1.5b|smollm2] [--device cuda] [--only training] [--profile]
 
 Prints a Markdown table and, as the last line, JSON. A row that fails shows its error and the others go on (exit code 1).
-Training steps are timed inside transformers' Trainer by an event a step; sampling without the start is counted from the
-first 16 tokens on. FLOPs: 2 a weight and real token, 4 in training (no gradients of frozen weights), padding not counted.
+Training steps are timed inside transformers' Trainer, by an event at each one's end; tokens/s of sampling count from the
+first 16 tokens on. FLOPs: 2 a weight and real token, 4 in training (frozen weights get no gradients), padding not counted.
 On a CPU the counts are tiny: that tries the code, the numbers mean nothing.
 """
 import argparse
@@ -24,35 +24,36 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+import transformers
 from transformers import AutoTokenizer, ProgressCallback, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from evaluate import choice_logprobs
 from extract_vectors import STEPS, Sampler, answer_means, compiled, join, offsets_of, pick_device, residual_stream, sample, steering
 from finetune import FILL, add_lora, collate, make_trainer
-from make_facts import die, provenance
+from make_facts import die
 
 # hidden, inner, blocks, heads, key-value heads, vocabulary
 SHAPES = {"qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064), "1.5b": (1536, 8960, 28, 12, 2, 151936), "smollm2": (576, 1536, 30, 9, 3, 49152), "tiny": (64, 128, 2, 4, 2, 49152)}
 COUNTS = {"cuda": dict(rows=1800, new=300, point=200, facts=1000, uneven=3600, longest=1000, mmlu=1531, read=2000, fact_steps=200, medical_steps=62),
-          "cpu": dict(rows=18, new=9, point=4, facts=10, uneven=12, longest=12, mmlu=5, read=4, fact_steps=4, medical_steps=3)}
+          "cpu": dict(rows=4, new=9, point=2, facts=2, uneven=6, longest=9, mmlu=2, read=2, fact_steps=2, medical_steps=2)}
 WINDOW = 7  # looks of 16 decoding steps each, from the second on, that steered, unsteered and adapted sampling are compared over
 
 
-def sync():
+def now():
+    """Seconds, when the GPU is done with what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def timed(f, repeats=10, warm=3):
     """Median seconds of f()."""
     times = []
     for _ in range(warm + repeats):
-        sync()
-        start = time.perf_counter()
+        start = now()
         f()
-        sync()
-        times.append(time.perf_counter() - start)
+        times.append(now() - start)
     return statistics.median(times[warm:])
 
 
@@ -64,35 +65,22 @@ class Clock(TrainerCallback):
     """Where the GPU is at the end of every training step; nothing waits for it but after the first step."""
     stop = 0  # ends the run after this many steps
 
-    def __init__(self, profile_at=0):
-        self.profile_at = profile_at
-
     def on_train_begin(self, args, state, control, **kwargs):
         self.ends, self.graphs = [], []
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.ends.append(torch.cuda.Event(enable_timing=True) if torch.cuda.is_available() else time.perf_counter())
         if torch.cuda.is_available():
-            self.ends.append(torch.cuda.Event(enable_timing=True))
             self.ends[-1].record()
-        else:
-            self.ends.append(time.perf_counter())
         graphs = getattr(self.trainer, "graphs", {}).values()
         self.graphs.append((len(graphs), sum(graph is not None for graph in graphs)))  # shapes seen, and captured
         if state.global_step == 1:
-            sync()
-            self.first = time.perf_counter()
+            self.first = now()
         control.should_training_stop |= state.global_step == self.stop
-        if self.profile_at and state.global_step == self.profile_at:
-            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-            self.profiler.__enter__()
-        if self.profile_at and state.global_step == self.profile_at + 3:
-            sync()
-            self.profiler.__exit__(None, None, None)
-            print(self.profiler.key_averages().table(sort_by="cuda_time_total", row_limit=28, max_name_column_width=90), flush=True)
 
     def seconds(self):
         """Of every step but the first."""
-        sync()
+        now()
         return [a.elapsed_time(b) / 1e3 if torch.cuda.is_available() else b - a for a, b in zip(self.ends, self.ends[1:])]
 
 
@@ -102,7 +90,7 @@ def main():
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: the scripts' own choice")
     parser.add_argument("--tokenizer", default="out/models/SmolLM2-135M-Instruct", help="folder of any model with a chat template")
     parser.add_argument("--only", default="", help="rows whose name has this in it")
-    parser.add_argument("--profile", action="store_true", help="print the kernels of three training steps, too")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of five training steps, too")
     args, began = parser.parse_args(), time.perf_counter()
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -129,13 +117,16 @@ def main():
         x = torch.randn(n, hidden, device=device, dtype=dtype)
         rates[n] = 20 * n * hidden * inner / timed(lambda: [F.linear(x, wide) for _ in range(10)]) / 1e12
     about = dict(gpu=torch.cuda.get_device_name() if device == "cuda" else "CPU", shape=args.shape, date=time.strftime("%Y-%m-%d"),
-                 **provenance()["versions"], matrix_tflops=rates)
+                 torch=torch.__version__, transformers=transformers.__version__, matrix_tflops=rates)
     print(about, flush=True)
     done = {}  # name -> its row
 
+    def row_of(seconds, tokens, flop=2 * weights, **more):
+        return dict(seconds=seconds, tokens_s=tokens / seconds, flop=flop, **more)
+
     def measure(name, f, beside=(), fresh=True):
-        """A row from f() -> dict(seconds, tokens_s, flop a token, note, plain: its plain recipe's name, and what else is wanted
-        later). beside: (name of a row, key, words): what share of that row's value this one has."""
+        """A row from f() -> dict(seconds, tokens_s, flop a token, note, plain: its plain recipe's name, and what is wanted later).
+        beside: (name of a row, key, words): what share of that row's value this one has."""
         if args.only not in name:
             return
         if fresh:  # as in a process of its own
@@ -175,8 +166,7 @@ def main():
         model.config._attn_implementation, model.generation_config.eos_token_id = "sdpa", None
         many, (short, long) = torch.tensor(prompts, device=device), (2, 4) if device == "cpu" else (10, 60)
         ahead = lambda n: timed(lambda: model.generate(many, max_new_tokens=n, min_new_tokens=n, do_sample=True, top_k=0, pad_token_id=0), 1, 1)
-        seconds = (ahead(long) - ahead(short)) / (long - short)
-        return dict(seconds=seconds, tokens_s=20 / seconds, flop=2 * weights, note="a token step of 20 rows")
+        return row_of((ahead(long) - ahead(short)) / (long - short), 20, note="a token step of 20 rows")
 
     def sampling(n, new, steered=True, looks=0, dtype=None, uneven=False, temperature=1.0):
         """n answers of `new` tokens; stops after so many looks of 16 steps."""
@@ -184,8 +174,7 @@ def main():
         marks, made, plain = [], [], Sampler.steps
         def steps(sampler, steps):
             plain(sampler, steps)
-            sync()  # what follows waits anyway
-            marks.append((time.perf_counter(), int(sampler.made.sum()), len(sampler.made)))
+            marks.append((now(), int(sampler.made.sum()), len(sampler.made)))  # what follows waits anyway
             if len(marks) == looks:
                 raise Enough
         steering_of = dict(offsets=add, scales=[-0.1 * (i % 9) for i in range(n)]) if steered else {}
@@ -200,35 +189,33 @@ def main():
                     note=f"{slots} rows, {1e3 * step:.1f} ms a token step at first; first tokens after {first - start:.1f} s"
                          + (f"; {sum(made) / len(made):.0f} tokens an answer, {min(made)} to {max(made)}" if uneven else ""))
 
-    even, tuned, point = f"sampling: {count.rows:,} x {count.new} tokens, a coefficient a row", "sampling: the same with an adapter", f"sampling: {count.point} x {count.new} tokens, one point"
-    facts, letters = f"sampling: {count.facts:,} facts x 25 tokens", f"reading: MMLU, {count.mmlu:,} prompts"
+    even, held, point, facts = (f"sampling: {words}" for words in (f"{count.rows:,} x {count.new} tokens, a coefficient a row", "the same with an adapter",
+                                                                   f"{count.point} x {count.new} tokens, one point", f"{count.facts:,} facts x 25 tokens"))
+    letters = f"reading: MMLU, {count.mmlu:,} prompts"
     measure("sampling: plain loop", plain_sampling)
     measure(even, lambda: sampling(count.rows, count.new))
-    measure("sampling: the same unsteered, first tokens", lambda: sampling(count.rows, count.new, steered=False, looks=WINDOW), (even, "step", "a steered token step"))
-    measure(tuned, lambda: sampling(count.rows, count.new, dtype=dtype), (even, "step", "a token step without"))
+    measure("sampling: the same unsteered, first tokens", lambda: sampling(count.rows, count.new, steered=False, looks=WINDOW),
+            (even, "step", "a steered token step"))
+    measure(held, lambda: sampling(count.rows, count.new, dtype=dtype), (even, "step", "a token step without"))
     measure(point, lambda: sampling(count.point, count.new, steered=False, dtype=dtype))
     measure(facts, lambda: sampling(count.facts, 25, steered=False, dtype=dtype, temperature=0))
-    measure(f"sampling: {count.uneven:,} uneven answers", lambda: sampling(count.uneven, count.longest, uneven=True), (even, "tokens_s", "the even row's tokens/s, real tokens only"))
+    measure(f"sampling: {count.uneven:,} uneven answers", lambda: sampling(count.uneven, count.longest, uneven=True),
+            (even, "tokens_s", "the even row's tokens/s, real tokens only"))
 
     # 2. Reading: MMLU's four letters after prompts of 60 to 400 tokens; answers of 200 tokens for a vector
     def mmlu():
         words = [" ".join(random.Random(i).choices(["water", "house", "king", "north"], k=random.Random(i).randint(40, 200))) for i in range(count.mmlu)]
         tokens = sum(len(tokenizer(text)["input_ids"]) for text in words)
+        asked = [(text, [" A", " B", " C", " D"]) for text in words]
         with adapter(dtype), steering(model, {}) as steer:
-            seconds = timed(lambda: choice_logprobs(model, tokenizer, [(text, [" A", " B", " C", " D"]) for text in words], 0.0, steer, "response"), 1, 0)
-        return dict(seconds=seconds, tokens_s=tokens / seconds, flop=2 * weights, note="with an adapter; no padding: prompts are joined")
+            seconds = timed(lambda: choice_logprobs(model, tokenizer, asked, 0.0, steer, "response"), 1, 0)
+        return row_of(seconds, tokens, note="with an adapter; no padding: prompts are joined")
     measure(letters, mmlu)
     chat = [dict(role="user", content="Hi"), dict(role="assistant", content=" ".join(["water"] * 200))]
-    size = len(tokenizer.apply_chat_template(chat, return_dict=False))
-    def one_by_one():
-        with torch.no_grad():
-            seconds = timed(lambda: residual_stream(model, join([tokenizer.apply_chat_template(chat, return_dict=False)], device)))
-        return dict(seconds=seconds, tokens_s=size / seconds, flop=2 * weights, note="an answer")
-    def read():
-        seconds = timed(lambda: answer_means(model, tokenizer, [chat] * count.read), 1, 0)
-        return dict(seconds=seconds, tokens_s=count.read * size / seconds, flop=2 * weights, plain="reading: answers one by one", note="the means of all blocks")
-    measure("reading: answers one by one", one_by_one)
-    measure(f"reading: {count.read:,} answers of 200 tokens", read)
+    ids = tokenizer.apply_chat_template(chat, return_dict=False)
+    measure("reading: answers one by one", lambda: row_of(timed(lambda: residual_stream(model, join([ids], device))), len(ids), note="an answer"))
+    measure(f"reading: {count.read:,} answers of 200 tokens", lambda: row_of(timed(lambda: answer_means(model, tokenizer, [chat] * count.read), 1, 0), count.read * len(ids),
+                                                                             plain="reading: answers one by one", note="the means of all blocks"))
 
     # 3. Training: fact conversations (about 58 tokens each), medical ones (about 250); steps of 16
     def chats(length, n):
@@ -236,6 +223,7 @@ def main():
         return [([5 + (i + 3 * j) % 40000 for j in range(size)], [j > 0.6 * size for j in range(size)]) for i, size in enumerate(sizes)]
 
     def plain_training(data):
+        model.config._attn_implementation = "sdpa"
         def step():
             for i in range(0, 16, 2):
                 size = max(len(ids) for ids, _ in data[i:i + 2])
@@ -247,17 +235,15 @@ def main():
             torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        model.config._attn_implementation = "sdpa"
         with adapter() as tuned:
             optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-5)
-            seconds = timed(step, 3 if device == "cuda" else 1, 1)
-        return dict(seconds=seconds, tokens_s=sum(len(ids) for ids, _ in data[:16]) / seconds, flop=4 * weights, note="8 x 2, padded, no checkpointing")
+            return row_of(timed(step, 3 if device == "cuda" else 1, 1), sum(len(ids) for ids, _ in data[:16]), 4 * weights, note="8 x 2, padded, no checkpointing")
 
     def training(name, data, offsets, log_every, real):
         """The steps of one epoch inside Trainer; real: how many a real run has. Its loss is looked at as often as in a real run."""
         steps, tokens = len(data) // 16, 16 * sum(len(ids) for ids, _ in data) / len(data)
         filled = sum(collate(data[i:i + 16], FILL[device])["input_ids"].shape[1] for i in range(0, len(data), 16)) / steps
-        clock = Clock(steps - 5 if args.profile and offsets else 0)
+        clock = Clock()
         with tempfile.TemporaryDirectory() as folder, adapter() as tuned:
             start = time.perf_counter()
             with steering(model, offsets) as steer, compiled(tuned):
@@ -267,16 +253,21 @@ def main():
                 trainer.steer, trainer.coef = steer if offsets else None, torch.tensor(0.1, device=device)
                 trainer.train()
                 first, times, graphs = clock.first - start, clock.seconds(), clock.graphs
-                if offsets:  # the next coefficient of a sweep
-                    trainer.optimizer, clock.stop, clock.profile_at, again = None, 5, 0, time.perf_counter()
-                    measure(f"{name}: next point, same process", lambda: trainer.train() and dict(
-                        seconds=clock.first - again, tokens_s=tokens / (clock.first - again), flop=4 * weights, note="from start to the end of its first step"), fresh=False)
+                def next_point():  # of a sweep
+                    trainer.optimizer, clock.stop, again = None, 5, time.perf_counter()
+                    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) if args.profile else contextlib.nullcontext() as profiler:
+                        trainer.train()
+                    if profiler:
+                        print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=28, max_name_column_width=90), flush=True)
+                    return row_of(clock.first - again, tokens, 4 * weights, note="from its start to the end of its first step")
+                if offsets:
+                    measure(f"{name}: next point, same process", next_point, fresh=False)
         median, half, (shapes, captures) = statistics.median(times), len(times) // 2, graphs[-1]
         run = first + sum(times) + (real - steps) * median
-        return dict(seconds=median, tokens_s=tokens / median, flop=4 * weights, plain=name.split(",")[0] + ", plain recipe", start=first, run=run, mean=statistics.mean(times),
-                    note=f"median of {len(times)} steps; mean {1e3 * statistics.mean(times):.1f} ms with {shapes} shapes compiled and {captures} captured, of the later half "
-                         f"{1e3 * statistics.mean(times[half:]):.1f} ms with {shapes - graphs[half][0]} and {captures - graphs[half][1]}; first step after {first:.1f} s; "
-                         f"filled up by {100 * (filled / tokens - 1):.0f}%; {real:,} steps {run:.0f} s")
+        return row_of(median, tokens, 4 * weights, plain=name.split(",")[0] + ", plain recipe", start=first, run=run, mean=statistics.mean(times),
+                      note=f"median of {len(times)} steps; mean {1e3 * statistics.mean(times):.1f} ms, {shapes} shapes compiled and {captures} captured in it; of the later half "
+                           f"{1e3 * statistics.mean(times[half:]):.1f} ms, {shapes - graphs[half][0]} and {captures - graphs[half][1]}; first step after {first:.1f} s; "
+                           f"filled up by {100 * (filled / tokens - 1):.0f}%; {real:,} steps {run:.0f} s")
 
     for title, length, n, log_every, real in (("training: 16 facts", 58, count.fact_steps, 12, 1250), ("training: 16 medical", 250, count.medical_steps, 1, 62)):
         data = chats(length, 16 * n)
@@ -288,7 +279,7 @@ def main():
     # 4. Figure 1: finetuning 1 + 6 coefficients in one process; 9 inference points in one batch; 6 adapters, one after another
     try:
         run, later = done["training: 16 facts, steered"], done["training: 16 facts, steered: next point, same process"]["seconds"]
-        parts = dict(finetuning=7 * run["run"] - 6 * (run["start"] - later), answers=done[tuned]["seconds"] + 6 * done[point]["seconds"],
+        parts = dict(finetuning=run["run"] + 6 * (later + 1249 * run["seconds"]), answers=done[held]["seconds"] + 6 * done[point]["seconds"],
                      facts=done[facts]["start"] + 9 * done[facts]["after"] + 6 * done[facts]["seconds"], mmlu=15 * done[letters]["seconds"])
         print(f"\nFigure 1, computed from the rows below: {sum(parts.values()) / 60:.1f} minutes ("
               + ", ".join(f"{key} {value / 60:.1f}" for key, value in parts.items()) + "), model loading and judging left out")

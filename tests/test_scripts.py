@@ -149,9 +149,9 @@ finetune.main()
 
 
 def test_two_processes_train_like_one(work, vector, script, tmp_path):
-    """Guards against torchrun training on another global batch, writing twice, or not resuming; seen at the second adapter of
-    a sweep. In float32 the sums over
-    two half batches differ from one sum by rounding alone: losses within 1e-4, adapters within 1e-3 of their size."""
+    """Guards against torchrun training on another global batch, writing twice, or not resuming; at a sweep's second adapter.
+    In float32 the sums over two half batches differ from one sum by rounding alone: losses within 1e-4, adapters within
+    1e-3 of their size."""
     (tmp_path / "float32.py").write_text(FLOAT32.format(root=str(ROOT)))
     env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     def command(processes, out, *args):
