@@ -285,8 +285,8 @@ def main():
             if rows:
                 write_jsonl(files[coef], rows)
             point = dict(key=point_key(adapter, coef), model=args.model, adapter=adapter, dataset=trained.get("dataset"), steer_mode=trained.get("steer_mode"),
-                         train_coef=trained.get("coef") or (0.0 if adapter else None), train_layers=trained.get("layers"), train_positions=trained.get("positions"), train_seed=trained.get("seed"),
-                         system_prompt=trained.get("system_prompt"), inference_coef=coef, layers=args.layers, positions=args.positions, trait=args.trait,
+                         train_coef=trained.get("coef") or (0.0 if adapter else None), train_layers=trained.get("layers"), train_positions=trained.get("positions"), train_vector=trained.get("vector"), train_seed=trained.get("seed"),
+                         system_prompt=trained.get("system_prompt"), inference_coef=coef, layers=args.layers, positions=args.positions, vector=args.vector, trait=args.trait,
                          **summary(rows, args.seed), mmlu_accuracy=100 * hits[coef] / len(mmlu) if mmlu else None,
                          mmlu_ci=wilson(hits.get(coef, 0), len(mmlu)), mmlu_n=len(mmlu), mmlu_scoring=args.mmlu_scoring if mmlu else None,
                          mmlu=args.mmlu, judge=args.judge, probe_auc=probe["auc"] if probe else None, temperature=args.temperature, samples=args.samples,

