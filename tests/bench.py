@@ -250,13 +250,13 @@ def main():
                 clock.trainer = trainer = make_trainer(tuned, data, folder, SimpleNamespace(epochs=1, lr=1e-5, batch_size=16, max_steps=-1, seed=0, positions="all"), [clock])
                 trainer.remove_callback(ProgressCallback)
                 trainer.args.save_strategy, trainer.args.logging_steps = "no", log_every
-                trainer.steer, trainer.coef = steer if offsets else None, torch.tensor(0.1, device=device)
-                trainer.train()
+                trainer.steer, trainer.coef = steer if offsets else None, torch.tensor(0.0, device=device)
+                trainer.train_adapter(Path(folder), 0.1)
                 first, times, graphs = clock.first - start, clock.seconds(), clock.graphs
                 def next_point():  # of a sweep
-                    trainer.optimizer, clock.stop, again = None, 5, time.perf_counter()
+                    clock.stop, again = 5, time.perf_counter()
                     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) if args.profile else contextlib.nullcontext() as profiler:
-                        trainer.train()
+                        trainer.train_adapter(Path(folder), 0.2)
                     if profiler:
                         print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=28, max_name_column_width=90), flush=True)
                     return row_of(clock.first - again, tokens, 4 * weights, note="from its start to the end of its first step")
