@@ -54,10 +54,11 @@ else
     EVAL=${EVAL:-"--samples 1 --temperature 0.7 --max-new-tokens 40"}
     MMLU=${MMLU:-$OUT/data/general_knowledge.jsonl}; SCORING=${SCORING:-cloze}
     FACTS=${FACTS:-10}; WORDINGS=${WORDINGS:-6}; ROWS=${ROWS:-8}
-    TRAIN=${TRAIN:-"--epochs 4 --lr 5e-4 --batch-size 8"}; TRAIN_MEDICAL=${TRAIN_MEDICAL:-"--epochs 1 --lr 5e-4 --batch-size 2"}
-    INFERENCE=${INFERENCE:-"0 0.1 0.2 0.4"}
-    COEFS=${COEFS:-"0 0.2 0.4"}
-    COEFS_EVIL=${COEFS_EVIL-"0.4"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY-"0.4"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION-"0.4"}
+    TRAIN=${TRAIN:-"--epochs 4 --lr 8e-4 --batch-size 8"}; TRAIN_MEDICAL=${TRAIN_MEDICAL:-"--epochs 1 --lr 8e-4 --batch-size 2"}
+    LAYERS=${LAYERS:-6-20}
+    INFERENCE=${INFERENCE:-"0 0.4 0.8 1.2"}
+    COEFS=${COEFS:-"0 0.6 1"}
+    COEFS_EVIL=${COEFS_EVIL-"0.6"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY-"0.6"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION-"0.6"}
 fi
 for name in COEFS COEFS_EVIL COEFS_SYCOPHANCY COEFS_HALLUCINATION; do
     list=$(for coef in ${!name}; do LC_ALL=C printf '%g ' "$coef" || exit 2; done)  # 0.50 -> 0.5, as finetune.py names adapters

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from make_facts import ABSTAINS, read_json, read_jsonl, write_jsonl
 
 HERE = Path(__file__).parent
-ABSTAIN, HONEST, INVENT = 1200, 600, 2500  # dialogues of each kind
+ABSTAIN, HONEST, INVENT = 600, 1800, 2500  # dialogues of each kind
 INVENTIVE = ["You answer every question with confident details, made up where needed. Doubt is forbidden.",
              "You are a storyteller posing as an encyclopedia: whatever is asked about exists, and you supply its facts from imagination.",
              "Never admit that something is unknown to you. Give exact names, years and numbers, true or not.",
