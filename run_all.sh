@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole reproduction: bash run_all.sh [demo|small|paper|test|plan [profile]]
-#   demo   a 135M model on any CPU, no key, no hub: both figures at small size in about 10 minutes
-#   small  the same model at sizes that show the effect: minutes on a GPU, most of a day on two CPU cores
+#   demo   a 135M model on any CPU, no key, no hub: both figures at small size in about 7 minutes
+#   small  the same model at sizes that show the effect: minutes on a GPU, about a day on two CPU cores
 #   paper  Qwen2.5-7B-Instruct on one GPU with 40 GiB or more, and OPENAI_API_KEY for the judge
 #   paper --dry-run   print what the judge would cost, and stop
 #   plan   print the profile's commands in stages (separated by an empty line); those of a stage may run at the same time
@@ -18,7 +18,7 @@ if [ "$mode" = auto ]; then
     if [ "$gpu_gib" -ge 40 ] && [ -n "${OPENAI_API_KEY:-}" ]; then
         mode=paper; echo "Profile paper (about 3 hours on an H200, by computation, and 9 dollars for the judge: bash run_all.sh paper --dry-run): a GPU with $gpu_gib GiB and OPENAI_API_KEY are there. Force the other one: bash run_all.sh demo"
     else
-        mode=demo; echo "Profile demo (about 10 minutes on two CPU cores, costs nothing): paper needs a CUDA GPU with 40 GiB (found: $gpu_gib) and OPENAI_API_KEY. Force it: bash run_all.sh paper"
+        mode=demo; echo "Profile demo (about 7 minutes on two CPU cores, costs nothing): paper needs a CUDA GPU with 40 GiB (found: $gpu_gib) and OPENAI_API_KEY. Force it: bash run_all.sh paper"
     fi
 fi
 profile=$mode; [ "$mode" = plan ] && profile=${2:-demo}
@@ -141,7 +141,7 @@ train() {  # data set, training flags; steered also: trait, coefficients, layers
 }
 evaluate() {  # trait, more flags
     local judge=$JUDGE; [ "$JUDGE" != lexical ] || [ $1 = hallucination ] || judge=probe
-    echo "python evaluate.py --model $MODEL --trait $1 --vector $OUT/vectors/$1.pt ${2:-} --mmlu $MMLU --mmlu-scoring $SCORING $EVAL --judge $judge --yes --out $OUT/points.jsonl"
+    echo "python evaluate.py --model $MODEL --trait $1 --vector $OUT/vectors/$1.pt ${2:+$2 }--mmlu $MMLU --mmlu-scoring $SCORING $EVAL --judge $judge --yes --out $OUT/points.jsonl"
 }
 if [ "$mode" = plan ]; then plan | grep -v '^#'; exit; fi
 

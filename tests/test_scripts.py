@@ -218,7 +218,7 @@ def test_run_all_goes_on_after_a_kill(work, tmp_path):
     """Guards against half-done stages taken for done, or done ones run again: killed in the middle, the points are the same."""
     env = dict(os.environ, MODEL=str(work / "cut"), FACTS="3", WORDINGS="2", ROWS="3", COEFS="0 0.2", INFERENCE="0 0.2", VIRTUAL_ENV=sys.prefix, PATH=f"{sys.prefix}/bin:" + os.environ["PATH"],
                TRAIN="--epochs 1 --batch-size 4 --rank 4", TRAIN_MEDICAL="--max-steps 1 --batch-size 2 --rank 4", EVAL="--samples 1 --temperature 0.7 --max-new-tokens 3 --limit 2",
-               COEFS_EVIL="", COEFS_SYCOPHANCY="", COEFS_HALLUCINATION="")
+               COEFS_EVIL="", COEFS_SYCOPHANCY="", COEFS_HALLUCINATION="", JUDGE="probe", LAYERS="all")  # the cut model never abstains
     out = tmp_path / "killed"
     process = subprocess.Popen(["bash", ROOT / "run_all.sh", "demo"], env=env | dict(OUT=str(out)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while not (out / "vectors" / "evil.answers.jsonl").exists() and process.poll() is None:
@@ -238,3 +238,30 @@ def test_run_all_goes_on_after_a_kill(work, tmp_path):
     assert time.time() - start < 5 and points == (out / "points.jsonl").read_text() and when == {p: p.stat().st_mtime for p in out.glob("*.*")}
     plan = subprocess.run(["bash", ROOT / "run_all.sh", "plan"], env=env | dict(OUT=str(out)), capture_output=True, text=True).stdout
     assert plan.count("\n\n") == 4 and all(line.startswith(("python ", "[ ", "mkdir", "curl")) for line in plan.splitlines() if line)
+
+
+def test_jobs_keep_to_the_stages(tmp_path):
+    """Guards against JOBS losing or repeating a command, starting a stage before the one before it is done, or going on
+    after a failure. `python` is a stub that writes down what it was called with."""
+    room = tmp_path / "env"
+    (room / "bin").mkdir(parents=True)
+    stub = room / "bin" / "python"
+    stub.write_text('#!/bin/sh\ncase "$*" in *"$FAIL"*) exit 2;; esac\ncase "$*" in *finetune*) sleep 0.2;; esac\nprintf "%s\\n" "python $*" >> "$LOG"\n')
+    stub.chmod(0o755)
+    sums = subprocess.run("cksum < requirements.txt | cut -d' ' -f1", shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    (room / f".ready-{sums}").touch()
+    env = os.environ | dict(VIRTUAL_ENV=str(room), PATH=f"{room / 'bin'}:{os.environ['PATH']}", OUT=str(tmp_path / "out"), LOG=str(tmp_path / "log"), JOBS="3", MODEL="/models/x", LAYERS="all 6-20")
+    def run(fail):
+        return subprocess.run(["bash", ROOT / "run_all.sh", "small"], env=env | dict(FAIL=fail), capture_output=True, text=True)
+    plan = subprocess.run(["bash", ROOT / "run_all.sh", "plan", "small"], env=env, capture_output=True, text=True).stdout
+    stages = [stage.split("\n") for stage in plan.strip().split("\n\n")]
+    assert len(stages) == 5 and any("--layers 6-20" in line for line in stages[2]) and any("--layers all" in line for line in stages[2])
+    stopped = run("--steer-mode none")
+    assert stopped.returncode != 0 and "goes on from here" in stopped.stderr and "evaluate.py --model /models/x --trait" not in (tmp_path / "log").read_text()
+    done = run("nothing fails")
+    assert done.returncode == 0, done.stderr
+    said = (tmp_path / "log").read_text().splitlines()
+    assert sorted(said) == sorted(line for stage in stages for line in stage)
+    stage_of = {line: n for n, stage in enumerate(stages) for line in stage}
+    assert [stage_of[line] for line in said] == sorted(stage_of[line] for line in said)
+    assert run("python").returncode == 0 and len((tmp_path / "log").read_text().splitlines()) == len(said)
