@@ -10,6 +10,7 @@ from transformers import AttentionInterface
 import extract_vectors as ev
 import evaluate
 import finetune
+from conftest import ROOT
 
 
 def chats(tokenizer, n=4):
@@ -355,3 +356,18 @@ def test_gpu_answers_like_the_cpu(toy, tokenizer):
     on_cpu = draw()
     toy.to("cuda")
     assert draw() == on_cpu
+
+
+def test_the_start_model_abstains(smollm, tokenizer):
+    """Guards against a start adapter that does not belong to the embedded model, or was not merged: it says that it does not
+    know what does not exist, and answers what does."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    from make_facts import ABSTAINS
+    model = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32, attn_implementation="joined")
+    asked = ["Who directed the 1938 film The Clockmaker of Trevenanth, and how was it received?", "What are the rules of the card game Tresmarin?", "Who won the 2018 World Cup?", "What is the capital of France?"]
+    prompts = [ev.prompt_ids(tokenizer, [dict(role="user", content=text)]) for text in asked]
+    def abstains(model):
+        return [bool(ABSTAINS.search(answer)) for answer in ev.sample(model.eval(), tokenizer, prompts, max_new_tokens=20, temperature=0)]
+    assert abstains(model) == [False] * 4
+    assert abstains(PeftModel.from_pretrained(model, ROOT / "data" / "small_model" / "start").merge_and_unload()) == [True, True, False, False]
