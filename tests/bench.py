@@ -183,7 +183,7 @@ def main():
             sample(model, tokenizer, [prompts[i % 20] for i in range(n)], max_new_tokens=new, temperature=temperature, title=f"{n} answers",
                    each=lambda i, answer, tokens: made.append(tokens), **steering_of)
         end, (first, before, slots), k = time.perf_counter(), marks[0], min(WINDOW, len(marks)) - 1
-        tokens_s = (sum(made) - before) / (end - first) if made else (marks[-1][1] - before) / (marks[-1][0] - first)
+        tokens_s = (sum(made) - before) / (end - first) if len(made) == n else (marks[-1][1] - before) / (marks[-1][0] - first)
         step = (marks[k][0] - first) / (k * STEPS[device])
         return dict(seconds=end - start, tokens_s=tokens_s, flop=2 * weights, plain="sampling: plain loop", step=step, start=first - start, after=end - first,
                     note=f"{slots} rows, {1e3 * step:.1f} ms a token step at first; first tokens after {first - start:.1f} s"
