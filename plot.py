@@ -145,6 +145,8 @@ def describe(points):
     parts = [f"{name} n = {'-'.join(map(str, {v[0], v[-1]}))}" for name, v in zip(("answers", "facts", "questions"), ns.values()) if v]
     models = sorted({Path(p["model"]).name for p in points})
     judges = sorted({p["judge"] for p in points})
+    if len(judges) > 1:
+        judges = [f"{judge} ({', '.join(sorted({str(p.get('trait')) for p in points if p['judge'] == judge}))})" for judge in judges]
     text = f"{', '.join(models)}; judge: {', '.join(judges)}; {', '.join(parts)}; bars: 95% intervals"
     seeds = {p.get("train_seed") for p in points if p.get("adapter")}
     return text + (f" over questions;\nup to {len(seeds)} training seeds: means, small dots for single seeds; where there are several, bars cover questions and seeds (Student's t)" if len(seeds) > 1 else "")
