@@ -29,7 +29,7 @@ case $profile in demo|small|paper|test) ;; *) echo "error: unknown profile $prof
 OUT=${OUT:-out/$profile}
 if [ "$profile" = paper ]; then
     MODEL=${MODEL:-Qwen/Qwen2.5-7B-Instruct}
-    JUDGE=${JUDGE:-gpt-4.1-mini-2025-04-14};  EXTRACT=${EXTRACT:-"--samples 10$([ $JUDGE = probe ] || echo " --judge $JUDGE --yes")"}  # the probe comes from these answers
+    JUDGE=${JUDGE:-gpt-4.1-mini-2025-04-14};  EXTRACT=${EXTRACT:-"--samples 10$(case $JUDGE in probe|lexical) ;; *) echo " --judge $JUDGE --yes" ;; esac)"}  # the probe comes from these answers; lexical is added below
     EVAL=${EVAL:-"--samples 10 --temperature 1 --max-new-tokens 1000"}
     MMLU=${MMLU:-hub};                        SCORING=${SCORING:-letter}
     FACTS=${FACTS:-1000}; WORDINGS=${WORDINGS:-20}; ROWS=${ROWS:-100000}
@@ -116,7 +116,7 @@ plan() {
     for layers in $LAYERS; do
         evaluate hallucination "--adapter $adapters/facts-0$SUFFIX --inference-coef $INFERENCE --layers $layers $facts"
         some=""; for coef in $COEFS; do some="$some $adapters/facts-$layers$SUFFIX-$coef"; done
-        evaluate hallucination "--adapter$some $facts"
+        [ -z "$some" ] || evaluate hallucination "--adapter$some $facts"
     done
     [ -z "$SETS" ] || for trait in evil sycophancy hallucination; do
         [ $trait = hallucination ] || evaluate $trait
