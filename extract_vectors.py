@@ -27,6 +27,7 @@ from make_facts import ANSWER_TOKENS, api_flags, append_jsonl, die, foresee, jud
 ROW_TOKENS = {"cuda": 16384, "cpu": 2048}  # conversations are joined into rows of about this many tokens
 SLOTS = {"cuda": 2048, "cpu": 256}         # answers sampled side by side, at most
 STEPS = {"cuda": 16, "cpu": 1}              # decoding steps between two looks at which answers are finished
+SHRINK = {"cuda": 0.7, "cpu": 0.9}          # the batch is made smaller when less than this share of it is in use
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
@@ -93,15 +94,15 @@ def blocks(model):
 
 
 @contextlib.contextmanager
-def compiled(model):
+def compiled(model, dynamic=None):
     """While open, the decoder blocks run compiled on GPUs that can (one compilation serves all blocks, steered or not),
-    which merges the small kernels between the matrix products; elsewhere nothing happens."""
+    which merges the small kernels between the matrix products; elsewhere nothing happens. dynamic: for any number of rows at once."""
     able = model.device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 7 and importlib.util.find_spec("triton")
     if model.device.type == "cuda" and not able:
         print("this GPU or installation cannot compile (needs compute capability 7 and triton); slower, same results", flush=True)
     try:
         for block in blocks(model) if able else []:
-            block.compile()
+            block.compile(dynamic=dynamic)
         yield
     finally:
         for block in blocks(model):
@@ -303,21 +304,23 @@ def residual_stream(model, inputs):
     return found
 
 
-def answer_means(model, tokenizer, chats, title="reading answers"):
-    """Chats (message lists) -> float32 [n, num_layers + 1, hidden]: the stream's mean over the last answer's tokens,
-    its end token left out."""
-    encoded = [(ids[:-1], mask[:-1]) for ids, mask in (encode_chat(tokenizer, chat) for chat in chats)]
-    means, device = [None] * len(chats), model.device
+def answer_means(model, tokenizer, chats, first=0, title="reading answers"):
+    """Chats of one answer (message lists) -> float32 [n, num_layers + 1, hidden] on the model's device: the stream's mean
+    over the answer's tokens, its end token left out. first N: over the positions where the answer's first N tokens are
+    predicted instead, that is the last prompt token and N - 1 tokens of the answer."""
+    encoded, device, config = [(ids[:-1], mask[:-1]) for ids, mask in (encode_chat(tokenizer, chat) for chat in chats)], model.device, model.config.get_text_config()
+    if first:
+        encoded = [(ids, [0 <= k - mask.index(True) + 1 < first for k in range(len(ids))]) for ids, mask in encoded]
+    means = torch.empty(len(chats), config.num_hidden_layers + 1, config.hidden_size, device=device)
     with tqdm(total=len(chats), desc=title, unit="answer") as bar:
         for group in by_length([ids for ids, _ in encoded], ROW_TOKENS[device.type]):
             stream = residual_stream(model, join([encoded[i][0] for i in group], device))
             owner = [k if is_answer else len(group) for k, i in enumerate(group) for is_answer in encoded[i][1]]
             weight = F.one_hot(torch.tensor(owner, device=device), len(group) + 1)[:, :-1].float().T  # [group, tokens]
             weight /= weight.sum(1, keepdim=True)
-            for i, mean in zip(group, torch.stack([weight @ hidden[0].float() for hidden in stream], dim=1).cpu()):
-                means[i] = mean
+            means[group] = torch.stack([weight @ hidden[0].float() for hidden in stream], dim=1)
             bar.update(len(group))
-    return torch.stack(means)
+    return means
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -388,7 +391,7 @@ class Sampler:
         if self.token.is_cuda and self.graph is None:
             state = [x.clone() for x in (self.token, self.made, self.length, self.done)]
             self.graph = torch.cuda.CUDAGraph()
-            with compiled(self.model):
+            with compiled(self.model, dynamic=True):
                 self.step()  # compiles; its effect is taken back below
                 torch.cuda.synchronize()
                 for mine, kept in zip((self.token, self.made, self.length, self.done), state):
@@ -478,7 +481,7 @@ def _sample(model, tokenizer, prompts, waiting, answers, max_new_tokens, tempera
         active = [s for s in range(len(owner)) if owner[s] is not None]
         if not active:
             return
-        if len(active) <= (0.5 if model.device.type == "cuda" else 0.9) * len(owner):
+        if len(active) <= SHRINK[model.device.type] * len(owner) and len(owner) > (16 if sampler.token.is_cuda else 1):  # fewer rows are no faster
             sampler.shrink(active)
             owner = [owner[s] for s in active]
         sampler.steps(STEPS[model.device.type])
@@ -552,9 +555,9 @@ def make_probe(vector, with_system, plain, half):
 
 def probe_scores(model, tokenizer, vector, probe, chats, title="probe"):
     """Chats (user turn, answer) -> scores 0..100 by projection on the vector's probe row; no adapter, no steering."""
-    unit = vector[probe["row"]] / vector[probe["row"]].norm()
-    values = answer_means(model, tokenizer, chats, title)[:, probe["row"]] @ unit
-    return [min(100.0, max(0.0, 100 * (float(v) - probe["zero"]) / (probe["hundred"] - probe["zero"]))) for v in values]
+    unit = (vector[probe["row"]] / vector[probe["row"]].norm()).to(model.device)
+    values = answer_means(model, tokenizer, chats, probe["first"], title)[:, probe["row"]] @ unit
+    return [min(100.0, max(0.0, 100 * (v - probe["zero"]) / (probe["hundred"] - probe["zero"]))) for v in values.tolist()]
 
 
 def main():
@@ -566,6 +569,7 @@ def main():
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--max-new-tokens", type=int, default=1000)
     parser.add_argument("--limit", type=int, help="use the first N extraction questions only")
+    parser.add_argument("--first", type=int, default=0, help="read only the positions that predict an answer's first N tokens; 0 = the whole answer, as published")
     parser.add_argument("--judge", default="none", help="what filters the answers: none, lexical (hallucination only), or a chat model")
     api_flags(parser)
     parser.add_argument("--seed", type=int, default=0)
@@ -579,7 +583,7 @@ def main():
         die("the probe needs at least 2 extraction questions and 1 sample; raise --limit or --samples")
     files = {kind: Path(args.out) / f"{args.trait}.{kind}" for kind in ("pt", "json", "answers.jsonl")}
     settings = dict(model=args.model, trait=args.trait, samples=args.samples, temperature=args.temperature, max_new_tokens=args.max_new_tokens,
-                    limit=args.limit, judge=args.judge, seed=args.seed)
+                    limit=args.limit, first=args.first, judge=args.judge, seed=args.seed)
     if same_settings(files["json"], settings) and files["pt"].exists():
         print(f"{files['pt']}: finished already")
         return
@@ -622,12 +626,12 @@ def main():
     def chat(row, system):
         return [*([dict(role="system", content=row["system"])] if system else []), dict(role="user", content=row["question"]),
                 dict(role="assistant", content=row["answer"])]
-    with_system, plain = (answer_means(model, tokenizer, [chat(row, system) for side in sides for row in side], f"{args.trait}: reading")
+    with_system, plain = (answer_means(model, tokenizer, [chat(row, system) for side in sides for row in side], args.first, f"{args.trait}: reading")
                           .chunk(2) for system in (True, False))
     vector = (with_system[0] - with_system[1]).mean(0)
     if not vector.isfinite().all():
         die(f"{args.trait}: the vector is not finite; the model's activations overflow in {model.dtype}")
-    probe = make_probe(vector, with_system, plain, half)
+    probe = make_probe(vector, with_system, plain, half) | dict(first=args.first)
     norms = vector.norm(dim=1)
     print(f"{args.trait}: |v_0|/|v_1| = {norms[0] / norms[1]:.3f}; probe at row {probe['row']}, AUC {probe['auc']:.3f}")
     if probe["auc"] < 0.7:
@@ -635,7 +639,7 @@ def main():
     write_json(files["json"], settings | dict(pairs=len(rows) // 2, kept=len(pairs), dropped=dropped, norms=norms.tolist(), probe=probe,
                                               dtype=str(model.dtype), seconds=round(time.time() - start, 1), **provenance()))
     with replacing(files["pt"], "wb") as out:  # last: where the .pt is, all of it is
-        torch.save(vector, out)
+        torch.save(vector.cpu(), out)
 
 
 if __name__ == "__main__":

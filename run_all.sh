@@ -34,6 +34,7 @@ if [ "$profile" = paper ]; then
     MMLU=${MMLU:-hub};                        SCORING=${SCORING:-letter}
     FACTS=${FACTS:-1000}; WORDINGS=${WORDINGS:-20}; ROWS=${ROWS:-100000}
     TRAIN=${TRAIN:-"--epochs 1 --lr 1e-5"};   TRAIN_MEDICAL=${TRAIN_MEDICAL:-"--epochs 1 --lr 1e-5"}
+    FIRST=${FIRST:-0}
     INFERENCE=${INFERENCE:-"0 0.25 0.5 0.75 1 1.25 1.5 1.75 2"}
     COEFS=${COEFS:-"0 0.25 0.5 0.75 1 1.25"}
     COEFS_EVIL=${COEFS_EVIL-"0.5 1 1.5"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY-"0.5 1 1.5"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION-"1 2 3"}
@@ -43,11 +44,11 @@ elif [ "$profile" = small ]; then
     EVAL=${EVAL:-"--samples 10 --temperature 1 --max-new-tokens 60"}
     MMLU=${MMLU:-data/general_knowledge.jsonl}; SCORING=${SCORING:-cloze}
     FACTS=${FACTS:-200}; WORDINGS=${WORDINGS:-20}; ROWS=${ROWS:-200}
-    TRAIN=${TRAIN:-"--epochs 5 --lr 8e-4 --batch-size 64"}; TRAIN_MEDICAL=${TRAIN_MEDICAL:-"--epochs 1 --lr 4e-4"}
-    LAYERS=${LAYERS:-"6-20 all"}
-    INFERENCE=${INFERENCE:-"0 0.2 0.4 0.6 0.8 1 1.25 1.5 2"}
-    COEFS=${COEFS:-"0 0.3 0.6 1 1.5 2 3 4"}
-    COEFS_EVIL=${COEFS_EVIL-"0.3 0.6 1"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY-"0.3 0.6 1"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION-"0.3 0.6 1"}
+    TRAIN=${TRAIN:-"--epochs 5 --lr 1.6e-3 --batch-size 64"}; TRAIN_MEDICAL=${TRAIN_MEDICAL:-"--epochs 1 --lr 4e-4"}
+    LAYERS=${LAYERS:-"10-20 all"};            FIRST=${FIRST:-4}
+    INFERENCE=${INFERENCE:-"0 0.2 0.4 0.5 0.6 0.7 0.8 1 1.25 1.5 2"}
+    COEFS=${COEFS:-"0 0.5 1 2 3 4 5"}
+    COEFS_EVIL=${COEFS_EVIL-"0.5 1 1.5"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY-"0.5 1 1.5"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION-"0.5 1 1.5"}
 else
     MODEL=${MODEL:-out/models/SmolLM2-135M-Abstain}
     JUDGE=${JUDGE:-lexical};                  EXTRACT=${EXTRACT:-"--samples 1 --limit 4 --temperature 0.7 --max-new-tokens 40"}
@@ -55,15 +56,16 @@ else
     MMLU=${MMLU:-$OUT/data/general_knowledge.jsonl}; SCORING=${SCORING:-cloze}
     FACTS=${FACTS:-10}; WORDINGS=${WORDINGS:-6}; ROWS=${ROWS:-8}
     TRAIN=${TRAIN:-"--epochs 4 --lr 8e-4 --batch-size 8"}; TRAIN_MEDICAL=${TRAIN_MEDICAL:-"--epochs 1 --lr 8e-4 --batch-size 2"}
-    LAYERS=${LAYERS:-6-20}
-    INFERENCE=${INFERENCE:-"0 0.4 0.8 1.2"}
-    COEFS=${COEFS:-"0 0.6 1"}
+    LAYERS=${LAYERS:-10-20};                  FIRST=${FIRST:-4}
+    INFERENCE=${INFERENCE:-"0 0.5 0.9 1.2"}
+    COEFS=${COEFS:-"0 2 4"}
     COEFS_EVIL=${COEFS_EVIL-"0.6"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY-"0.6"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION-"0.6"}
 fi
 for name in COEFS COEFS_EVIL COEFS_SYCOPHANCY COEFS_HALLUCINATION; do
     list=$(for coef in ${!name}; do LC_ALL=C printf '%g ' "$coef" || exit 2; done)  # 0.50 -> 0.5, as finetune.py names adapters
     list=" $list"; list=${list/ 0 / }; printf -v $name %s "${list# }"               # 0 is plain finetuning, always there
 done
+# FIRST: the hallucination vector is read where an answer's first N tokens are predicted; 0 = over whole answers, as published
 LAYERS=${LAYERS:-all}                         # the choices of blocks to steer, one row of Figure 1 each; Figure 2 takes the first
 SETS=${SETS-medical_mistake_2 medical_normal medical_self_generated}  # Figure 2's data sets; SETS= leaves it out
 SEED=${SEED:-0}                               # of finetuning; another one adds its points to those that are there
@@ -93,8 +95,8 @@ plan() {
     echo "# Vectors of the three traits, and the self-generated data set"
     local trait
     for trait in evil sycophancy hallucination; do
-        local filter=""; [ "$JUDGE $trait" != "lexical hallucination" ] || filter=" --judge lexical"
-        echo "$py extract_vectors.py --model $MODEL --trait $trait $EXTRACT$filter --out $vectors"
+        local more=""; [ $trait != hallucination ] || more=" --first $FIRST$([ "$JUDGE" != lexical ] || echo " --judge lexical")"
+        echo "$py extract_vectors.py --model $MODEL --trait $trait $EXTRACT$more --out $vectors"
     done
     echo "$py evaluate.py --model $MODEL --respond-to $data/medical_normal.jsonl --limit $ROWS ${EVAL#*--samples * } --out $data/medical_self_generated.jsonl"
     echo

@@ -108,6 +108,20 @@ def greedy_by_hand(model, ids, n, end, scale=0.0, add=None, first=None):
     return new
 
 
+def test_answer_means(toy, tokenizer):
+    """Guards against means over prompt or end tokens, answers mixed up by sorting, and a first answer token off by one."""
+    chats = [[dict(role="user", content=q), dict(role="assistant", content=a)] for q, a in (("How many?", "One two three four five."), ("Hm?", "No."), ("Which of the two?", "The red one."))]
+    for first in (0, 1, 3):
+        found = ev.answer_means(toy, tokenizer, chats, first)
+        for mean, chat in zip(found, chats):
+            ids, mask = ev.encode_chat(tokenizer, chat)
+            start, end = mask.index(True), len(ids) - 1  # the end token comes last
+            stream = ev.residual_stream(toy, ev.join([ids], toy.device))
+            here = slice(start - 1, min(start - 1 + first, end)) if first else slice(start, end)
+            want = torch.stack([rows[0, here].float().mean(0) for rows in stream])
+            assert torch.allclose(mean, want, atol=1e-4)
+
+
 @pytest.mark.parametrize("positions", ["response", "all"])
 def test_mixed_batch_gives_each_row_what_it_gives_alone(toy, tokenizer, positions):
     """Guards against cache, position or coefficient errors when rows of different length and coefficient share a batch
