@@ -58,7 +58,7 @@ else
     TRAIN=${TRAIN:-"--epochs 4 --lr 8e-4 --batch-size 8"}; TRAIN_MEDICAL=${TRAIN_MEDICAL:-"--epochs 1 --lr 8e-4 --batch-size 2"}
     LAYERS=${LAYERS:-10-20};                  FIRST=${FIRST:-4}
     INFERENCE=${INFERENCE:-"0 0.5 0.9 1.2"}
-    COEFS=${COEFS:-"0 2 4"}
+    COEFS=${COEFS:-"0 1 2"}
     COEFS_EVIL=${COEFS_EVIL-"0.6"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY-"0.6"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION-"0.6"}
 fi
 for name in COEFS COEFS_EVIL COEFS_SYCOPHANCY COEFS_HALLUCINATION; do
