@@ -577,6 +577,8 @@ def main():
     args, start = parser.parse_args(), time.time()
     if args.judge == "lexical" and args.trait != "hallucination":
         die(f"--judge lexical knows hallucination only, not {args.trait}")
+    if args.first < 0:
+        die(f"--first {args.first}: give a number of tokens, or 0 for whole answers")
     trait = load_trait(args.trait, args.trait_file)
     rows = extraction_rows(trait, args.samples, args.limit)
     if len({row["q"] for row in rows}) < 2:
