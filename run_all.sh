@@ -68,8 +68,8 @@ done
 # FIRST: the hallucination vector is read where an answer's first N tokens are predicted; 0 = over whole answers, as published
 LAYERS=${LAYERS:-all}                         # the choices of blocks to steer, one row of Figure 1 each; Figure 2 takes the first
 SETS=${SETS-medical_mistake_2 medical_normal medical_self_generated}  # Figure 2's data sets; SETS= leaves it out
-SEED=${SEED:-0}                               # of finetuning; another one adds its points to those that are there
-SUFFIX=; [ "$SEED" = 0 ] || SUFFIX=-seed$SEED
+SEEDS=${SEEDS:-0}                             # of finetuning, for Figure 1; Figure 2 takes the first. Later ones add their points to those that are there
+suffix() { [ "$seed" = 0 ] || echo "-seed$seed"; }  # in the names of adapters
 JOBS=${JOBS:-1}                               # commands of a stage to run at once, spread over the GPUs
 MEDICAL=${MEDICAL:-data}                      # folder of the medical data (paper: the authors' zip file, fetched when absent)
 MEDICAL_ZIP=${MEDICAL_ZIP:-$OUT/dataset.zip}
@@ -101,9 +101,12 @@ plan() {
     echo "$py evaluate.py --model $MODEL --respond-to $data/medical_normal.jsonl --limit $ROWS ${EVAL#*--samples * } --out $data/medical_self_generated.jsonl"
     echo
     echo "# Finetuning: facts (Figure 1) and the three medical data sets (Figure 2), plain and with preventative steering"
-    local name layers coef some
-    train facts "$TRAIN"
-    for layers in $LAYERS; do train facts "$TRAIN" hallucination "$COEFS" $layers facts-$layers; done
+    local name layers coef some seed
+    for seed in $SEEDS; do
+        train facts "$TRAIN"
+        for layers in $LAYERS; do train facts "$TRAIN" hallucination "$COEFS" $layers facts-$layers; done
+    done
+    seed=${SEEDS%% *}
     for set in $SETS; do
         train $set "$TRAIN_MEDICAL"
         for trait in evil sycophancy hallucination; do
@@ -115,17 +118,20 @@ plan() {
     echo "# Evaluation: the model before training, Figure 1, Figure 2"
     local facts="--facts $data/facts.jsonl"
     evaluate hallucination "$facts"
-    for layers in $LAYERS; do
-        evaluate hallucination "--adapter $adapters/facts-0$SUFFIX --inference-coef $INFERENCE --layers $layers $facts"
-        some=""; for coef in $COEFS; do some="$some $adapters/facts-$layers$SUFFIX-$coef"; done
-        [ -z "$some" ] || evaluate hallucination "--adapter$some $facts"
+    for seed in $SEEDS; do
+        for layers in $LAYERS; do
+            evaluate hallucination "--adapter $adapters/facts-0$(suffix) --inference-coef $INFERENCE --layers $layers $facts"
+            some=""; for coef in $COEFS; do some="$some $adapters/facts-$layers$(suffix)-$coef"; done
+            [ -z "$some" ] || evaluate hallucination "--adapter$some $facts"
+        done
     done
+    seed=${SEEDS%% *}
     [ -z "$SETS" ] || for trait in evil sycophancy hallucination; do
         [ $trait = hallucination ] || evaluate $trait
         name=COEFS_${trait^^}; some=""
         for set in $SETS; do
-            some="$some $adapters/$set-0$SUFFIX"
-            for coef in ${!name}; do some="$some $adapters/$set-$trait$SUFFIX-$coef"; done
+            some="$some $adapters/$set-0$(suffix)"
+            for coef in ${!name}; do some="$some $adapters/$set-$trait$(suffix)-$coef"; done
         done
         evaluate $trait "--adapter$some"
     done
@@ -134,12 +140,12 @@ plan() {
     echo "$py plot.py $points"
 }
 train() {  # data set, training flags; steered also: trait, coefficients, layers, what the adapters' names start with
-    local steer="--steer-mode none" name=$1-0$SUFFIX
+    local steer="--steer-mode none" name=$1-0$(suffix)
     if [ $# -gt 2 ]; then
         [ -n "$4" ] || return 0
-        steer="--steer-mode preventative --vector $OUT/vectors/$3.pt --coef ${4% } --layers $5" name=$6$SUFFIX
+        steer="--steer-mode preventative --vector $OUT/vectors/$3.pt --coef ${4% } --layers $5" name=$6$(suffix)
     fi
-    echo "python finetune.py --model $MODEL --data $OUT/data/$1.jsonl $steer $2 --seed $SEED --out $OUT/adapters/$name"
+    echo "python finetune.py --model $MODEL --data $OUT/data/$1.jsonl $steer $2 --seed $seed --out $OUT/adapters/$name"
 }
 evaluate() {  # trait, more flags
     local judge=$JUDGE; [ "$JUDGE" != lexical ] || [ $1 = hallucination ] || judge=probe

@@ -2,6 +2,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -250,12 +251,18 @@ def test_jobs_keep_to_the_stages(tmp_path):
     stub.chmod(0o755)
     sums = subprocess.run("cksum < requirements.txt | cut -d' ' -f1", shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     (room / f".ready-{sums}").touch()
-    env = os.environ | dict(VIRTUAL_ENV=str(room), PATH=f"{room / 'bin'}:{os.environ['PATH']}", OUT=str(tmp_path / "out"), LOG=str(tmp_path / "log"), JOBS="3", MODEL="/models/x", LAYERS="all 6-20")
+    env = os.environ | dict(VIRTUAL_ENV=str(room), PATH=f"{room / 'bin'}:{os.environ['PATH']}", OUT=str(tmp_path / "out"), LOG=str(tmp_path / "log"), JOBS="3", MODEL="/models/x", LAYERS="all 6-20", SEEDS="0 1")
     def run(fail):
         return subprocess.run(["bash", ROOT / "run_all.sh", "small"], env=env | dict(FAIL=fail), capture_output=True, text=True)
     plan = subprocess.run(["bash", ROOT / "run_all.sh", "plan", "small"], env=env, capture_output=True, text=True).stdout
     stages = [stage.split("\n") for stage in plan.strip().split("\n\n")]
     assert len(stages) == 5 and any("--layers 6-20" in line for line in stages[2]) and any("--layers all" in line for line in stages[2])
+    made = []  # what a seed's finetuning makes is what its evaluation reads, and no two commands make the same
+    for line in stages[2]:
+        coefs, out = re.search(r"--coef ([\d. ]+) --", line), line.split("--out ")[1]
+        made += [f"{out}-{coef}" for coef in coefs[1].split()] if coefs else [out]
+    read = {name for line in stages[3] for found in re.findall(r"--adapter ((?:\S*/adapters/\S+ )+)", line) for name in found.split()}
+    assert len(made) == len(set(made)) and set(made) == read and any("facts-all-seed1-1" in name for name in made)
     stopped = run("--steer-mode none")
     assert stopped.returncode != 0 and "goes on from here" in stopped.stderr and "evaluate.py --model /models/x --trait" not in (tmp_path / "log").read_text()
     done = run("nothing fails")
