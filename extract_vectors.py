@@ -556,7 +556,7 @@ def make_probe(vector, with_system, plain, half):
 def probe_scores(model, tokenizer, vector, probe, chats, title="probe"):
     """Chats (user turn, answer) -> scores 0..100 by projection on the vector's probe row; no adapter, no steering."""
     unit = (vector[probe["row"]] / vector[probe["row"]].norm()).to(model.device)
-    values = answer_means(model, tokenizer, chats, probe["first"], title)[:, probe["row"]] @ unit
+    values = answer_means(model, tokenizer, chats, probe.get("first", 0), title)[:, probe["row"]] @ unit
     return [min(100.0, max(0.0, 100 * (v - probe["zero"]) / (probe["hundred"] - probe["zero"]))) for v in values.tolist()]
 
 
