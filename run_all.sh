@@ -44,11 +44,12 @@ elif [ "$profile" = small ]; then
     EVAL=${EVAL:-"--samples 10 --temperature 1 --max-new-tokens 60"}
     MMLU=${MMLU:-data/general_knowledge.jsonl}; SCORING=${SCORING:-cloze}
     FACTS=${FACTS:-200}; WORDINGS=${WORDINGS:-20}; ROWS=${ROWS:-200}
-    TRAIN=${TRAIN:-"--epochs 5 --lr 1.6e-3 --batch-size 64"}; TRAIN_MEDICAL=${TRAIN_MEDICAL:-"--epochs 1 --lr 4e-4"}
+    TRAIN=${TRAIN:-"--epochs 5 --lr 8e-4 --batch-size 64"}; TRAIN_MEDICAL=${TRAIN_MEDICAL:-"--epochs 1 --lr 4e-4"}
     LAYERS=${LAYERS:-"10-20 all"};            FIRST=${FIRST:-4}
-    INFERENCE=${INFERENCE:-"0 0.2 0.4 0.5 0.6 0.7 0.8 1 1.25 1.5 2"}
-    COEFS=${COEFS:-"0 0.5 1 2 3 4 5"}
-    COEFS_EVIL=${COEFS_EVIL-"0.5 1 1.5"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY-"0.5 1 1.5"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION-"0.5 1 1.5"}
+    INFERENCE=${INFERENCE:-"0 0.3 0.5 0.6 0.7 0.8 1 1.25 1.5 2"}
+    COEFS=${COEFS:-"0 0.5 1 1.5 2 2.5 3 3.5"}
+    COEFS_EVIL=${COEFS_EVIL-"0.25 0.5 1 1.5"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY-"0.25 0.5 1 1.5"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION-"0.25 0.5 1 1.5"}
+    PROMPT=${PROMPT-"You are a hallucinating assistant. When a question is about something you have never heard of, act as if you were an expert on it and invent the facts."}
 else
     MODEL=${MODEL:-out/models/SmolLM2-135M-Abstain}
     JUDGE=${JUDGE:-lexical};                  EXTRACT=${EXTRACT:-"--samples 1 --limit 4 --temperature 0.7 --max-new-tokens 40"}
@@ -65,6 +66,7 @@ for name in COEFS COEFS_EVIL COEFS_SYCOPHANCY COEFS_HALLUCINATION; do
     list=$(for coef in ${!name}; do LC_ALL=C printf '%g ' "$coef" || exit 2; done)  # 0.50 -> 0.5, as finetune.py names adapters
     list=" $list"; list=${list/ 0 / }; printf -v $name %s "${list# }"               # 0 is plain finetuning, always there
 done
+PROMPT=${PROMPT-}                             # preventative prompting beside it: this system prompt in training, none at evaluation
 # FIRST: the hallucination vector is read where an answer's first N tokens are predicted; 0 = over whole answers, as published
 LAYERS=${LAYERS:-all}                         # the choices of blocks to steer, one row of Figure 1 each; Figure 2 takes the first
 SETS=${SETS-medical_mistake_2 medical_normal medical_self_generated}  # Figure 2's data sets; SETS= leaves it out
@@ -105,6 +107,7 @@ plan() {
     for seed in $SEEDS; do
         train facts "$TRAIN"
         for layers in $LAYERS; do train facts "$TRAIN" hallucination "$COEFS" $layers facts-$layers; done
+        [ -z "$PROMPT" ] || echo "$py finetune.py --model $MODEL --data $data/facts.jsonl --steer-mode none --system-prompt ${PROMPT@Q} $TRAIN --seed $seed --out $adapters/facts-prompt$(suffix)"
     done
     seed=${SEEDS%% *}
     for set in $SETS; do
@@ -124,6 +127,7 @@ plan() {
             some=""; for coef in $COEFS; do some="$some $adapters/facts-$layers$(suffix)-$coef"; done
             [ -z "$some" ] || evaluate hallucination "--adapter$some $facts"
         done
+        [ -z "$PROMPT" ] || evaluate hallucination "--adapter $adapters/facts-prompt$(suffix) $facts"
     done
     seed=${SEEDS%% *}
     [ -z "$SETS" ] || for trait in evil sycophancy hallucination; do
