@@ -22,6 +22,7 @@ from statistics import fmean, stdev
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 from make_facts import read_json, read_jsonl, replacing
 
@@ -287,27 +288,57 @@ def at_level(sweep, level):
     return None
 
 
-def kept(points):
+def resampled(answers, judge, draws=400):
+    """Answers of Figure 1 -> {point's key: (hallucination, new facts), each [draws]}, over resampled questions and resampled
+    facts, the same ones for every point."""
+    scores = {}  # (key, kind) -> {question: its scores}
+    for point, rows in answers:
+        for row in rows.get(judge, []) if point.get("trait") == "hallucination" else []:
+            if row["score"] is not None:
+                score = row["score"] if row["kind"] == "trait" else 100.0 * (row["score"] >= 50)
+                scores.setdefault((point["key"], row["kind"]), defaultdict(list))[row["question"]].append(score)
+    rng, values = np.random.default_rng(0), {}
+    for kind in ("trait", "fact"):
+        names = sorted({question for (_, k), found in scores.items() if k == kind for question in found})
+        chosen = rng.multinomial(len(names), [1 / len(names)] * len(names), size=draws) if names else None
+        for (key, k), found in scores.items():
+            if k == kind:
+                total, n = (chosen @ np.array([f(found.get(name, [])) for name in names], dtype=float) for f in (sum, len))
+                values[key, k] = np.divide(total, n, out=np.full(draws, np.nan), where=n > 0)
+    return {key: (values[key, "trait"], values[key, "fact"]) for key, kind in values if kind == "trait" and (key, "fact") in values}
+
+
+def kept(points, answers=()):
     """What the methods keep at equal hallucination -> lines of text and a table; none without a sweep."""
     base, facts = pick_base(points, "hallucination"), facts_of(points)
     levels = [(level, f"{level}") for level in LEVELS]
     if base and usable(base, "trait_score"):
         levels.append((base["trait_score"] + 5, f"{base['trait_score'] + 5:.1f} (before training + 5)"))
+    drawn = resampled(answers, facts[0]["judge"]) if facts else {}
     lines = ["Linear between neighbouring coefficients, where hallucination first falls to the level as the coefficient grows from plain finetuning; each training seed by itself, "
-             "then the mean (range over seeds). -: no seed's sweep starts above the level and reaches it.", "",
+             "then the mean (range over seeds). -: no seed's sweep starts above the level and reaches it. [95% interval over resampled questions, facts and training seeds, "
+             "where the level is reached in 95% of the draws.]", "",
              f"| hallucination | method | coefficient | new facts | {label_of('mmlu_accuracy', facts)} | seeds that reach it |", "|---|---|---|---|---|---|"]
     for level, name in levels:
         for method, x, _, some in sweeps(facts):
             by_seed = defaultdict(dict)
             for p in some:
                 if usable(p, "trait_score") and p[x] >= 0:
-                    by_seed[p.get("train_seed")][p[x]] = (p[x], p["trait_score"], *(p[m] if usable(p, m) else None for m in ("fact_accuracy", "mmlu_accuracy")))
-            swept = [sorted(at.values()) for at in by_seed.values() if any(at)]  # a seed with plain finetuning alone is no sweep
-            found = [at for at in (at_level(sweep, level) for sweep in swept) if at]
+                    by_seed[p.get("train_seed")][p[x]] = p
+            swept = [[at[coef] for coef in sorted(at)] for at in by_seed.values() if any(at)]  # a seed with plain finetuning alone is no sweep
+            found = [at for at in (at_level([(p[x], p["trait_score"], *(p[m] if usable(p, m) else None for m in ("fact_accuracy", "mmlu_accuracy"))) for p in sweep], level) for sweep in swept) if at]
             def text(i, digits):
                 values = [at[i] for at in found if at[i] is not None]
                 return "-" if not values else f"{fmean(values):.{digits}f}" + (f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else "")
-            lines.append(f"| {name} | {method} | {text(0, 2)} | {text(1, 1)} | {text(2, 1)} | {len(found)} of {len(swept)} |")
+            interval, rng = "", np.random.default_rng(0)
+            if found and all(p["key"] in drawn for sweep in swept for p in sweep):
+                again = []
+                for d in range(len(next(iter(drawn.values()))[0])):
+                    ends = [at_level([(p[x], drawn[p["key"]][0][d], drawn[p["key"]][1][d], None) for p in swept[k]], level) for k in rng.integers(len(swept), size=len(swept))]
+                    again += [fmean(at[1] for at in ends if at)] if any(ends) else []
+                if len(again) >= 0.95 * (d + 1):
+                    interval = " [{:.1f}, {:.1f}]".format(*np.percentile(again, [2.5, 97.5]))
+            lines.append(f"| {name} | {method} | {text(0, 2)} | {text(1, 1)}{interval} | {text(2, 1)} | {len(found)} of {len(swept)} |")
     return lines if len(lines) > 4 else []
 
 
@@ -379,7 +410,7 @@ def agreement_lines(found):
         f"| {trait} | {one}, {other} | {n} | {'-' if rho is None else f'{rho:.2f}'} | {difference:+.1f} |" for trait, one, other, n, rho, difference in found]
 
 
-def summary(points, folder, agreed):
+def summary(points, folder, agreed, equal):
     lines = ["# Summary", "", describe(points), "", *(f"- {line}" for line in headline(points))]
     alike = defaultdict(set)
     for p in points:
@@ -390,8 +421,7 @@ def summary(points, folder, agreed):
         lines += ["- Probes (projection on the vector; AUC between positive and negative extraction answers on held-out questions): "
                   + ", ".join(f"{v['trait']} row {v['probe']['row']}, AUC {v['probe']['auc']:.2f}" + (" (weak: under 0.7)" if v["probe"]["auc"] < 0.7 else "")
                               for v in vectors if "probe" in v) + "."]
-    if rows := kept(points):
-        lines += ["", "## New facts kept at equal hallucination", "", *rows]
+    lines += ["", "## New facts kept at equal hallucination", "", *equal] if equal else []
     lines += ["", "## All points", "", *points_table(points)]
     if agreed:
         lines += ["", "Agreement of judges on the same answers:", "", *agreement_lines(agreed)]
@@ -455,9 +485,9 @@ def browser_data(answers, most=30_000_000):
         texts = {text if i in kept else f"\0{i}": i for text, i in texts.items()}
 
 
-def report(points, shown, folder, answers, missing, agreed):
+def report(points, shown, folder, answers, missing, agreed, equal):
     """The page's text; every value is escaped."""
-    escape, rows, equal = html.escape, points_table(shown), kept(shown)
+    escape, rows = html.escape, points_table(shown)
     def figure(name, title, mine):
         picture = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
         return (f'<figure><img alt="{escape(title)}; the numbers are in the table below" src="data:image/png;base64,{picture}"></figure><details><summary>{escape(title)}: the numbers</summary>'
@@ -489,8 +519,8 @@ def main():
     tradeoff(shown, folder / "tradeoff")
     figure2(shown, folder / "fig2")
     answers, missing = read_answers(points, folder)
-    agreed = agreement(answers)
-    for name, text in (("summary.md", summary(shown, folder, agreed)), ("report.html", report(points, shown, folder, answers, missing, agreed))):
+    agreed, equal = agreement(answers), kept(shown, answers)
+    for name, text in (("summary.md", summary(shown, folder, agreed, equal)), ("report.html", report(points, shown, folder, answers, missing, agreed, equal))):
         with replacing(folder / name) as out:
             out.write(text)
     print("\n".join(headline(shown)) + f"\n{folder}/fig1.png, tradeoff.png, fig2.png, summary.md, report.html")

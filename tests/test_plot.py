@@ -72,6 +72,21 @@ def test_seeds_are_read_one_by_one():
     assert plot.kept([BEFORE, PLAIN]) == []
 
 
+def test_intervals_resample_whole_questions():
+    """Guards against intervals at equal hallucination that take answers to one question, or the points of a sweep, for independent, or leave the facts out."""
+    def answers(key, coef, per_question, facts):
+        rows = [dict(kind="trait", question=f"q{q}", score=score) for q, score in enumerate(per_question) for _ in range(10)]
+        rows += [dict(kind="fact", question=f"f{f}", score=score) for f, score in enumerate(facts)] + [dict(kind="trait", question="q0", score=None)]
+        return steered("train_coef", coef, sum(per_question) / 2, key=key, fact_accuracy=sum(facts) / 2), dict(gpt=rows)
+    found = [answers("a", 0.0, (100, 100), (100, 100)), answers("b", 2.0, (0, 100), (0, 100)), answers("c", 4.0, (0, 0), (0, 0))]
+    drawn = plot.resampled(found, "gpt")
+    assert set(drawn["b"][0]) == set(drawn["b"][1]) == {0, 50, 100} and set(drawn["a"][0]) == {100} and (drawn["b"][0] != drawn["b"][1]).any()
+    assert (plot.resampled([*found, answers("d", 1.0, (0, 100), (0, 100))], "gpt")["d"][0] == drawn["b"][0]).all()
+    table = plot.kept([point for point, _ in found], found)
+    assert "| 60 | Preventative steering | 1.60 | 60.0 [0.0, 100.0] | 50.0 | 1 of 1 |" in table  # both questions the invented one and both facts the lost one: all lost before the level
+    assert "| 60 | Preventative steering | 1.60 | 60.0 | 50.0 | 1 of 1 |" in plot.kept([point for point, _ in found])
+
+
 def test_headline_follows_the_numbers(tmp_path):
     """Guards against a verdict that is written for one model, a rise claimed where there was none, and a probe that is not named as such."""
     rise = [BEFORE, PLAIN, steered("train_coef", 1.0, 22.0)]
@@ -80,8 +95,8 @@ def test_headline_follows_the_numbers(tmp_path):
     assert plot.headline([BEFORE | dict(trait_score=95.0), *rise[1:]])[0].startswith("No room: the model before training scores 95.0")
     assert plot.headline([BEFORE, point(22.0), *rise[2:]])[0].startswith("Nothing to prevent: plain finetuning ends at 22.0")
     assert "the very direction that is steered" in plot.headline([p | dict(judge="probe") for p in rise])[-1]
-    text = plot.summary([*rise, point(70.0, adapter="a2")], tmp_path, [])
-    assert "- a, a2: the points do not tell these adapters apart" in text and "apart" not in plot.summary(rise, tmp_path, [])
+    text = plot.summary([*rise, point(70.0, adapter="a2")], tmp_path, [], [])
+    assert "- a, a2: the points do not tell these adapters apart" in text and "apart" not in plot.summary(rise, tmp_path, [], [])
 
 
 def test_columns_only_where_points_differ():
