@@ -315,31 +315,37 @@ def kept(points, answers=()):
     if base and usable(base, "trait_score"):
         levels.append((base["trait_score"] + 5, f"{base['trait_score'] + 5:.1f} (before training + 5)"))
     drawn = resampled(answers, facts[0]["judge"]) if facts else {}
-    lines = ["Linear between neighbouring coefficients, where hallucination first falls to the level as the coefficient grows from plain finetuning; each training seed by itself, "
-             "then the mean (range over seeds). -: no seed's sweep starts above the level and reaches it. [95% interval over resampled questions, facts and training seeds, "
-             "where the level is reached in 95% of the draws.]", "",
-             f"| hallucination | method | coefficient | new facts | {label_of('mmlu_accuracy', facts)} | seeds that reach it |", "|---|---|---|---|---|---|"]
+    lines, differ = [], []
+    def percentiles(values):  # of draws, nan where the level was not reached
+        reached = [value for value in values if not math.isnan(value)]
+        return " [{:.1f}, {:.1f}]".format(*np.percentile(reached, [2.5, 97.5])) if len(reached) >= 0.95 * max(1, len(values)) else ""
     for level, name in levels:
-        for method, x, _, some in sweeps(facts):
+        means = {}  # (layers, coefficient's key) -> (mean, draws) of the facts kept
+        for method, x, setting, some in sweeps(facts):
             by_seed = defaultdict(dict)
             for p in some:
                 if usable(p, "trait_score") and p[x] >= 0:
                     by_seed[p.get("train_seed")][p[x]] = p
-            swept = [[at[coef] for coef in sorted(at)] for at in by_seed.values() if any(at)]  # a seed with plain finetuning alone is no sweep
+            swept = [[at[coef] for coef in sorted(at)] for _, at in sorted(by_seed.items(), key=str) if any(at)]  # a seed with plain finetuning alone is no sweep
             found = [at for at in (at_level([(p[x], p["trait_score"], *(p[m] if usable(p, m) else None for m in ("fact_accuracy", "mmlu_accuracy"))) for p in sweep], level) for sweep in swept) if at]
             def text(i, digits):
                 values = [at[i] for at in found if at[i] is not None]
                 return "-" if not values else f"{fmean(values):.{digits}f}" + (f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else "")
-            interval, rng = "", np.random.default_rng(0)
-            if found and all(p["key"] in drawn for sweep in swept for p in sweep):
-                again = []
-                for d in range(len(next(iter(drawn.values()))[0])):
-                    ends = [at_level([(p[x], drawn[p["key"]][0][d], drawn[p["key"]][1][d], None) for p in swept[k]], level) for k in rng.integers(len(swept), size=len(swept))]
-                    again += [fmean(at[1] for at in ends if at)] if any(ends) else []
-                if len(again) >= 0.95 * (d + 1):
-                    interval = " [{:.1f}, {:.1f}]".format(*np.percentile(again, [2.5, 97.5]))
-            lines.append(f"| {name} | {method} | {text(0, 2)} | {text(1, 1)}{interval} | {text(2, 1)} | {len(found)} of {len(swept)} |")
-    return lines if len(lines) > 4 else []
+            again, rng = [], np.random.default_rng(0)  # the same seeds are drawn for every sweep
+            for d in range(len(next(iter(drawn.values()))[0]) if found and all(p["key"] in drawn for sweep in swept for p in sweep) else 0):
+                ends = [at_level([(p[x], drawn[p["key"]][0][d], drawn[p["key"]][1][d], None) for p in swept[k]], level) for k in rng.integers(len(swept), size=len(swept))]
+                again.append(fmean(at[1] for at in ends if at) if any(ends) else math.nan)
+            if found and found[0][1] is not None:
+                means.setdefault((setting[0], len(swept)), {})[x] = fmean(at[1] for at in found), again
+            lines.append(f"| {name} | {method} | {text(0, 2)} | {text(1, 1)}{percentiles(again) if again else ''} | {text(2, 1)} | {len(found)} of {len(swept)} |")
+        differ += [f"At {name}, {place(layers)}: {both['train_coef'][0] - both['inference_coef'][0]:+.1f}{interval}." for (layers, _), both in means.items() if len(both) == 2
+                   for interval in [percentiles([a - b for a, b in zip(both["train_coef"][1], both["inference_coef"][1])])] if interval]
+    if not lines:
+        return []
+    return ["Linear between neighbouring coefficients, where hallucination first falls to the level as the coefficient grows from plain finetuning; each training seed by itself, "
+            "then the mean (range over seeds). -: no seed's sweep starts above the level and reaches it. [95% interval over resampled questions, facts and training seeds, the same ones for all methods, "
+            "where 95% of the draws reach the level.]" + (" New facts, preventative minus inference-time steering of the same blocks: " + " ".join(differ) if differ else ""), "",
+            f"| hallucination | method | coefficient | new facts | {label_of('mmlu_accuracy', facts)} | seeds that reach it |", "|---|---|---|---|---|---|", *lines]
 
 
 def cell(point, metric, ci):

@@ -48,7 +48,7 @@ elif [ "$profile" = small ]; then
     LAYERS=${LAYERS:-"10-20 all"};            FIRST=${FIRST:-4}
     INFERENCE=${INFERENCE:-"0 0.3 0.5 0.6 0.7 0.8 1 1.25 1.5"}
     COEFS=${COEFS:-"0 0.6 1 2 3 3.5"}
-    COEFS_EVIL=${COEFS_EVIL-"0.25 0.5 1 1.5"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY-"0.25 0.5 1 1.5"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION-"0.25 0.5 1 1.5"}
+    COEFS_EVIL=${COEFS_EVIL-"0.5 1 1.5"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY-"0.5 1 1.5"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION-"0.5 1 1.5"}
     PROMPT=${PROMPT-"You are a hallucinating assistant. When a question is about something you have never heard of, act as if you were an expert on it and invent the facts."}
 else
     MODEL=${MODEL:-out/models/SmolLM2-135M-Abstain}
