@@ -243,7 +243,7 @@ def test_run_all_goes_on_after_a_kill(work, tmp_path):
 
 
 def test_jobs_keep_to_the_stages(tmp_path):
-    """Guards against JOBS losing or repeating a command, starting a stage before the one before it is done, or going on
+    """Guards against JOBS losing or repeating a command or its quotes, starting a stage before the one before it is done, or going on
     after a failure. `python` is a stub that writes down what it was called with."""
     room = tmp_path / "env"
     (room / "bin").mkdir(parents=True)
@@ -252,7 +252,7 @@ def test_jobs_keep_to_the_stages(tmp_path):
     stub.chmod(0o755)
     sums = subprocess.run("cksum < requirements.txt | cut -d' ' -f1", shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     (room / f".ready-{sums}").touch()
-    env = os.environ | dict(VIRTUAL_ENV=str(room), PATH=f"{room / 'bin'}:{os.environ['PATH']}", OUT=str(tmp_path / "out"), LOG=str(tmp_path / "log"), JOBS="3", MODEL="/models/x", LAYERS="all 6-20", SEEDS="0 1")
+    env = os.environ | dict(VIRTUAL_ENV=str(room), PATH=f"{room / 'bin'}:{os.environ['PATH']}", OUT=str(tmp_path / "out"), LOG=str(tmp_path / "log"), JOBS="3", MODEL="/models/x", LAYERS="all 6-20", SEEDS="0 1", PROMPT="It's \"made up\".")
     def run(fail):
         return subprocess.run(["bash", ROOT / "run_all.sh", "small"], env=env | dict(FAIL=fail), capture_output=True, text=True)
     plan = subprocess.run(["bash", ROOT / "run_all.sh", "plan", "small"], env=env, capture_output=True, text=True).stdout
