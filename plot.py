@@ -335,7 +335,7 @@ def kept(points, answers=()):
             for d in range(len(next(iter(drawn.values()))[0]) if found and all(p["key"] in drawn for sweep in swept for p in sweep) else 0):
                 ends = [at_level([(p[x], drawn[p["key"]][0][d], drawn[p["key"]][1][d], None) for p in swept[k]], level) for k in rng.integers(len(swept), size=len(swept))]
                 again.append(fmean(at[1] for at in ends if at) if any(ends) else math.nan)
-            if found and found[0][1] is not None:
+            if found and all(at[1] is not None for at in found):
                 means.setdefault((setting[0], len(swept)), {})[x] = fmean(at[1] for at in found), again
             lines.append(f"| {name} | {method} | {text(0, 2)} | {text(1, 1)}{percentiles(again) if again else ''} | {text(2, 1)} | {len(found)} of {len(swept)} |")
         differ += [f"At {name}, {place(layers)}: {both['train_coef'][0] - both['inference_coef'][0]:+.1f}{interval}." for (layers, _), both in means.items() if len(both) == 2
