@@ -33,6 +33,7 @@ METRICS = [("trait_score", "trait_ci", "trait_n", "#c0392b", "o"), ("fact_accura
 METHODS = [("Inference-time steering", "inference_coef", "#d35400"), ("Preventative steering", "train_coef", "#1f4e9c")]
 SETTINGS = dict(inference_coef=("layers", "positions", "vector"), train_coef=("train_layers", "train_positions", "train_vector"))
 T95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # Student's t, two-sided 95%, for 2, 3, .. seeds; more take the last
+DRAWS = 400            # of resampled questions, facts and seeds
 LEVELS = [60, 40, 30]  # hallucination scores at which the methods are compared, beside the untrained model's + 5
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -288,8 +289,8 @@ def at_level(sweep, level):
     return None
 
 
-def resampled(answers, judge, draws=400):
-    """Answers of Figure 1 -> {point's key: (hallucination, new facts), each [draws]}, over resampled questions and resampled
+def resampled(answers, judge):
+    """Answers of Figure 1 -> {point's key: hallucination and new facts [2, DRAWS]}, over resampled questions and resampled
     facts, the same ones for every point."""
     scores = {}  # (key, kind) -> {question: its scores}
     for point, rows in answers:
@@ -300,12 +301,12 @@ def resampled(answers, judge, draws=400):
     rng, values = np.random.default_rng(0), {}
     for kind in ("trait", "fact"):
         names = sorted({question for (_, k), found in scores.items() if k == kind for question in found})
-        chosen = rng.multinomial(len(names), [1 / len(names)] * len(names), size=draws) if names else None
+        chosen = rng.multinomial(len(names), [1 / len(names)] * len(names), size=DRAWS) if names else None
         for (key, k), found in scores.items():
             if k == kind:
                 total, n = (chosen @ np.array([f(found.get(name, [])) for name in names], dtype=float) for f in (sum, len))
-                values[key, k] = np.divide(total, n, out=np.full(draws, np.nan), where=n > 0)
-    return {key: (values[key, "trait"], values[key, "fact"]) for key, kind in values if kind == "trait" and (key, "fact") in values}
+                values[key, k] = np.divide(total, n, out=np.full(DRAWS, np.nan), where=n > 0)
+    return {key: np.array([values[key, "trait"], values[key, "fact"]]) for key, kind in values if kind == "trait" and (key, "fact") in values}
 
 
 def kept(points, answers=()):
@@ -318,28 +319,31 @@ def kept(points, answers=()):
     lines, differ = [], []
     def percentiles(values):  # of draws, nan where the level was not reached
         reached = [value for value in values if not math.isnan(value)]
-        return " [{:.1f}, {:.1f}]".format(*np.percentile(reached, [2.5, 97.5])) if len(reached) >= 0.95 * max(1, len(values)) else ""
+        return " [{:.1f}, {:.1f}]".format(*np.percentile(reached, [2.5, 97.5])) if len(reached) >= 0.95 * DRAWS else ""
     for level, name in levels:
-        means = {}  # (layers, coefficient's key) -> (mean, draws) of the facts kept
+        means = {}  # (layers, seeds) -> {coefficient's key: (mean of the facts kept, its draws)}
         for method, x, setting, some in sweeps(facts):
             by_seed = defaultdict(dict)
             for p in some:
                 if usable(p, "trait_score") and p[x] >= 0:
                     by_seed[p.get("train_seed")][p[x]] = p
             swept = [[at[coef] for coef in sorted(at)] for _, at in sorted(by_seed.items(), key=str) if any(at)]  # a seed with plain finetuning alone is no sweep
-            found = [at for at in (at_level([(p[x], p["trait_score"], *(p[m] if usable(p, m) else None for m in ("fact_accuracy", "mmlu_accuracy"))) for p in sweep], level) for sweep in swept) if at]
+            def ends(chosen, values):  # where each seed's sweep reaches the level, by values(point)
+                return [at for sweep in chosen if (at := at_level([(p[x], *values(p)) for p in sweep], level))]
+            found = ends(swept, lambda p: (p["trait_score"], *(p[m] if usable(p, m) else None for m in ("fact_accuracy", "mmlu_accuracy"))))
             def text(i, digits):
                 values = [at[i] for at in found if at[i] is not None]
                 return "-" if not values else f"{fmean(values):.{digits}f}" + (f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else "")
             again, rng = [], np.random.default_rng(0)  # the same seeds are drawn for every sweep
-            for d in range(len(next(iter(drawn.values()))[0]) if found and all(p["key"] in drawn for sweep in swept for p in sweep) else 0):
-                ends = [at_level([(p[x], drawn[p["key"]][0][d], drawn[p["key"]][1][d], None) for p in swept[k]], level) for k in rng.integers(len(swept), size=len(swept))]
-                again.append(fmean(at[1] for at in ends if at) if any(ends) else math.nan)
-            if found and all(at[1] is not None for at in found):
-                means.setdefault((setting[0], len(swept)), {})[x] = fmean(at[1] for at in found), again
-            lines.append(f"| {name} | {method} | {text(0, 2)} | {text(1, 1)}{percentiles(again) if again else ''} | {text(2, 1)} | {len(found)} of {len(swept)} |")
-        differ += [f"At {name}, {place(layers)}: {both['train_coef'][0] - both['inference_coef'][0]:+.1f}{interval}." for (layers, _), both in means.items() if len(both) == 2
-                   for interval in [percentiles([a - b for a, b in zip(both["train_coef"][1], both["inference_coef"][1])])] if interval]
+            for d in range(DRAWS) if found and all(p["key"] in drawn for sweep in swept for p in sweep) else ():
+                there = ends([swept[k] for k in rng.integers(len(swept), size=len(swept))], lambda p: (*drawn[p["key"]][:, d], None))
+                again.append(fmean(at[1] for at in there) if there else math.nan)
+            if again:
+                means.setdefault((setting[0], len(swept)), {})[x] = fmean(at[1] for at in found), np.array(again)
+            lines.append(f"| {name} | {method} | {text(0, 2)} | {text(1, 1)}{percentiles(again)} | {text(2, 1)} | {len(found)} of {len(swept)} |")
+        for (layers, _), of in means.items():
+            if len(of) == 2 and (interval := percentiles(of["train_coef"][1] - of["inference_coef"][1])):
+                differ.append(f"At {name}, {place(layers)}: {of['train_coef'][0] - of['inference_coef'][0]:+.1f}{interval}.")
     if not lines:
         return []
     return ["Linear between neighbouring coefficients, where hallucination first falls to the level as the coefficient grows from plain finetuning; each training seed by itself, "

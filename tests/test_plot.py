@@ -85,6 +85,8 @@ def test_intervals_resample_whole_questions():
     table = plot.kept([point for point, _ in found], found)
     assert "| 60 | Preventative steering | 1.60 | 60.0 [0.0, 100.0] | 50.0 | 1 of 1 |" in table  # both questions the invented one and both facts the lost one: all lost before the level
     assert "| 60 | Preventative steering | 1.60 | 60.0 | 50.0 | 1 of 1 |" in plot.kept([point for point, _ in found])
+    twin = [(p | dict(key=f"{p['key']}2", inference_coef=p["train_coef"], train_coef=0.0), rows) for p, rows in found[1:]]  # the same answers by the other method
+    assert "At 60, all blocks: +0.0 [0.0, 0.0]." in plot.kept([point for point, _ in found + twin], found + twin)[0]
 
 
 def test_headline_follows_the_numbers(tmp_path):
