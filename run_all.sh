@@ -72,7 +72,7 @@ LAYERS=${LAYERS:-all}                         # the choices of blocks to steer, 
 SETS=${SETS-medical_mistake_2 medical_normal medical_self_generated}  # Figure 2's data sets; SETS= leaves it out
 SEEDS=${SEEDS:-0}                             # of finetuning, for Figure 1; Figure 2 takes the first. Later ones add their points to those that are there
 suffix() { [ "$seed" = 0 ] || echo "-seed$seed"; }  # in the names of adapters
-JOBS=${JOBS:-1}                               # commands of a stage to run at once, spread over the GPUs
+JOBS=${JOBS:-1}                               # commands of a stage to run at once, spread over the GPUs; above 1 every adapter has a command of its own
 MEDICAL=${MEDICAL:-data}                      # folder of the medical data (paper: the authors' zip file, fetched when absent)
 MEDICAL_ZIP=${MEDICAL_ZIP:-$OUT/dataset.zip}
 
@@ -123,37 +123,39 @@ plan() {
     evaluate hallucination "$facts"
     for seed in $SEEDS; do
         for layers in $LAYERS; do
-            evaluate hallucination "--adapter $adapters/facts-0$(suffix) --inference-coef $INFERENCE --layers $layers $facts"
-            some=""; for coef in $COEFS; do some="$some $adapters/facts-$layers$(suffix)-$coef"; done
-            [ -z "$some" ] || evaluate hallucination "--adapter$some $facts"
+            evaluate hallucination "--inference-coef $INFERENCE --layers $layers $facts" facts-0$(suffix)
+            some=""; for coef in $COEFS; do some="$some facts-$layers$(suffix)-$coef"; done
+            [ -z "$some" ] || commands_of $some | while read -r some; do evaluate hallucination "$facts" $some; done
         done
-        [ -z "$PROMPT" ] || evaluate hallucination "--adapter $adapters/facts-prompt$(suffix) $facts"
+        [ -z "$PROMPT" ] || evaluate hallucination "$facts" facts-prompt$(suffix)
     done
     seed=${SEEDS%% *}
     [ -z "$SETS" ] || for trait in evil sycophancy hallucination; do
-        [ $trait = hallucination ] || evaluate $trait
+        [ $trait = hallucination ] || evaluate $trait ""
         name=COEFS_${trait^^}; some=""
         for set in $SETS; do
-            some="$some $adapters/$set-0$(suffix)"
-            for coef in ${!name}; do some="$some $adapters/$set-$trait$(suffix)-$coef"; done
+            some="$some $set-0$(suffix)"
+            for coef in ${!name}; do some="$some $set-$trait$(suffix)-$coef"; done
         done
-        evaluate $trait "--adapter$some"
+        commands_of $some | while read -r some; do evaluate $trait "" $some; done
     done
     echo
     echo "# Figures and summary"
     echo "$py plot.py $points"
 }
+commands_of() { if [ "$JOBS" = 1 ]; then echo "$*"; else printf '%s\n' "$@"; fi; }  # coefficients or adapters -> a line for each command
 train() {  # data set, training flags; steered also: trait, coefficients, layers, what the adapters' names start with
-    local steer="--steer-mode none" name=$1-0$(suffix)
-    if [ $# -gt 2 ]; then
-        [ -n "$4" ] || return 0
-        steer="--steer-mode preventative --vector $OUT/vectors/$3.pt --coef ${4% } --layers $5" name=$6$(suffix)
+    local start="python finetune.py --model $MODEL --data $OUT/data/$1.jsonl" end="$2 --seed $seed --out $OUT/adapters/" coefs
+    if [ $# -eq 2 ]; then
+        echo "$start --steer-mode none $end$1-0$(suffix)"
+    elif [ -n "$4" ]; then
+        commands_of $4 | while read -r coefs; do echo "$start --steer-mode preventative --vector $OUT/vectors/$3.pt --coef $coefs --layers $5 $end$6$(suffix)"; done
     fi
-    echo "python finetune.py --model $MODEL --data $OUT/data/$1.jsonl $steer $2 --seed $seed --out $OUT/adapters/$name"
 }
-evaluate() {  # trait, more flags
-    local judge=$JUDGE; [ "$JUDGE" != lexical ] || [ $1 = hallucination ] || judge=probe
-    echo "python evaluate.py --model $MODEL --trait $1 --vector $OUT/vectors/$1.pt ${2:+$2 }--mmlu $MMLU --mmlu-scoring $SCORING $EVAL --judge $judge --yes --out $OUT/points.jsonl"
+evaluate() {  # trait, more flags, adapters
+    local trait=$1 flags=$2 judge=$JUDGE; shift 2
+    [ "$JUDGE" != lexical ] || [ $trait = hallucination ] || judge=probe
+    echo "python evaluate.py --model $MODEL --trait $trait --vector $OUT/vectors/$trait.pt ${1:+--adapter ${*/#/$OUT/adapters/} }${flags:+$flags }--mmlu $MMLU --mmlu-scoring $SCORING $EVAL --judge $judge --yes --out $OUT/points.jsonl"
 }
 if [ "$mode" = plan ]; then plan | grep -v '^#'; exit; fi
 

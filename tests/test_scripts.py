@@ -243,8 +243,8 @@ def test_run_all_goes_on_after_a_kill(work, tmp_path):
 
 
 def test_jobs_keep_to_the_stages(tmp_path):
-    """Guards against JOBS losing or repeating a command or its quotes, starting a stage before the one before it is done, or going on
-    after a failure. `python` is a stub that writes down what it was called with."""
+    """Guards against JOBS losing or repeating a command, an adapter or its quotes, starting a stage before the one before it is done, or
+    going on after a failure. `python` is a stub that writes down what it was called with."""
     room = tmp_path / "env"
     (room / "bin").mkdir(parents=True)
     stub = room / "bin" / "python"
@@ -255,15 +255,20 @@ def test_jobs_keep_to_the_stages(tmp_path):
     env = os.environ | dict(VIRTUAL_ENV=str(room), PATH=f"{room / 'bin'}:{os.environ['PATH']}", OUT=str(tmp_path / "out"), LOG=str(tmp_path / "log"), JOBS="3", MODEL="/models/x", LAYERS="all 6-20", SEEDS="0 1", PROMPT="It's \"made up\".")
     def run(fail):
         return subprocess.run(["bash", ROOT / "run_all.sh", "small"], env=env | dict(FAIL=fail), capture_output=True, text=True)
-    plan = subprocess.run(["bash", ROOT / "run_all.sh", "plan", "small"], env=env, capture_output=True, text=True).stdout
-    stages = [stage.split("\n") for stage in plan.strip().split("\n\n")]
+    def plan(jobs):
+        said = subprocess.run(["bash", ROOT / "run_all.sh", "plan", "small"], env=env | dict(JOBS=jobs), capture_output=True, text=True).stdout
+        return [stage.split("\n") for stage in said.strip().split("\n\n")]
+    def adapters(stages):  # those that finetuning makes, those that evaluation reads
+        made = []
+        for line in stages[2]:
+            coefs, out = re.search(r"--coef ([\d. ]+) --", line), line.split("--out ")[1]
+            made += [f"{out}-{coef}" for coef in coefs[1].split()] if coefs else [out]
+        return made, {name for line in stages[3] for found in re.findall(r"--adapter ((?:\S*/adapters/\S+ )+)", line) for name in found.split()}
+    stages = plan("3")
     assert len(stages) == 5 and any("--layers 6-20" in line for line in stages[2]) and any("--layers all" in line for line in stages[2])
-    made = []  # what a seed's finetuning makes is what its evaluation reads, and no two commands make the same
-    for line in stages[2]:
-        coefs, out = re.search(r"--coef ([\d. ]+) --", line), line.split("--out ")[1]
-        made += [f"{out}-{coef}" for coef in coefs[1].split()] if coefs else [out]
-    read = {name for line in stages[3] for found in re.findall(r"--adapter ((?:\S*/adapters/\S+ )+)", line) for name in found.split()}
-    assert len(made) == len(set(made)) and set(made) == read and any("facts-all-seed1-1" in name for name in made)
+    made, read = adapters(stages)
+    assert len(made) == len(set(made)) == len(stages[2]) and set(made) == read and any("facts-all-seed1-1" in name for name in made)
+    assert adapters(plan("1")) == (made, read) and len(plan("1")[2]) < len(made)
     stopped = run("--steer-mode none")
     assert stopped.returncode != 0 and "goes on from here" in stopped.stderr and "evaluate.py --model /models/x --trait" not in (tmp_path / "log").read_text()
     done = run("nothing fails")
