@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole reproduction: bash run_all.sh [demo|small|paper|test|plan [profile]]
-#   demo   a 135M model on any CPU, no key, no hub: both figures at small size in 7 to 14 minutes
+#   demo   a 135M model on any CPU, no key, no hub: both figures at small size in 7 to 18 minutes
 #   small  the same model at sizes that show the effect: minutes on a GPU, about a day on two CPU cores
 #   paper  Qwen2.5-7B-Instruct on one GPU with 40 GiB or more, and OPENAI_API_KEY for the judge
 #   paper --dry-run   print what the judge would cost, and stop
@@ -18,7 +18,7 @@ if [ "$mode" = auto ]; then
     if [ "$gpu_gib" -ge 40 ] && [ -n "${OPENAI_API_KEY:-}" ]; then
         mode=paper; echo "Profile paper (about 3 hours on an H200, by computation, and 9 dollars for the judge: bash run_all.sh paper --dry-run): a GPU with $gpu_gib GiB and OPENAI_API_KEY are there. Force the other one: bash run_all.sh demo"
     else
-        mode=demo; echo "Profile demo (7 to 14 minutes on two CPU cores, costs nothing): paper needs a CUDA GPU with 40 GiB (found: $gpu_gib) and OPENAI_API_KEY. Force it: bash run_all.sh paper"
+        mode=demo; echo "Profile demo (7 to 18 minutes on two CPU cores, costs nothing): paper needs a CUDA GPU with 40 GiB (found: $gpu_gib) and OPENAI_API_KEY. Force it: bash run_all.sh paper"
     fi
 fi
 profile=$mode; [ "$mode" = plan ] && profile=${2:-demo}
