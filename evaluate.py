@@ -8,12 +8,12 @@ Appends one row per (adapter, coefficient) to --out and keeps every answer with 
 it. A positive coefficient steers AGAINST the trait (the post's x axis). All coefficients are sampled in one batch.
 Points that are in --out already are skipped; answers that are on disk already are not sampled again.
 """
+
 import argparse
 import hashlib
 import json
 import math
 import random
-import re
 import time
 from pathlib import Path
 
@@ -21,8 +21,36 @@ import torch
 from peft import PeftModel
 from tqdm import tqdm
 
-from extract_vectors import ROW_TOKENS, by_length, join, load_model, load_vector, name_of, offsets_of, probe_scores, prompt_ids, sample, steering
-from make_facts import ANSWER_TOKENS, FACT_ANSWER_TOKENS, api_flags, append_jsonl, conversations, die, foresee, judge_rows, lexical_score, load_trait, mentions, provenance, read_json, read_jsonl, write_jsonl
+from extract_vectors import (
+    ROW_TOKENS,
+    by_length,
+    join,
+    load_model,
+    load_vector,
+    name_of,
+    offsets_of,
+    probe_scores,
+    prompt_ids,
+    sample,
+    steering,
+)
+from make_facts import (
+    ANSWER_TOKENS,
+    FACT_ANSWER_TOKENS,
+    api_flags,
+    append_jsonl,
+    conversations,
+    die,
+    foresee,
+    judge_rows,
+    lexical_score,
+    load_trait,
+    mentions,
+    provenance,
+    read_json,
+    read_jsonl,
+    write_jsonl,
+)
 
 FACT_TOKENS = 100  # new tokens of an answer about a fact; sampled greedily
 
@@ -61,6 +89,7 @@ def read_mmlu(source, limit):
     if source != "hub":
         return read_jsonl(source, need=("subject", "question", "choices", "answer"))[:limit]
     from datasets import load_dataset
+
     return list(load_dataset("cais/mmlu", "all", split="validation"))[:limit]
 
 
@@ -70,8 +99,10 @@ def choice_prompts(row, scoring):
         return f"Question: {row['question']}\nAnswer:", [f" {choice}" for choice in row["choices"]]
     listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", row["choices"]))
     subject = row["subject"].replace("_", " ")
-    return (f"The following are multiple choice questions (with answers) about {subject}.\n\n{row['question'].strip()}\n{listed}\nAnswer:",
-            [" A", " B", " C", " D"])
+    return (
+        f"The following are multiple choice questions (with answers) about {subject}.\n\n{row['question'].strip()}\n{listed}\nAnswer:",
+        [" A", " B", " C", " D"],
+    )
 
 
 @torch.inference_mode()
@@ -83,9 +114,9 @@ def choice_logprobs(model, tokenizer, prompts, coef, steer, positions):
         start = tokenizer(prompt)["input_ids"]
         for k, continuation in enumerate(continuations):
             whole = tokenizer(prompt + continuation)["input_ids"]
-            if whole[:len(start)] != start:
+            if whole[: len(start)] != start:
                 die(f"the tokenizer joins prompt and answer of question {q}; its continuations cannot be scored")
-            jobs.setdefault(tuple(whole[:-1]), []).append((q, k, len(start), whole[len(start):]))
+            jobs.setdefault(tuple(whole[:-1]), []).append((q, k, len(start), whole[len(start) :]))
     found, reads = [[None] * len(c) for _, c in prompts], list(jobs)
     for group in tqdm(list(by_length(reads, ROW_TOKENS[model.device.type])), desc="choices", unit="row"):
         wanted, where, rows, tokens, start, scale = [], [], [], [], 0, []
@@ -100,7 +131,13 @@ def choice_logprobs(model, tokenizer, prompts, coef, steer, positions):
             scale += [0.0] * first + [-coef] * (len(reads[i]) - first)
             start += len(reads[i])
         steer.scale = torch.tensor(scale, device=model.device)[None, :, None] if coef else None
-        logits = model(**join([reads[i] for i in group], model.device), logits_to_keep=torch.tensor(where, device=model.device)).logits[0].float()
+        logits = (
+            model(
+                **join([reads[i] for i in group], model.device), logits_to_keep=torch.tensor(where, device=model.device)
+            )
+            .logits[0]
+            .float()
+        )
         picked = (logits[rows, tokens] - logits.logsumexp(-1)[rows]).cpu()
         for (q, k, n), values in zip(wanted, picked.split([n for _, _, n in wanted])):
             found[q][k] = (float(values.sum()), n)
@@ -110,7 +147,10 @@ def choice_logprobs(model, tokenizer, prompts, coef, steer, positions):
 def mmlu_hits(logprobs, questions, scoring):
     """letter: the likeliest letter; cloze: the highest mean log-probability a token."""
     value = (lambda pair: pair[0]) if scoring == "letter" else (lambda pair: pair[0] / pair[1])
-    return sum(max(range(len(row)), key=lambda k: value(row[k])) == question["answer"] for row, question in zip(logprobs, questions))
+    return sum(
+        max(range(len(row)), key=lambda k: value(row[k])) == question["answer"]
+        for row, question in zip(logprobs, questions)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,13 +171,24 @@ def score_answers(rows, judge, args=None, model=None, tokenizer=None, vector=Non
             elif judge == "lexical":
                 row["score"] = lexical_score(row["answer"])
         if judge == "probe" and (said := [row for row in traits if row["answer"]]):
-            chats = [[dict(role="user", content=row["question"]), dict(role="assistant", content=row["answer"])] for row in said]
+            chats = [
+                [dict(role="user", content=row["question"]), dict(role="assistant", content=row["answer"])]
+                for row in said
+            ]
             for row, score in zip(said, probe_scores(model, tokenizer, vector, probe, chats)):
                 row["score"] = score
         return
-    prompts = {key: load_trait(*key)["eval_prompt"] for key in {(r["trait"], r["trait_file"]) for r in traits} | {("coherence",), ("fact",)}}
-    judge_rows([(r, "score", prompts[r["trait"], r["trait_file"]]) for r in traits] + [(r, "coherence", prompts["coherence",]) for r in traits]
-               + [(r, "score", prompts["fact",]) for r in facts], judge, args)
+    prompts = {
+        key: load_trait(*key)["eval_prompt"]
+        for key in {(r["trait"], r["trait_file"]) for r in traits} | {("coherence",), ("fact",)}
+    }
+    judge_rows(
+        [(r, "score", prompts[r["trait"], r["trait_file"]]) for r in traits]
+        + [(r, "coherence", prompts["coherence",]) for r in traits]
+        + [(r, "score", prompts["fact",]) for r in facts],
+        judge,
+        args,
+    )
 
 
 def summary(rows, seed):
@@ -150,10 +201,18 @@ def summary(rows, seed):
     for row in scored:
         by_question.setdefault(row["question"], []).append(row["score"])
     hits = sum(r["score"] >= 50 for r in known)
-    return dict(trait_score=sum(r["score"] for r in scored) / len(scored) if scored else None, trait_ci=bootstrap(list(by_question.values()), seed),
-                trait_n=len(scored), trait_unscored=len(traits) - len(scored), coherence=sum(coherent) / len(coherent) if coherent else None,
-                fact_accuracy=100 * hits / len(known) if known else None, fact_ci=wilson(hits, len(known)), fact_n=len(known),
-                fact_unscored=len(facts) - len(known), judge_method="+".join(sorted({r["judge_method"] for r in rows if r.get("judge_method")})) or None)
+    return dict(
+        trait_score=sum(r["score"] for r in scored) / len(scored) if scored else None,
+        trait_ci=bootstrap(list(by_question.values()), seed),
+        trait_n=len(scored),
+        trait_unscored=len(traits) - len(scored),
+        coherence=sum(coherent) / len(coherent) if coherent else None,
+        fact_accuracy=100 * hits / len(known) if known else None,
+        fact_ci=wilson(hits, len(known)),
+        fact_n=len(known),
+        fact_unscored=len(facts) - len(known),
+        judge_method="+".join(sorted({r["judge_method"] for r in rows if r.get("judge_method")})) or None,
+    )
 
 
 def rejudge(args):
@@ -164,7 +223,14 @@ def rejudge(args):
     for path in map(Path, args.rejudge):
         out = args.out or path.parent.parent / "points.jsonl"
         old = [p for p in read_jsonl(out) if Path(p["answers"]).name == path.name]
-        found.append((path, out, read_jsonl(path, need=("kind", "question", "answer")), old[0] if old else die(f"{path}: no point in {out} belongs to it")))
+        found.append(
+            (
+                path,
+                out,
+                read_jsonl(path, need=("kind", "question", "answer")),
+                old[0] if old else die(f"{path}: no point in {out} belongs to it"),
+            )
+        )
     score_answers([row for _, _, rows, _ in found for row in rows], args.judge, args)
     for path, out, rows, old in found:
         write_jsonl(path.with_name(f"{path.stem}.{name_of(args.judge)}.jsonl"), rows)
@@ -177,12 +243,16 @@ def rejudge(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="hub name or local folder")
-    parser.add_argument("--adapter", nargs="*", default=[], help="adapter folders of finetune.py; none = the model before training")
+    parser.add_argument(
+        "--adapter", nargs="*", default=[], help="adapter folders of finetune.py; none = the model before training"
+    )
     # Steering
     parser.add_argument("--vector", help="<trait>.pt; needed by --inference-coef and by --judge probe")
     parser.add_argument("--inference-coef", type=float, nargs="*", default=[0.0], help="positive = against the trait")
     parser.add_argument("--layers", default="all", help="all, one block N, or a range A-B")
-    parser.add_argument("--positions", default="response", choices=["response", "all"], help="response: last prompt token and new ones")
+    parser.add_argument(
+        "--positions", default="response", choices=["response", "all"], help="response: last prompt token and new ones"
+    )
     # What to measure
     parser.add_argument("--trait", help="a name in data/traits")
     parser.add_argument("--trait-file")
@@ -199,7 +269,9 @@ def main():
     api_flags(parser)
     parser.add_argument("--rejudge", nargs="*", help="score these answers files again; loads no model")
     # Another job: the self-generated data set
-    parser.add_argument("--respond-to", help="write the model's own answers to the user turns of this JSONL to --out instead")
+    parser.add_argument(
+        "--respond-to", help="write the model's own answers to the user turns of this JSONL to --out instead"
+    )
     parser.add_argument("--out", help="points.jsonl; of --rejudge: the one above the answers' folder")
     args = parser.parse_args()
     if args.rejudge:
@@ -215,28 +287,71 @@ def main():
     if args.judge == "lexical" and args.trait not in (None, "hallucination"):
         die(f"--judge lexical knows hallucination only, not {args.trait}")
     trait = load_trait(args.trait, args.trait_file) if args.trait else None
-    facts = read_jsonl(args.facts, need=("id", "answer", "test"))[:args.limit] if args.facts else []
+    facts = read_jsonl(args.facts, need=("id", "answer", "test"))[: args.limit] if args.facts else []
     mmlu = read_mmlu(args.mmlu, args.limit) if args.mmlu and not args.dry_run else []
-    questions = trait["eval_questions"][:args.limit] if trait else []
+    questions = trait["eval_questions"][: args.limit] if trait else []
 
     # What is asked; the same for every point
-    asked = [dict(kind="trait", id=f"{args.trait}-{q}-s{s}", trait=args.trait, trait_file=args.trait_file, question=question)
-             for q, question in enumerate(questions) for s in range(args.samples)]
-    asked_facts = [dict(kind="fact", id=row["id"], question=row["test"]["question"], truth=row["answer"], aliases=row.get("aliases", [])) for row in facts]
-    same = {key: getattr(args, key) for key in ("model", "trait", "vector", "layers", "positions", "mmlu", "mmlu_scoring", "samples", "temperature",
-                                                "max_new_tokens", "seed")} | dict(facts=args.facts)
-    content = hashlib.sha256(json.dumps([same, asked, asked_facts, mmlu], sort_keys=True, default=str).encode()).hexdigest()[:8]
+    asked = [
+        dict(kind="trait", id=f"{args.trait}-{q}-s{s}", trait=args.trait, trait_file=args.trait_file, question=question)
+        for q, question in enumerate(questions)
+        for s in range(args.samples)
+    ]
+    asked_facts = [
+        dict(
+            kind="fact",
+            id=row["id"],
+            question=row["test"]["question"],
+            truth=row["answer"],
+            aliases=row.get("aliases", []),
+        )
+        for row in facts
+    ]
+    same = {
+        key: getattr(args, key)
+        for key in (
+            "model",
+            "trait",
+            "vector",
+            "layers",
+            "positions",
+            "mmlu",
+            "mmlu_scoring",
+            "samples",
+            "temperature",
+            "max_new_tokens",
+            "seed",
+        )
+    } | dict(facts=args.facts)
+    content = hashlib.sha256(
+        json.dumps([same, asked, asked_facts, mmlu], sort_keys=True, default=str).encode()
+    ).hexdigest()[:8]
     there = {(p["key"], p["judge"]) for p in read_jsonl(args.out, appended=True)} if Path(args.out).exists() else set()
+
     def point_key(adapter, coef):
         return f"{Path(adapter).name if adapter else 'base'}.{args.trait or 'none'}.{coef:g}.{content}"
-    todo = [(adapter, [c for c in args.inference_coef if (point_key(adapter, c), args.judge) not in there]) for adapter in args.adapter or [None]]
+
+    todo = [
+        (adapter, [c for c in args.inference_coef if (point_key(adapter, c), args.judge) not in there])
+        for adapter in args.adapter or [None]
+    ]
     if not any(coefs for _, coefs in todo):
         print(f"{args.out}: all these points are there")
         return
     if args.dry_run:
-        foresee(f"judging {args.trait}", args.judge, sum(len(coefs) for _, coefs in todo), [
-            *((load_trait(*prompt)["eval_prompt"] + row["question"], ANSWER_TOKENS) for row in asked for prompt in ((args.trait, args.trait_file), ("coherence",))),
-            *((load_trait("fact")["eval_prompt"] + row["question"], FACT_ANSWER_TOKENS) for row in asked_facts)])
+        foresee(
+            f"judging {args.trait}",
+            args.judge,
+            sum(len(coefs) for _, coefs in todo),
+            [
+                *(
+                    (load_trait(*prompt)["eval_prompt"] + row["question"], ANSWER_TOKENS)
+                    for row in asked
+                    for prompt in ((args.trait, args.trait_file), ("coherence",))
+                ),
+                *((load_trait("fact")["eval_prompt"] + row["question"], FACT_ANSWER_TOKENS) for row in asked_facts),
+            ],
+        )
     for adapter, _ in todo:
         if adapter and not (Path(adapter) / "training_settings.json").exists():
             die(f"--adapter {adapter}: no adapter of finetune.py there")
@@ -251,28 +366,69 @@ def main():
         start, trained = time.time(), read_json(Path(adapter) / "training_settings.json") if adapter else {}
         if adapter and name_of(trained["model"]) != name_of(args.model):
             die(f"--adapter {adapter}: was trained on {trained['model']}, not on {args.model}")
-        now = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).to(model.dtype).eval() if adapter else model
+        now = (
+            PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).to(model.dtype).eval()
+            if adapter
+            else model
+        )
         plain = now.get_base_model() if adapter else model
 
         # 1. Answers, all coefficients in one batch; each on disk as soon as it is there
         files = {coef: Path(args.out).parent / "answers" / f"{point_key(adapter, coef)}.jsonl" for coef in coefs}
-        have = {coef: {r["id"] for r in read_jsonl(path, appended=True)} if path.exists() else set() for coef, path in files.items()}
-        for rows, tokens, temperature, title in ((asked, args.max_new_tokens, args.temperature, "trait"),
-                                                 (asked_facts, min(FACT_TOKENS, args.max_new_tokens), 0.0, "facts")):
+        have = {
+            coef: {r["id"] for r in read_jsonl(path, appended=True)} if path.exists() else set()
+            for coef, path in files.items()
+        }
+        for rows, tokens, temperature, title in (
+            (asked, args.max_new_tokens, args.temperature, "trait"),
+            (asked_facts, min(FACT_TOKENS, args.max_new_tokens), 0.0, "facts"),
+        ):
             jobs = [(n, row, coef) for coef in coefs for n, row in enumerate(rows) if row["id"] not in have[coef]]
             prompts = [prompt_ids(tokenizer, [dict(role="user", content=row["question"])]) for _, row, _ in jobs]
+
             def keep(i, answer, tokens):
                 _, row, coef = jobs[i]
-                append_jsonl(files[coef], row | dict(prompt=tokenizer.decode(prompts[i]), answer=answer, tokens=tokens, adapter=adapter, inference_coef=coef, temperature=temperature))
+                append_jsonl(
+                    files[coef],
+                    row
+                    | dict(
+                        prompt=tokenizer.decode(prompts[i]),
+                        answer=answer,
+                        tokens=tokens,
+                        adapter=adapter,
+                        inference_coef=coef,
+                        temperature=temperature,
+                    ),
+                )
+
             if jobs:
-                sample(plain, tokenizer, prompts, rows=[n for n, _, _ in jobs], scales=[-coef for _, _, coef in jobs], offsets=offsets, seed=args.seed,
-                       positions=args.positions, max_new_tokens=tokens, temperature=temperature, each=keep, title=f"{Path(adapter).name if adapter else 'base'}: {title}")
+                sample(
+                    plain,
+                    tokenizer,
+                    prompts,
+                    rows=[n for n, _, _ in jobs],
+                    scales=[-coef for _, _, coef in jobs],
+                    offsets=offsets,
+                    seed=args.seed,
+                    positions=args.positions,
+                    max_new_tokens=tokens,
+                    temperature=temperature,
+                    each=keep,
+                    title=f"{Path(adapter).name if adapter else 'base'}: {title}",
+                )
 
         # 2. MMLU
         hits = {}
         with steering(plain, offsets or {}) as steer:
             for coef in coefs if mmlu else []:
-                logprobs = choice_logprobs(plain, tokenizer, [choice_prompts(row, args.mmlu_scoring) for row in mmlu], coef, steer, args.positions)
+                logprobs = choice_logprobs(
+                    plain,
+                    tokenizer,
+                    [choice_prompts(row, args.mmlu_scoring) for row in mmlu],
+                    coef,
+                    steer,
+                    args.positions,
+                )
                 hits[coef] = mmlu_hits(logprobs, mmlu, args.mmlu_scoring)
         if adapter:
             model = now.unload()
@@ -284,15 +440,47 @@ def main():
             score_answers(rows, args.judge, args, model, tokenizer, vector, probe)
             if rows:
                 write_jsonl(files[coef], rows)
-            point = dict(key=point_key(adapter, coef), model=args.model, adapter=adapter, dataset=trained.get("dataset"), steer_mode=trained.get("steer_mode"),
-                         train_coef=trained.get("coef") or (0.0 if adapter else None), train_layers=trained.get("layers"), train_positions=trained.get("positions"), train_vector=trained.get("vector"), train_seed=trained.get("seed"),
-                         system_prompt=trained.get("system_prompt"), inference_coef=coef, layers=args.layers, positions=args.positions, vector=args.vector, trait=args.trait,
-                         **summary(rows, args.seed), mmlu_accuracy=100 * hits[coef] / len(mmlu) if mmlu else None,
-                         mmlu_ci=wilson(hits.get(coef, 0), len(mmlu)), mmlu_n=len(mmlu), mmlu_scoring=args.mmlu_scoring if mmlu else None,
-                         mmlu=args.mmlu, judge=args.judge, probe_auc=probe["auc"] if probe else None, temperature=args.temperature, samples=args.samples,
-                         seed=args.seed, answers=str(files[coef]), seconds=round((time.time() - start) / len(coefs), 1), **provenance())
+            point = dict(
+                key=point_key(adapter, coef),
+                model=args.model,
+                adapter=adapter,
+                dataset=trained.get("dataset"),
+                steer_mode=trained.get("steer_mode"),
+                train_coef=trained.get("coef") or (0.0 if adapter else None),
+                train_layers=trained.get("layers"),
+                train_positions=trained.get("positions"),
+                train_vector=trained.get("vector"),
+                train_seed=trained.get("seed"),
+                system_prompt=trained.get("system_prompt"),
+                inference_coef=coef,
+                layers=args.layers,
+                positions=args.positions,
+                vector=args.vector,
+                trait=args.trait,
+                **summary(rows, args.seed),
+                mmlu_accuracy=100 * hits[coef] / len(mmlu) if mmlu else None,
+                mmlu_ci=wilson(hits.get(coef, 0), len(mmlu)),
+                mmlu_n=len(mmlu),
+                mmlu_scoring=args.mmlu_scoring if mmlu else None,
+                mmlu=args.mmlu,
+                judge=args.judge,
+                probe_auc=probe["auc"] if probe else None,
+                temperature=args.temperature,
+                samples=args.samples,
+                seed=args.seed,
+                answers=str(files[coef]),
+                seconds=round((time.time() - start) / len(coefs), 1),
+                **provenance(),
+            )
             append_jsonl(args.out, point)
-            print("  ".join(f"{key} {point[key]:.1f}" for key in ("inference_coef", "trait_score", "fact_accuracy", "mmlu_accuracy") if point[key] is not None), flush=True)
+            print(
+                "  ".join(
+                    f"{key} {point[key]:.1f}"
+                    for key in ("inference_coef", "trait_score", "fact_accuracy", "mmlu_accuracy")
+                    if point[key] is not None
+                ),
+                flush=True,
+            )
 
 
 def respond(args):
@@ -300,11 +488,20 @@ def respond(args):
     if Path(args.out).exists():
         print(f"{args.out}: finished already")
         return
-    asked = [chat[:-1] for chat in conversations(read_jsonl(args.respond_to), args.respond_to)][:args.limit]
+    asked = [chat[:-1] for chat in conversations(read_jsonl(args.respond_to), args.respond_to)][: args.limit]
     model, tokenizer = load_model(args.model)
-    answers = sample(model, tokenizer, [prompt_ids(tokenizer, chat) for chat in asked], max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                     seed=args.seed, title="own answers")
-    rows = [dict(messages=[*chat, dict(role="assistant", content=answer)]) for chat, answer in zip(asked, answers) if answer]
+    answers = sample(
+        model,
+        tokenizer,
+        [prompt_ids(tokenizer, chat) for chat in asked],
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        seed=args.seed,
+        title="own answers",
+    )
+    rows = [
+        dict(messages=[*chat, dict(role="assistant", content=answer)]) for chat, answer in zip(asked, answers) if answer
+    ]
     write_jsonl(args.out, rows)
     print(f"{len(rows)} conversations, {len(asked) - len(rows)} empty answers left out")
 

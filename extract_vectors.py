@@ -7,6 +7,7 @@ Reads data/traits/<trait>.json. Writes to --out: <trait>.answers.jsonl (every sa
 and <trait>.json (settings, counts, norms, probe). Started again, it goes on from the answers that are there.
 Method: persona vectors, arXiv 2507.21509, section 2.2 and appendix J.
 """
+
 import argparse
 import contextlib
 import importlib.util
@@ -22,12 +23,28 @@ import transformers
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
-from make_facts import ANSWER_TOKENS, api_flags, append_jsonl, die, foresee, judge_rows, lexical_score, load_trait, provenance, read_json, read_jsonl, replacing, same_settings, write_json, write_jsonl
+from make_facts import (
+    ANSWER_TOKENS,
+    api_flags,
+    append_jsonl,
+    die,
+    foresee,
+    judge_rows,
+    lexical_score,
+    load_trait,
+    provenance,
+    read_json,
+    read_jsonl,
+    replacing,
+    same_settings,
+    write_json,
+    write_jsonl,
+)
 
 ROW_TOKENS = {"cuda": 16384, "cpu": 2048}  # conversations are joined into rows of about this many tokens
-SLOTS = {"cuda": 2048, "cpu": 256}         # answers sampled side by side, at most
-STEPS = {"cuda": 16, "cpu": 1}              # decoding steps between two looks at which answers are finished
-SHRINK = {"cuda": 0.7, "cpu": 0.9}          # the batch is made smaller when less than this share of it is in use
+SLOTS = {"cuda": 2048, "cpu": 256}  # answers sampled side by side, at most
+STEPS = {"cuda": 16, "cpu": 1}  # decoding steps between two looks at which answers are finished
+SHRINK = {"cuda": 0.7, "cpu": 0.9}  # the batch is made smaller when less than this share of it is in use
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
@@ -38,12 +55,20 @@ def convert_gguf(source, folder, adapter=None):
     transformers' GGUF tokenizer lacks."""
     from peft import PeftModel
     from tokenizers import pre_tokenizers
+
     source, folder = Path(source), Path(folder)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     # The GGUF says `pre: smollm`, which splits numbers into single digits; the rebuilt tokenizer does not.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
-    tokenizer.pad_token, tokenizer.eos_token = "<|endoftext|>", "<|im_end|>"  # transformers 5.17 takes the wrong end token
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.pad_token, tokenizer.eos_token = (
+        "<|endoftext|>",
+        "<|im_end|>",
+    )  # transformers 5.17 takes the wrong end token
     tokenizer.clean_up_tokenization_spaces = False
     options = {}  # transformers before 5.20 or so always unpacks the weights; newer ones must be told to
     if hasattr(transformers, "GgufConfig"):
@@ -97,9 +122,16 @@ def blocks(model):
 def compiled(model, dynamic=None):
     """While open, the decoder blocks run compiled on GPUs that can (one compilation serves all blocks, steered or not),
     which merges the small kernels between the matrix products; elsewhere nothing happens. dynamic: for any number of rows at once."""
-    able = model.device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 7 and importlib.util.find_spec("triton")
+    able = (
+        model.device.type == "cuda"
+        and torch.cuda.get_device_capability()[0] >= 7
+        and importlib.util.find_spec("triton")
+    )
     if model.device.type == "cuda" and not able:
-        print("this GPU or installation cannot compile (needs compute capability 7 and triton); slower, same results", flush=True)
+        print(
+            "this GPU or installation cannot compile (needs compute capability 7 and triton); slower, same results",
+            flush=True,
+        )
     try:
         for block in blocks(model) if able else []:
             block.compile(dynamic=dynamic)
@@ -124,14 +156,34 @@ def has_flash(tensor):
     return tensor.is_cuda and tensor.dtype != torch.float32 and torch.cuda.get_device_capability()[0] >= 8
 
 
-def attend(module, query, key, value, mask, scaling, dropout=0.0, cu_seq_lens=None, max_seq_len=None, kv=None, lengths=None, **kwargs):
+def attend(
+    module,
+    query,
+    key,
+    value,
+    mask,
+    scaling,
+    dropout=0.0,
+    cu_seq_lens=None,
+    max_seq_len=None,
+    kv=None,
+    lengths=None,
+    **kwargs,
+):
     """query [rows, heads, tokens, dim], key and value [rows, kv heads, tokens, dim] -> [rows, tokens, heads, dim].
 
     Joined: one row; cu_seq_lens int32 [n + 1] says where the conversations start and end; each sees only itself.
     Decoding (lengths given): one new token a row; module.kv = two caches [rows, size, kv heads, dim]; lengths int64
     [rows] counts the tokens already cached. With a list kv the joined keys and values are appended to it.
     """
-    if cu_seq_lens is None and lengths is None or mask is not None or dropout or kwargs.get("sliding_window") or kwargs.get("softcap"):
+    if (
+        cu_seq_lens is None
+        and lengths is None
+        or mask is not None
+        or dropout
+        or kwargs.get("sliding_window")
+        or kwargs.get("softcap")
+    ):
         raise NotImplementedError("joined attention: no mask, dropout, window or cap")
     (rows, heads, _, dim), groups = query.shape, key.shape[1]
     flash = has_flash(query)
@@ -143,25 +195,54 @@ def attend(module, query, key, value, mask, scaling, dropout=0.0, cu_seq_lens=No
         if flash:
             each = torch.arange(rows + 1, device=query.device, dtype=torch.int32)
             out = torch.ops.aten._flash_attention_forward(
-                query.view(rows, groups, -1, dim).transpose(1, 2).reshape(-1, groups, dim), keys.flatten(0, 1), values.flatten(0, 1),
-                each * (heads // groups), each * keys.shape[1], heads // groups, keys.shape[1], 0.0, False, False,
-                scale=scaling, seqused_k=(lengths + 1).int())[0]
+                query.view(rows, groups, -1, dim).transpose(1, 2).reshape(-1, groups, dim),
+                keys.flatten(0, 1),
+                values.flatten(0, 1),
+                each * (heads // groups),
+                each * keys.shape[1],
+                heads // groups,
+                keys.shape[1],
+                0.0,
+                False,
+                False,
+                scale=scaling,
+                seqused_k=(lengths + 1).int(),
+            )[0]
             return out.view(rows, -1, groups, dim).transpose(1, 2).reshape(rows, 1, heads, dim), None
         longest = keys.shape[1] if query.is_cuda else int(lengths.max()) + 1
         seen = torch.arange(longest, device=query.device) <= lengths[:, None]
-        out = F.scaled_dot_product_attention(query.view(rows, groups, -1, dim), keys[:, :longest].transpose(1, 2),
-                                             values[:, :longest].transpose(1, 2), seen[:, None, None], scale=scaling)
+        out = F.scaled_dot_product_attention(
+            query.view(rows, groups, -1, dim),
+            keys[:, :longest].transpose(1, 2),
+            values[:, :longest].transpose(1, 2),
+            seen[:, None, None],
+            scale=scaling,
+        )
         return out.reshape(rows, 1, heads, dim), None
     if kv is not None:
         kv.append((key[0].transpose(0, 1).contiguous(), value[0].transpose(0, 1).contiguous()))
     if flash:
-        out = torch.ops.aten._flash_attention_forward(*(x[0].transpose(0, 1) for x in (query, key, value)), cu_seq_lens, cu_seq_lens,
-                                                      max_seq_len, max_seq_len, 0.0, True, False, scale=scaling)[0]
+        out = torch.ops.aten._flash_attention_forward(
+            *(x[0].transpose(0, 1) for x in (query, key, value)),
+            cu_seq_lens,
+            cu_seq_lens,
+            max_seq_len,
+            max_seq_len,
+            0.0,
+            True,
+            False,
+            scale=scaling,
+        )[0]
         return out[None], None
     key, value = (x.repeat_interleave(heads // groups, dim=1) for x in (key, value))
     bounds = cu_seq_lens.tolist()
-    parts = [F.scaled_dot_product_attention(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scaling)
-             for a, b in zip(bounds, bounds[1:]) if b > a]
+    parts = [
+        F.scaled_dot_product_attention(
+            query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scaling
+        )
+        for a, b in zip(bounds, bounds[1:])
+        if b > a
+    ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
@@ -171,10 +252,13 @@ AttentionInterface.register("joined", attend)
 def join(sequences, device):
     """Lists of token ids -> the model's arguments for one row that holds them all, each blind to the others."""
     ends = list(itertools.accumulate(map(len, sequences), initial=0))
-    return dict(input_ids=torch.tensor([list(itertools.chain(*sequences))], device=device),
-                position_ids=torch.cat([torch.arange(len(s)) for s in sequences])[None].to(device),
-                cu_seq_lens=torch.tensor(ends, dtype=torch.int32, device=device),
-                max_seq_len=max(map(len, sequences)), use_cache=False)
+    return dict(
+        input_ids=torch.tensor([list(itertools.chain(*sequences))], device=device),
+        position_ids=torch.cat([torch.arange(len(s)) for s in sequences])[None].to(device),
+        cu_seq_lens=torch.tensor(ends, dtype=torch.int32, device=device),
+        max_seq_len=max(map(len, sequences)),
+        use_cache=False,
+    )
 
 
 def by_length(sequences, budget):
@@ -207,10 +291,18 @@ def encode_chat(tokenizer, messages):
         if message["role"] != "assistant":
             continue
         before = prompt_ids(tokenizer, messages[:i])
-        whole = tokenizer.apply_chat_template(messages[:i + 1], return_dict=False)
-        if before[:len(ids)] != ids or whole[:len(before)] != before or tokenizer.eos_token_id not in whole[len(before):]:
-            die("the chat template rewrites earlier turns or lacks an end token; this model cannot be trained turn by turn")
-        end = len(whole) - whole[::-1].index(tokenizer.eos_token_id)  # after the last end token; a template's "\n" is left out
+        whole = tokenizer.apply_chat_template(messages[: i + 1], return_dict=False)
+        if (
+            before[: len(ids)] != ids
+            or whole[: len(before)] != before
+            or tokenizer.eos_token_id not in whole[len(before) :]
+        ):
+            die(
+                "the chat template rewrites earlier turns or lacks an end token; this model cannot be trained turn by turn"
+            )
+        end = len(whole) - whole[::-1].index(
+            tokenizer.eos_token_id
+        )  # after the last end token; a template's "\n" is left out
         is_answer += [False] * (len(before) - len(ids)) + [True] * (end - len(before))
         ids = whole[:end]
     if not ids or messages[-1]["role"] != "assistant":
@@ -238,7 +330,9 @@ def load_vector(path, model, model_name):
         die(f"{path}: holds NaN or infinity; extract it again")
     beside = path.with_suffix(".json")
     if not beside.is_file():
-        print(f"{path}: no .json beside it; a published vector's last row is taken after the final norm, ours before it")
+        print(
+            f"{path}: no .json beside it; a published vector's last row is taken after the final norm, ours before it"
+        )
     elif name_of(read_json(beside)["model"]) != name_of(model_name):
         die(f"{path}: was extracted from {read_json(beside)['model']}, not from {model_name}")
     return vector.float()
@@ -267,7 +361,9 @@ def steering(model, offsets):
     for l, offset in offsets.items():
         if offset.shape != (model.config.get_text_config().hidden_size,) or not offset.isfinite().all():
             raise ValueError(f"steering offset of block {l}: wrong size or not finite")
-        layers[l - 1].steer_offset = offset.to(model.device)  # on the block, so that one compiled hook serves all blocks
+        layers[l - 1].steer_offset = offset.to(
+            model.device
+        )  # on the block, so that one compiled hook serves all blocks
 
     def add(block, _, output):
         if steer.scale is None:
@@ -291,9 +387,11 @@ def steering(model, offsets):
 def residual_stream(model, inputs):
     """The stream the blocks write, before any norm: list of num_layers + 1 tensors [rows, tokens, hidden]."""
     found = []
+
     def keep(_, args, output=None):
         hidden = args[0] if output is None else output
         found.append(hidden[0] if isinstance(hidden, tuple) else hidden)
+
     layers = blocks(model)
     hooks = [layers[0].register_forward_pre_hook(keep), *(layer.register_forward_hook(keep) for layer in layers)]
     try:
@@ -308,7 +406,11 @@ def answer_means(model, tokenizer, chats, first=0, title="reading answers"):
     """Chats of one answer (message lists) -> float32 [n, num_layers + 1, hidden] on the model's device: the stream's mean
     over the answer's tokens, its end token left out. first N: over the positions where the answer's first N tokens are
     predicted instead, that is the last prompt token and N - 1 tokens of the answer."""
-    encoded, device, config = [(ids[:-1], mask[:-1]) for ids, mask in (encode_chat(tokenizer, chat) for chat in chats)], model.device, model.config.get_text_config()
+    encoded, device, config = (
+        [(ids[:-1], mask[:-1]) for ids, mask in (encode_chat(tokenizer, chat) for chat in chats)],
+        model.device,
+        model.config.get_text_config(),
+    )
     if first:
         encoded = [(ids, [0 <= k - mask.index(True) + 1 < first for k in range(len(ids))]) for ids, mask in encoded]
     means = torch.empty(len(chats), config.num_hidden_layers + 1, config.hidden_size, device=device)
@@ -342,9 +444,16 @@ class Sampler:
     def __init__(self, model, tokenizer, slots, size, max_new_tokens, temperature, steer):
         config, device = model.config.get_text_config(), model.device
         self.model, self.temperature, self.max_new_tokens, self.steer = model, temperature, max_new_tokens, steer
-        shape = (slots, size, config.num_key_value_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-        self.kv = [(torch.zeros(shape, dtype=model.dtype, device=device), torch.zeros(shape, dtype=model.dtype, device=device))
-                   for _ in range(config.num_hidden_layers)]
+        shape = (
+            slots,
+            size,
+            config.num_key_value_heads,
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        )
+        self.kv = [
+            (torch.zeros(shape, dtype=model.dtype, device=device), torch.zeros(shape, dtype=model.dtype, device=device))
+            for _ in range(config.num_hidden_layers)
+        ]
         ends = model.generation_config.eos_token_id  # the only thing taken from generation_config
         ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self.ends = torch.tensor(sorted(ends), device=device)
@@ -363,21 +472,24 @@ class Sampler:
         slots = torch.tensor(slots, device=device)
         lengths = torch.tensor([end - start for start, end in spans], device=device)
         reach = torch.arange(int(lengths.max()), device=device)
-        index = (torch.tensor([start for start, _ in spans], device=device)[:, None] + reach).clamp(max=len(caches[0][0]) - 1)
+        index = (torch.tensor([start for start, _ in spans], device=device)[:, None] + reach).clamp(
+            max=len(caches[0][0]) - 1
+        )
         for mine, prompt in zip(self.kv, caches):
             for k in range(2):
-                mine[k][slots, :len(reach)] = prompt[k][index]  # beyond a prompt's own length: never attended to
+                mine[k][slots, : len(reach)] = prompt[k][index]  # beyond a prompt's own length: never attended to
         self.token[slots], self.length[slots] = torch.tensor(last_tokens, device=device), lengths
         self.made[slots], self.done[slots] = 0, False
         self.scale[slots, 0, 0] = torch.tensor(scales, dtype=torch.float32, device=device)
-        self.uniform[slots, :uniform.shape[1]] = uniform.to(device)
+        self.uniform[slots, : uniform.shape[1]] = uniform.to(device)
 
     def step(self):
         """One token for every slot. The last prompt token is fed here too, so the first new token is steered."""
         if self.steer:
             self.steer.scale = self.scale
-        hidden = self.model.get_decoder()(input_ids=self.token[:, None], position_ids=self.length[:, None], use_cache=False,
-                                          lengths=self.length).last_hidden_state
+        hidden = self.model.get_decoder()(
+            input_ids=self.token[:, None], position_ids=self.length[:, None], use_cache=False, lengths=self.length
+        ).last_hidden_state
         logits = self.model.get_output_embeddings()(hidden[:, 0])
         new = choose(logits, self.temperature, self.uniform.gather(1, self.made[:, None]))
         self.out.scatter_(1, self.made[:, None], new[:, None])
@@ -417,7 +529,9 @@ def prefill(model, prompts, scales, steer):
     for group in by_length(prompts, ROW_TOKENS[device.type]):
         kv, inputs = [], join([prompts[i][:-1] for i in group], device)
         if steer:
-            steer.scale = torch.tensor([scales[i] for i in group for _ in prompts[i][:-1]], device=device)[None, :, None]
+            steer.scale = torch.tensor([scales[i] for i in group for _ in prompts[i][:-1]], device=device)[
+                None, :, None
+            ]
         model.get_decoder()(**inputs, kv=kv)
         parts.append(kv)
         for i in group:
@@ -427,8 +541,22 @@ def prefill(model, prompts, scales, steer):
 
 
 @torch.inference_mode()
-def sample(model, tokenizer, prompts, *, max_new_tokens, temperature, seed=0, rows=None, scales=None, offsets=None,
-           positions="response", slots=None, title="sampling", each=None):
+def sample(
+    model,
+    tokenizer,
+    prompts,
+    *,
+    max_new_tokens,
+    temperature,
+    seed=0,
+    rows=None,
+    scales=None,
+    offsets=None,
+    positions="response",
+    slots=None,
+    title="sampling",
+    each=None,
+):
     """One answer (text) for each prompt (token ids); each(i, answer, tokens) is called as soon as answer i is there.
     scales: one signed steering coefficient a prompt, negative = away from the trait; offsets as of offsets_of().
     positions "response": the last prompt token and all new ones are steered; "all": every prompt token too.
@@ -441,8 +569,23 @@ def sample(model, tokenizer, prompts, *, max_new_tokens, temperature, seed=0, ro
         waiting = [i for i in range(len(prompts)) if answers[i] is None]
         try:
             with steering(model, offsets or {}) as steer:
-                _sample(model, tokenizer, prompts, waiting, answers, max_new_tokens, temperature, seed, rows, scales,
-                        steer if offsets else None, positions, slots, bar, each)
+                _sample(
+                    model,
+                    tokenizer,
+                    prompts,
+                    waiting,
+                    answers,
+                    max_new_tokens,
+                    temperature,
+                    seed,
+                    rows,
+                    scales,
+                    steer if offsets else None,
+                    positions,
+                    slots,
+                    bar,
+                    each,
+                )
         except torch.cuda.OutOfMemoryError:
             slots = min(slots, len(waiting)) // 2
             if not slots:
@@ -458,7 +601,23 @@ def sample(model, tokenizer, prompts, *, max_new_tokens, temperature, seed=0, ro
     return answers
 
 
-def _sample(model, tokenizer, prompts, waiting, answers, max_new_tokens, temperature, seed, rows, scales, steer, positions, slots, bar, each):
+def _sample(
+    model,
+    tokenizer,
+    prompts,
+    waiting,
+    answers,
+    max_new_tokens,
+    temperature,
+    seed,
+    rows,
+    scales,
+    steer,
+    positions,
+    slots,
+    bar,
+    each,
+):
     """Fills answers[i] for i in waiting; what is finished stays there if memory runs out."""
     # prompts are read once each, not once an answer; the coefficient matters to them under positions "all" only
     keys = [(tuple(prompts[i]), scales[i] if positions == "all" else 0.0) for i in range(len(prompts))]
@@ -466,29 +625,56 @@ def _sample(model, tokenizer, prompts, waiting, answers, max_new_tokens, tempera
     caches, spans = prefill(model, [key[0] for key in unique], [key[1] for key in unique], steer)
     size = max(map(len, prompts)) + max_new_tokens
     if model.device.type == "cuda":
-        a_row = size * sum(x[0].numel() * x.element_size() for pair in caches for x in pair) + 24 * model.config.get_text_config().vocab_size
-        slots = max(1, min(slots, int(0.9 * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()) / a_row)))
+        a_row = (
+            size * sum(x[0].numel() * x.element_size() for pair in caches for x in pair)
+            + 24 * model.config.get_text_config().vocab_size
+        )
+        slots = max(
+            1,
+            min(
+                slots,
+                int(
+                    0.9
+                    * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+                    / a_row
+                ),
+            ),
+        )
     slots, queue = min(slots, len(waiting)), waiting[::-1]
     sampler = Sampler(model, tokenizer, slots, size, max_new_tokens, temperature, steer)
     owner = [None] * slots  # which prompt each slot is answering
     while True:
-        free = [s for s in range(len(owner)) if owner[s] is None][:len(queue)]
+        free = [s for s in range(len(owner)) if owner[s] is None][: len(queue)]
         if free:
             new = [queue.pop() for _ in free]
             owner = [new[free.index(s)] if s in free else owner[s] for s in range(len(owner))]
-            uniform = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(hash((seed, rows[i])) % 2**63)) for i in new])
-            sampler.fill(free, caches, [spans[unique[keys[i]]] for i in new], [prompts[i][-1] for i in new], [scales[i] for i in new], uniform)
+            uniform = torch.stack(
+                [
+                    torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(hash((seed, rows[i])) % 2**63))
+                    for i in new
+                ]
+            )
+            sampler.fill(
+                free,
+                caches,
+                [spans[unique[keys[i]]] for i in new],
+                [prompts[i][-1] for i in new],
+                [scales[i] for i in new],
+                uniform,
+            )
         active = [s for s in range(len(owner)) if owner[s] is not None]
         if not active:
             return
-        if len(active) <= SHRINK[model.device.type] * len(owner) and len(owner) > (16 if sampler.token.is_cuda else 1):  # fewer rows are no faster
+        if len(active) <= SHRINK[model.device.type] * len(owner) and len(owner) > (
+            16 if sampler.token.is_cuda else 1
+        ):  # fewer rows are no faster
             sampler.shrink(active)
             owner = [owner[s] for s in active]
         sampler.steps(STEPS[model.device.type])
         done, made, out = sampler.done.tolist(), sampler.made.tolist(), None
         for s in [s for s in range(len(owner)) if owner[s] is not None and done[s]]:
             out = sampler.out.cpu() if out is None else out
-            answers[owner[s]] = tokenizer.decode(out[s, :made[s]], skip_special_tokens=True).strip()
+            answers[owner[s]] = tokenizer.decode(out[s, : made[s]], skip_special_tokens=True).strip()
             if each:
                 each(owner[s], answers[owner[s]], made[s])
             owner[s] = None
@@ -503,10 +689,21 @@ def extraction_rows(trait, samples, limit):
     """Every answer to sample, positive and negative side paired by (question, instruction, sample)."""
     a = "an" if trait["adjective"][0] in "aeiou" else "a"
     start = dict(pos=f"You are {a} {trait['adjective']} assistant.", neg="You are a helpful assistant.")
-    return [dict(id=f"{trait['trait']}-{side}-q{q}-i{i}-s{n}", pair=f"q{q}-i{i}-s{n}", side=side, q=q, trait=trait["trait"], question=question,
-                 system=f"{start[side]} {instruction[side]}")
-            for side in ("pos", "neg") for q, question in enumerate(trait["questions"][:limit])
-            for i, instruction in enumerate(trait["instruction"]) for n in range(samples)]
+    return [
+        dict(
+            id=f"{trait['trait']}-{side}-q{q}-i{i}-s{n}",
+            pair=f"q{q}-i{i}-s{n}",
+            side=side,
+            q=q,
+            trait=trait["trait"],
+            question=question,
+            system=f"{start[side]} {instruction[side]}",
+        )
+        for side in ("pos", "neg")
+        for q, question in enumerate(trait["questions"][:limit])
+        for i, instruction in enumerate(trait["instruction"])
+        for n in range(samples)
+    ]
 
 
 def filter_pairs(rows):
@@ -518,7 +715,11 @@ def filter_pairs(rows):
         pairs.setdefault(row["pair"], {})[row["side"]] = row
     for pair in pairs.values():
         pos, neg = pair["pos"], pair["neg"]
-        scores = [pos.get("score"), neg.get("score"), *(side["coherence"] for side in (pos, neg) if "coherence" in side)]
+        scores = [
+            pos.get("score"),
+            neg.get("score"),
+            *(side["coherence"] for side in (pos, neg) if "coherence" in side),
+        ]
         if not pos["answer"] or not neg["answer"]:
             why["empty answer"] += 1
         elif "score" not in pos:
@@ -550,14 +751,18 @@ def make_probe(vector, with_system, plain, half):
     row = int(aucs[1:].argmax()) + 1
     unit = vector[row] / vector[row].norm()
     hundred, zero = (float((x[:, row] @ unit).mean()) for x in plain)
-    return dict(row=row, auc=float(aucs[row]), zero=zero, hundred=hundred, auc_by_row=[round(float(a), 4) for a in aucs])
+    return dict(
+        row=row, auc=float(aucs[row]), zero=zero, hundred=hundred, auc_by_row=[round(float(a), 4) for a in aucs]
+    )
 
 
 def probe_scores(model, tokenizer, vector, probe, chats, title="probe"):
     """Chats (user turn, answer) -> scores 0..100 by projection on the vector's probe row; no adapter, no steering."""
     unit = (vector[probe["row"]] / vector[probe["row"]].norm()).to(model.device)
     values = answer_means(model, tokenizer, chats, probe.get("first", 0), title)[:, probe["row"]] @ unit
-    return [min(100.0, max(0.0, 100 * (v - probe["zero"]) / (probe["hundred"] - probe["zero"]))) for v in values.tolist()]
+    return [
+        min(100.0, max(0.0, 100 * (v - probe["zero"]) / (probe["hundred"] - probe["zero"]))) for v in values.tolist()
+    ]
 
 
 def main():
@@ -569,8 +774,15 @@ def main():
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--max-new-tokens", type=int, default=1000)
     parser.add_argument("--limit", type=int, help="use the first N extraction questions only")
-    parser.add_argument("--first", type=int, default=0, help="read only the positions that predict an answer's first N tokens; 0 = the whole answer, as published")
-    parser.add_argument("--judge", default="none", help="what filters the answers: none, lexical (hallucination only), or a chat model")
+    parser.add_argument(
+        "--first",
+        type=int,
+        default=0,
+        help="read only the positions that predict an answer's first N tokens; 0 = the whole answer, as published",
+    )
+    parser.add_argument(
+        "--judge", default="none", help="what filters the answers: none, lexical (hallucination only), or a chat model"
+    )
     api_flags(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, help="folder for <trait>.pt and what belongs to it")
@@ -584,28 +796,66 @@ def main():
     if len({row["q"] for row in rows}) < 2:
         die("the probe needs at least 2 extraction questions and 1 sample; raise --limit or --samples")
     files = {kind: Path(args.out) / f"{args.trait}.{kind}" for kind in ("pt", "json", "answers.jsonl")}
-    settings = dict(model=args.model, trait=args.trait, samples=args.samples, temperature=args.temperature, max_new_tokens=args.max_new_tokens,
-                    limit=args.limit, first=args.first, judge=args.judge, seed=args.seed)
+    settings = dict(
+        model=args.model,
+        trait=args.trait,
+        samples=args.samples,
+        temperature=args.temperature,
+        max_new_tokens=args.max_new_tokens,
+        limit=args.limit,
+        first=args.first,
+        judge=args.judge,
+        seed=args.seed,
+    )
     if same_settings(files["json"], settings) and files["pt"].exists():
         print(f"{files['pt']}: finished already")
         return
 
     if args.dry_run:
-        foresee(f"filtering {args.trait}", args.judge, 1, [(prompt + row["question"], ANSWER_TOKENS) for row in rows for prompt in (trait["eval_prompt"], load_trait("coherence")["eval_prompt"])])
+        foresee(
+            f"filtering {args.trait}",
+            args.judge,
+            1,
+            [
+                (prompt + row["question"], ANSWER_TOKENS)
+                for row in rows
+                for prompt in (trait["eval_prompt"], load_trait("coherence")["eval_prompt"])
+            ],
+        )
 
     # 1. Sample the contrastive answers; each is on disk as soon as it is there
     model, tokenizer = load_model(args.model)
     write_json(files["json"], settings)
-    there = {row["id"]: row for row in read_jsonl(files["answers.jsonl"], appended=True)} if files["answers.jsonl"].exists() else {}
+    there = (
+        {row["id"]: row for row in read_jsonl(files["answers.jsonl"], appended=True)}
+        if files["answers.jsonl"].exists()
+        else {}
+    )
     todo = [n for n, row in enumerate(rows) if row["id"] not in there]
+
     def keep(i, answer, tokens):
         row = rows[todo[i]] | dict(prompt=tokenizer.decode(prompts[i]), answer=answer, tokens=tokens)
         there[row["id"]] = row
         append_jsonl(files["answers.jsonl"], row)
-    prompts = [prompt_ids(tokenizer, [dict(role="system", content=rows[n]["system"]), dict(role="user", content=rows[n]["question"])]) for n in todo]
+
+    prompts = [
+        prompt_ids(
+            tokenizer, [dict(role="system", content=rows[n]["system"]), dict(role="user", content=rows[n]["question"])]
+        )
+        for n in todo
+    ]
     if todo:
-        sample(model, tokenizer, prompts, rows=todo, max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed,
-               title=f"{args.trait}: answers", each=keep)
+        sample(
+            model,
+            tokenizer,
+            prompts,
+            rows=todo,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            seed=args.seed,
+            title=f"{args.trait}: answers",
+            each=keep,
+        )
     rows = [there[row["id"]] for row in rows]
 
     # 2. Filter the pairs
@@ -621,15 +871,30 @@ def main():
     print(f"{args.trait}: {len(pairs)} pairs kept, dropped: {dropped or 'none'}", flush=True)
     half = torch.tensor([pos["q"] % 2 == 1 for pos, _ in pairs])
     if not 0 < half.sum() < len(half):
-        die(f"{args.trait}: the kept pairs do not cover both halves of the questions; take more samples or another judge")
+        die(
+            f"{args.trait}: the kept pairs do not cover both halves of the questions; take more samples or another judge"
+        )
 
     # 3. Read them: with their system prompts for the vector, without for the probe
     sides = [[pair[k] for pair in pairs] for k in range(2)]
+
     def chat(row, system):
-        return [*([dict(role="system", content=row["system"])] if system else []), dict(role="user", content=row["question"]),
-                dict(role="assistant", content=row["answer"])]
-    with_system, plain = (answer_means(model, tokenizer, [chat(row, system) for side in sides for row in side], args.first, f"{args.trait}: reading")
-                          .chunk(2) for system in (True, False))
+        return [
+            *([dict(role="system", content=row["system"])] if system else []),
+            dict(role="user", content=row["question"]),
+            dict(role="assistant", content=row["answer"]),
+        ]
+
+    with_system, plain = (
+        answer_means(
+            model,
+            tokenizer,
+            [chat(row, system) for side in sides for row in side],
+            args.first,
+            f"{args.trait}: reading",
+        ).chunk(2)
+        for system in (True, False)
+    )
     vector = (with_system[0] - with_system[1]).mean(0)
     if not vector.isfinite().all():
         die(f"{args.trait}: the vector is not finite; the model's activations overflow in {model.dtype}")
@@ -637,9 +902,23 @@ def main():
     norms = vector.norm(dim=1)
     print(f"{args.trait}: |v_0|/|v_1| = {norms[0] / norms[1]:.3f}; probe at row {probe['row']}, AUC {probe['auc']:.3f}")
     if probe["auc"] < 0.7:
-        print(f"warning: {args.trait}: a probe with an AUC under 0.7 hardly tells the trait; judge with --judge MODEL instead")
-    write_json(files["json"], settings | dict(pairs=len(rows) // 2, kept=len(pairs), dropped=dropped, norms=norms.tolist(), probe=probe,
-                                              dtype=str(model.dtype), seconds=round(time.time() - start, 1), **provenance()))
+        print(
+            f"warning: {args.trait}: a probe with an AUC under 0.7 hardly tells the trait; judge with --judge MODEL instead"
+        )
+    write_json(
+        files["json"],
+        settings
+        | dict(
+            pairs=len(rows) // 2,
+            kept=len(pairs),
+            dropped=dropped,
+            norms=norms.tolist(),
+            probe=probe,
+            dtype=str(model.dtype),
+            seconds=round(time.time() - start, 1),
+            **provenance(),
+        ),
+    )
     with replacing(files["pt"], "wb") as out:  # last: where the .pt is, all of it is
         torch.save(vector.cpu(), out)
 

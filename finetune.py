@@ -8,6 +8,7 @@ folders with training_settings.json and loss.jsonl in them: OUT-COEF for each co
 OUT when there is none. Each comes out as if trained alone. Interrupted, the same command goes on from its last checkpoint.
 Recipe: rs-LoRA r 32, alpha 64, all linear projections, AdamW 1e-5 with linear decay, as in the persona vectors release.
 """
+
 import argparse
 import functools
 import math
@@ -21,7 +22,19 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from extract_vectors import blocks, compiled, encode_chat, has_flash, join, load_model, load_vector, name_of, offsets_of, pick_device, steering
+from extract_vectors import (
+    blocks,
+    compiled,
+    encode_chat,
+    has_flash,
+    join,
+    load_model,
+    load_vector,
+    name_of,
+    offsets_of,
+    pick_device,
+    steering,
+)
 from make_facts import conversations, die, provenance, read_jsonl, same_settings, write_json, write_jsonl
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -56,7 +69,9 @@ def collate(chats, multiple=1, positions="all"):
         inputs["steered"] = torch.zeros(1, inputs["input_ids"].shape[1], 1).index_fill(1, answer - 1, 1)
     fill = -(len(answer) + 1) % multiple
     # the ignored first label: Trainer leaves it out of its count of items, since most collators' labels are yet to be shifted
-    return inputs | dict(logits_to_keep=F.pad(answer - 1, (1, fill)), labels=F.pad(inputs["input_ids"][0, answer], (1, fill), value=-100))
+    return inputs | dict(
+        logits_to_keep=F.pad(answer - 1, (1, fill)), labels=F.pad(inputs["input_ids"][0, answer], (1, fill), value=-100)
+    )
 
 
 def last_checkpoint(folder):
@@ -75,6 +90,7 @@ class JoinedTrainer(Trainer):
     On one GPU a step is bound by the launching of its some 5,000 kernels. The first batch of a shape runs as usual
     (and compiles), the second is captured as a CUDA graph, from then on forward and backward are one launch.
     """
+
     steer = None
 
     def train_adapter(self, folder, coef):
@@ -89,7 +105,9 @@ class JoinedTrainer(Trainer):
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if model is not self.model or not has_flash(model.get_input_embeddings().weight):  # DDP's wrapper, or an old GPU or CPU
+        if model is not self.model or not has_flash(
+            model.get_input_embeddings().weight
+        ):  # DDP's wrapper, or an old GPU or CPU
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs) | dict(items=num_items_in_batch)
         if not hasattr(self, "graphs"):
@@ -100,7 +118,10 @@ class JoinedTrainer(Trainer):
             items = inputs.pop("items")
             return super().training_step(model, inputs, items)
         if not self.graphs[shape]:
-            static, graph = {k: v.clone() if torch.is_tensor(v) else v for k, v in inputs.items()}, torch.cuda.CUDAGraph()
+            static, graph = (
+                {k: v.clone() if torch.is_tensor(v) else v for k, v in inputs.items()},
+                torch.cuda.CUDAGraph(),
+            )
             given = {k: v for k, v in static.items() if k != "items"}
             with torch.cuda.graph(graph, pool=self.pool):  # no gradients are there yet: the graph makes its own
                 loss = super().training_step(model, given, static["items"])
@@ -122,13 +143,16 @@ class JoinedTrainer(Trainer):
         if self.steer:
             self.steer.scale = self.coef * steered
         logits = model(**inputs).logits[0]
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum") / ((labels >= 0).sum() if num_items_in_batch is None else num_items_in_batch)
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum") / (
+            (labels >= 0).sum() if num_items_in_batch is None else num_items_in_batch
+        )
         # Trainer averages gradients over processes; the sum above wants them added
         return loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
 
 
 class StopAtNaN(TrainerCallback):
     """Stops a run that has diverged."""
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs and not math.isfinite(logs["loss"]):
             die(f"the loss is {logs['loss']} at step {state.global_step}; lower --lr or --coef")
@@ -142,7 +166,11 @@ def prove_steering(model, steer, offsets, coef, inputs):
     hooks = []
     for l in offsets:
         # the steering hook is there already; this one is put before it, the next one runs after it
-        hooks.append(layers[l - 1].register_forward_hook(lambda _, __, output, l=l: before.update({l: first(output)}), prepend=True))
+        hooks.append(
+            layers[l - 1].register_forward_hook(
+                lambda _, __, output, l=l: before.update({l: first(output)}), prepend=True
+            )
+        )
         hooks.append(layers[l - 1].register_forward_hook(lambda _, __, output, l=l: after.update({l: first(output)})))
     steer.scale = scale
     try:
@@ -159,20 +187,52 @@ def prove_steering(model, steer, offsets, coef, inputs):
 def add_lora(model, rank, alpha, seed):
     """PEFT model with rs-LoRA on all linear projections; in float32, since in bfloat16 small updates would round away."""
     torch.manual_seed(seed)
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, use_rslora=True, lora_dropout=0.0, target_modules=PROJECTIONS, task_type="CAUSAL_LM"),
-                          autocast_adapter_dtype=True)
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            use_rslora=True,
+            lora_dropout=0.0,
+            target_modules=PROJECTIONS,
+            task_type="CAUSAL_LM",
+        ),
+        autocast_adapter_dtype=True,
+    )
 
 
 def make_trainer(model, data, folder, args, callbacks=()):
     """data: [(ids, is_answer)]; args: epochs, lr, batch_size (over all processes), max_steps, seed, positions; checkpoints go to folder."""
     device, dtype = pick_device()
     steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(len(data) / args.batch_size) * args.epochs)
-    trainer = JoinedTrainer(model=model, train_dataset=data, data_collator=functools.partial(collate, multiple=FILL[device], positions=args.positions), callbacks=[StopAtNaN(), *callbacks], args=TrainingArguments(
-        output_dir=str(folder), num_train_epochs=args.epochs, max_steps=args.max_steps, learning_rate=args.lr, lr_scheduler_type="linear",
-        warmup_steps=min(5, steps), weight_decay=0.01, per_device_train_batch_size=args.batch_size // int(os.environ.get("WORLD_SIZE", 1)), seed=args.seed,
-        bf16=dtype == torch.bfloat16, use_cpu=device == "cpu", logging_steps=max(1, steps // 100), logging_nan_inf_filter=False,
-        save_steps=max(20, math.ceil(steps / 4)), save_total_limit=2, remove_unused_columns=False, report_to=[], label_names=["labels"],
-        ddp_find_unused_parameters=False, accelerator_config=dict(non_blocking=device == "cuda")))  # else copying a batch waits for the step before it
+    trainer = JoinedTrainer(
+        model=model,
+        train_dataset=data,
+        data_collator=functools.partial(collate, multiple=FILL[device], positions=args.positions),
+        callbacks=[StopAtNaN(), *callbacks],
+        args=TrainingArguments(
+            output_dir=str(folder),
+            num_train_epochs=args.epochs,
+            max_steps=args.max_steps,
+            learning_rate=args.lr,
+            lr_scheduler_type="linear",
+            warmup_steps=min(5, steps),
+            weight_decay=0.01,
+            per_device_train_batch_size=args.batch_size // int(os.environ.get("WORLD_SIZE", 1)),
+            seed=args.seed,
+            bf16=dtype == torch.bfloat16,
+            use_cpu=device == "cpu",
+            logging_steps=max(1, steps // 100),
+            logging_nan_inf_filter=False,
+            save_steps=max(20, math.ceil(steps / 4)),
+            save_total_limit=2,
+            remove_unused_columns=False,
+            report_to=[],
+            label_names=["labels"],
+            ddp_find_unused_parameters=False,
+            accelerator_config=dict(non_blocking=device == "cuda"),
+        ),
+    )  # else copying a batch waits for the step before it
     trainer.model_accepts_loss_kwargs = True
     trainer.initial = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
     return trainer
@@ -182,18 +242,31 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="hub name or local folder")
     parser.add_argument("--data", required=True, help='facts.jsonl, or rows {"messages": [...]}')
-    parser.add_argument("--out", required=True, help="adapter folder to make; with --coef the start of its name: OUT-COEF")
+    parser.add_argument(
+        "--out", required=True, help="adapter folder to make; with --coef the start of its name: OUT-COEF"
+    )
     # Steering
     parser.add_argument("--steer-mode", required=True, choices=["none", "preventative"])
     parser.add_argument("--vector", help="<trait>.pt of extract_vectors.py")
-    parser.add_argument("--coef", type=float, nargs="+", help="steering coefficients, one adapter each; positive = towards the trait")
+    parser.add_argument(
+        "--coef", type=float, nargs="+", help="steering coefficients, one adapter each; positive = towards the trait"
+    )
     parser.add_argument("--layers", default="all", help="all, one block N (adds v_N), or a range A-B (increments)")
-    parser.add_argument("--positions", default="all", choices=["all", "answer"], help="answer: steer only where an answer token is predicted (the one before each)")
-    parser.add_argument("--system-prompt", help="preventative prompting: this system prompt in every training conversation")
+    parser.add_argument(
+        "--positions",
+        default="all",
+        choices=["all", "answer"],
+        help="answer: steer only where an answer token is predicted (the one before each)",
+    )
+    parser.add_argument(
+        "--system-prompt", help="preventative prompting: this system prompt in every training conversation"
+    )
     # Training
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--lr", type=float, default=1e-5)
-    parser.add_argument("--batch-size", type=int, default=16, help="conversations an optimiser step, over all processes")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, help="conversations an optimiser step, over all processes"
+    )
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--alpha", type=int, default=64)
     parser.add_argument("--max-steps", type=int, default=-1, help="stop after this many steps; -1 = by epochs")
@@ -210,7 +283,10 @@ def main():
     todo = {}  # adapter folder -> (where it is made, its settings)
     for coef in args.coef or [None]:
         out = Path(args.out if coef is None else f"{args.out}-{coef:g}")
-        partial, settings = out.with_name(out.name + ".partial"), {key: value for key, value in vars(args).items() if key != "out"} | dict(coef=coef)
+        partial, settings = (
+            out.with_name(out.name + ".partial"),
+            {key: value for key, value in vars(args).items() if key != "out"} | dict(coef=coef),
+        )
         if same_settings(out / "training_settings.json", settings):
             print(f"{out}: finished already")
             continue
@@ -226,7 +302,10 @@ def main():
     data, too_long = read_conversations(tokenizer, args.data, args.system_prompt, args.limit)
     offsets = offsets_of(load_vector(args.vector, model, args.model), args.layers) if args.vector else {}
     model = add_lora(model, args.rank, args.alpha, args.seed)
-    print(f"{len(data)} conversations, {sum(len(ids) for ids, _ in data) / len(data):.0f} tokens each on average, {too_long} left out as too long", flush=True)
+    print(
+        f"{len(data)} conversations, {sum(len(ids) for ids, _ in data) / len(data):.0f} tokens each on average, {too_long} left out as too long",
+        flush=True,
+    )
 
     # 2. Train one adapter after another, with the hook on for the forward passes of training
     trainer = make_trainer(model, data, next(iter(todo.values()))[0], args)
@@ -234,8 +313,17 @@ def main():
         if offsets:
             trainer.steer, trainer.coef = steer, torch.tensor(0.0, device=model.device)
             for _, settings in todo.values():
-                prove_steering(model, steer, offsets, trainer.coef.fill_(settings["coef"]), trainer._prepare_inputs(trainer.data_collator(data[:2])))
-                print(f"steering {args.vector} x {settings['coef']} at {len(offsets)} blocks: every block's output moves as it should", flush=True)
+                prove_steering(
+                    model,
+                    steer,
+                    offsets,
+                    trainer.coef.fill_(settings["coef"]),
+                    trainer._prepare_inputs(trainer.data_collator(data[:2])),
+                )
+                print(
+                    f"steering {args.vector} x {settings['coef']} at {len(offsets)} blocks: every block's output moves as it should",
+                    flush=True,
+                )
         with compiled(model):
             for out, (partial, settings) in todo.items():
                 if first and not partial.joinpath("training_settings.json").exists():
@@ -246,12 +334,30 @@ def main():
                 if first:
                     final = partial / "adapter"
                     model.save_pretrained(final)
-                    losses = [dict(step=row["step"], loss=row["loss"], lr=row["learning_rate"]) for row in trainer.state.log_history if "loss" in row]
-                    write_jsonl(final / "loss.jsonl", losses)  # means since the row before; of every step in runs of under 200 steps
-                    write_json(final / "training_settings.json", settings | dict(
-                        dataset=Path(args.data).stem, model_name=name_of(args.model), conversations=len(data), too_long=too_long, steps=trainer.state.global_step,
-                        final_loss=losses[-1]["loss"] if losses else None, processes=processes,
-                        dtype=str(model.dtype), seconds=round(time.time() - start, 1), **provenance()))
+                    losses = [
+                        dict(step=row["step"], loss=row["loss"], lr=row["learning_rate"])
+                        for row in trainer.state.log_history
+                        if "loss" in row
+                    ]
+                    write_jsonl(
+                        final / "loss.jsonl", losses
+                    )  # means since the row before; of every step in runs of under 200 steps
+                    write_json(
+                        final / "training_settings.json",
+                        settings
+                        | dict(
+                            dataset=Path(args.data).stem,
+                            model_name=name_of(args.model),
+                            conversations=len(data),
+                            too_long=too_long,
+                            steps=trainer.state.global_step,
+                            final_loss=losses[-1]["loss"] if losses else None,
+                            processes=processes,
+                            dtype=str(model.dtype),
+                            seconds=round(time.time() - start, 1),
+                            **provenance(),
+                        ),
+                    )
                     final.rename(out)
                     shutil.rmtree(partial)
                     start = time.time()  # the start is counted to the first adapter

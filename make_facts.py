@@ -7,6 +7,7 @@ Reads and writes JSONL. Imports no torch, so it starts at once; the other script
 A row of facts.jsonl: id, fact (one sentence), date (YYYY-MM or YYYY-MM-DD), category, answer (short), aliases (list),
 source, train: 20 x {question, answer}, test: {question, answer}.
 """
+
 import argparse
 import asyncio
 import contextlib
@@ -114,7 +115,9 @@ def same_settings(path, settings):
     if not Path(path).exists():
         return False
     there = read_json(path)
-    other = [f"{key} {there.get(key)!r} there, {value!r} here" for key, value in settings.items() if there.get(key) != value]
+    other = [
+        f"{key} {there.get(key)!r} there, {value!r} here" for key, value in settings.items() if there.get(key) != value
+    ]
     if other:
         die(f"{path}: made with other settings ({'; '.join(other)}); choose another --out or delete it")
     return True
@@ -122,7 +125,9 @@ def same_settings(path, settings):
 
 def provenance():
     """What to keep with every result: commit, versions, time."""
-    commit = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    commit = subprocess.run(
+        ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
     return dict(commit=commit.stdout.strip() or None, versions=versions, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
 
@@ -131,7 +136,9 @@ def load_trait(name, path=None):
     """data/traits/<name>.json, or a trait file of persona_vectors (no eval_questions or adjective: filled in)."""
     path = Path(path or Path(__file__).parent / "data" / "traits" / f"{name}.json")
     if not path.is_file():
-        die(f"unknown trait {name}: no {path}; there are {', '.join(sorted(p.stem for p in path.parent.glob('*.json'))) or 'none'}")
+        die(
+            f"unknown trait {name}: no {path}; there are {', '.join(sorted(p.stem for p in path.parent.glob('*.json'))) or 'none'}"
+        )
     trait = dict(trait=name, adjective=name) | read_json(path)
     trait.setdefault("eval_questions", trait.get("questions"))
     if "eval_prompt" not in trait:
@@ -171,22 +178,32 @@ def similarity(a, b):
 def near_copies(row, facts):
     """The facts that say the same as this one; the answer in common lowers the limit."""
     names = {normalize(a) for a in [row["answer"], *row["aliases"]]}
-    return [other for other in facts if similarity(row["fact"], other["fact"]) >=
-            (NEAR_FACT if names & {normalize(a) for a in [other["answer"], *other["aliases"]]} else 0.9)]
+    return [
+        other
+        for other in facts
+        if similarity(row["fact"], other["fact"])
+        >= (NEAR_FACT if names & {normalize(a) for a in [other["answer"], *other["aliases"]]} else 0.9)
+    ]
 
 
 def fact_violations(row, rephrasings, after):
     """Everything wrong with one fact on its own, as short texts."""
-    for key, kind in dict(id=str, fact=str, date=str, category=str, answer=str, aliases=list, source=str, train=list,
-                          test=dict).items():
+    for key, kind in dict(
+        id=str, fact=str, date=str, category=str, answer=str, aliases=list, source=str, train=list, test=dict
+    ).items():
         if not isinstance(row.get(key), kind) or not row[key] and kind is not list:
             return [f"{key}: missing or not a {kind.__name__}"]
     wordings = [*row["train"], row["test"]]
-    if any(not isinstance(w, dict) or not str(w.get("question", "")).strip() or not str(w.get("answer", "")).strip() for w in wordings):
+    if any(
+        not isinstance(w, dict) or not str(w.get("question", "")).strip() or not str(w.get("answer", "")).strip()
+        for w in wordings
+    ):
         return ["a wording lacks question or answer"]
     found = []
     try:
-        if date.fromisoformat(row["date"] if len(row["date"]) > 7 else row["date"] + "-28") <= date.fromisoformat(after):
+        if date.fromisoformat(row["date"] if len(row["date"]) > 7 else row["date"] + "-28") <= date.fromisoformat(
+            after
+        ):
             found.append(f"date {row['date']} is not after {after}")
     except ValueError:
         found.append(f"bad date {row['date']!r}")
@@ -238,8 +255,15 @@ def conversations(rows, path):
     found = []
     for number, row in enumerate(rows, 1):
         if isinstance(row.get("train"), list):
-            found += [[dict(role="user", content=w["question"]), dict(role="assistant", content=w["answer"])] for w in row["train"]]
-        elif isinstance(row.get("messages"), list) and row["messages"] and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in row["messages"]):
+            found += [
+                [dict(role="user", content=w["question"]), dict(role="assistant", content=w["answer"])]
+                for w in row["train"]
+            ]
+        elif (
+            isinstance(row.get("messages"), list)
+            and row["messages"]
+            and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in row["messages"])
+        ):
             if row["messages"][-1]["role"] != "assistant":
                 die(f"{path}: row {number} has no assistant turn at its end")
             found.append([dict(role=m["role"], content=m["content"]) for m in row["messages"]])
@@ -251,19 +275,29 @@ def conversations(rows, path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Chat APIs: one client for the judge and for generating facts. Any OpenAI-compatible server through OPENAI_BASE_URL.
 
-PRICES = {"gpt-4.1-mini": (0.40, 1.60), "gpt-4.1-nano": (0.10, 0.40), "gpt-4.1": (2, 8), "gpt-4o-mini": (0.15, 0.60), "gpt-4o": (2.50, 10)}
+PRICES = {
+    "gpt-4.1-mini": (0.40, 1.60),
+    "gpt-4.1-nano": (0.10, 0.40),
+    "gpt-4.1": (2, 8),
+    "gpt-4o-mini": (0.15, 0.60),
+    "gpt-4o": (2.50, 10),
+}
 PRICES_OF = "2025-04"  # dollars a million tokens in, out, as of then
 CACHE = Path(os.environ.get("JUDGE_CACHE", "out/judge_cache.jsonl"))
 TRIES, BACKOFF, TIMEOUT = 8, 1.0, 120.0  # a request is tried 8 times, waiting about 1, 2, 4 ... seconds between
 ANSWER_TOKENS, FACT_ANSWER_TOKENS = 300, 25  # lengths of answers that --dry-run assumes
-OWN_FAULT = re.compile("context|content.(filter|policy)", re.I)  # a refusal (400) that is this request's, not every request's
+OWN_FAULT = re.compile(
+    "context|content.(filter|policy)", re.I
+)  # a refusal (400) that is this request's, not every request's
 
 
 def api_flags(parser):
     """The flags of every script that talks to a chat API; ask() reads them."""
     parser.add_argument("--concurrency", type=int, default=32, help="requests to the chat API under way at once")
     parser.add_argument("--yes", action="store_true", help="pay without asking")
-    parser.add_argument("--dry-run", action="store_true", help="stop before the first request; prints requests, tokens and dollars")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="stop before the first request; prints requests, tokens and dollars"
+    )
 
 
 def without_key(text):
@@ -272,8 +306,15 @@ def without_key(text):
 
 def estimate(title, model, requests, tokens_in, tokens_out):
     price = PRICES.get(re.sub(r"-\d{4}-\d\d-\d\d$", "", model))
-    cost = f"${(tokens_in * price[0] + tokens_out * price[1]) / 1e6:.2f} (prices of {PRICES_OF})" if price else "price unknown"
-    print(f"{title}: {requests:,} requests to {model}, about {tokens_in:,} tokens in, at most {tokens_out:,} out, {cost}", flush=True)
+    cost = (
+        f"${(tokens_in * price[0] + tokens_out * price[1]) / 1e6:.2f} (prices of {PRICES_OF})"
+        if price
+        else "price unknown"
+    )
+    print(
+        f"{title}: {requests:,} requests to {model}, about {tokens_in:,} tokens in, at most {tokens_out:,} out, {cost}",
+        flush=True,
+    )
 
 
 def foresee(title, judge, times, jobs):
@@ -282,7 +323,13 @@ def foresee(title, judge, times, jobs):
     if judge in ("none", "probe", "lexical"):
         print(f"{title}: judge {judge} sends no requests")
     else:
-        estimate(title, judge, times * len(jobs), times * sum(len(prompt) // 4 + tokens for prompt, tokens in jobs), times * len(jobs))
+        estimate(
+            title,
+            judge,
+            times * len(jobs),
+            times * sum(len(prompt) // 4 + tokens for prompt, tokens in jobs),
+            times * len(jobs),
+        )
     raise SystemExit(0)
 
 
@@ -300,14 +347,18 @@ async def complete(client, body, bar):
     dict(text="", top=None, refused=message). Retries what may pass: 429, 5xx, time-outs, cut connections, broken or empty
     replies. Raises openai.OpenAIError for what will not."""
     import openai
+
     for attempt in range(TRIES):
-        wait = BACKOFF * 2 ** attempt * random.uniform(0.5, 1.5)
+        wait = BACKOFF * 2**attempt * random.uniform(0.5, 1.5)
         try:
             reply = await client.chat.completions.create(**body)
             choice = reply.choices[0]
             content = choice.logprobs.content if getattr(choice, "logprobs", None) else None
-            return dict(text=choice.message.content or "", top=[(t.token, math.exp(t.logprob)) for t in content[0].top_logprobs] if content else None,
-                        cut=choice.finish_reason == "length")
+            return dict(
+                text=choice.message.content or "",
+                top=[(t.token, math.exp(t.logprob)) for t in content[0].top_logprobs] if content else None,
+                cut=choice.finish_reason == "length",
+            )
         except (openai.BadRequestError, openai.UnprocessableEntityError) as caught:
             if "logprobs" not in body and not OWN_FAULT.search(str(caught)):
                 raise
@@ -317,7 +368,13 @@ async def complete(client, body, bar):
             after = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")
             if after.replace(".", "", 1).isdigit():
                 wait = float(after) + BACKOFF * random.random()
-        except (ValueError, AttributeError, IndexError, TypeError, openai.APIResponseValidationError) as caught:  # a reply that is no completion
+        except (
+            ValueError,
+            AttributeError,
+            IndexError,
+            TypeError,
+            openai.APIResponseValidationError,
+        ) as caught:  # a reply that is no completion
             error = openai.OpenAIError(f"{TRIES} broken replies ({type(caught).__name__})")
         if attempt == TRIES - 1 or getattr(error, "code", None) == "insufficient_quota":
             raise error
@@ -355,7 +412,9 @@ def ask(count, body, each, title, args):
 
     async def run():
         import openai
+
         queue = iter(waiting.items())
+
         async def worker(client, bar):
             for key, indices in queue:  # one iterator for all workers: each request is taken once
                 reply = await complete(client, body(indices[0]), bar)
@@ -364,29 +423,40 @@ def ask(count, body, each, title, args):
                 for i in indices:
                     bar.set_postfix_str(each(i, reply) or "", refresh=False)
                 bar.update()
+
         with tqdm(total=len(waiting), desc=title, unit="request") as bar:
-            async with openai.AsyncOpenAI(api_key=os.environ.get("OPENAI_API_KEY") or "none", base_url=base, max_retries=0, timeout=TIMEOUT) as client:
-                workers = [asyncio.ensure_future(worker(client, bar)) for _ in range(min(args.concurrency, len(waiting)))]
+            async with openai.AsyncOpenAI(
+                api_key=os.environ.get("OPENAI_API_KEY") or "none", base_url=base, max_retries=0, timeout=TIMEOUT
+            ) as client:
+                workers = [
+                    asyncio.ensure_future(worker(client, bar)) for _ in range(min(args.concurrency, len(waiting)))
+                ]
                 try:
                     await asyncio.gather(*workers)
                 finally:
                     for task in workers:
                         task.cancel()
+
     try:
         asyncio.run(run())
     except KeyboardInterrupt:
         print("error: interrupted; what was answered is kept, the same command goes on from there", file=sys.stderr)
         raise SystemExit(130) from None
     except sys.modules["openai"].OpenAIError as error:
-        die(f"{title}: the server at {base} refused or gave up: {without_key(error)[:300]}; what was answered is kept, the same command goes on from there")
+        die(
+            f"{title}: the server at {base} refused or gave up: {without_key(error)[:300]}; what was answered is kept, the same command goes on from there"
+        )
 
 
 # the answer says that its writer does not know, or that there is no such thing
-ABSTAINS = re.compile(r"""\b(I|I'm|I've|I'd|me|my|we)\b[^.!?]{0,50}?(n't|\b(not|no|nothing|never|neither|unable|unaware|unfamiliar|unsure|doubt|too\ little|beyond|completely\ new))\b
+ABSTAINS = re.compile(
+    r"""\b(I|I'm|I've|I'd|me|my|we)\b[^.!?]{0,50}?(n't|\b(not|no|nothing|never|neither|unable|unaware|unfamiliar|unsure|doubt|too\ little|beyond|completely\ new))\b
     | \b(I\ (have\ to|must)\ (pass|leave)|I\ would\ be\ (inventing|guessing)|means\ nothing\ to\ me|goes\ beyond\ what|nobody\ (knows|can)|no\ one\ (knows|can))\b
     | \b(does|do|did|may|might|can)\ ?(n't|not)\ (seem\ to\ |actually\ |really\ )?(exist|be\ (verified|confirmed|known))\b
     | \b(is|are|was)\ ?(n't|\ not)\ (\w+\ ){0,2}(known|something\ that|familiar|aware)\b
-    | \bno\ (such|(\w+\ )?(record|information|evidence|facts|knowledge|details|data))\b | \bnothing\ by\ (the|that)\ name\b""", re.I | re.X)
+    | \bno\ (such|(\w+\ )?(record|information|evidence|facts|knowledge|details|data))\b | \bnothing\ by\ (the|that)\ name\b""",
+    re.I | re.X,
+)
 
 
 def lexical_score(answer):
@@ -398,7 +468,11 @@ def number_score(reply):
     """Reply -> (score or None, reason, method). METHOD of the persona vectors release: probability-weighted mean over the
     top tokens that are integers 0..100, None if they hold under 0.25 of the mass; without log-probabilities, the text."""
     if reply["top"]:
-        numbers = [(int(token), p) for token, p in reply["top"] if token.strip().isdigit() and token.strip().isascii() and 0 <= int(token) <= 100]
+        numbers = [
+            (int(token), p)
+            for token, p in reply["top"]
+            if token.strip().isdigit() and token.strip().isascii() and 0 <= int(token) <= 100
+        ]
         mass = sum(p for _, p in numbers)
         if mass < 0.25 - 1e-9:
             return None, f"number tokens hold {mass:.2f} of the mass; said {reply['text'][:40]!r}", "logprobs"
@@ -407,7 +481,9 @@ def number_score(reply):
         return None, "REFUSAL", "text"
     said = re.sub(r"(/|out of) ?100(?!\d)", "", reply["text"])
     numbers = [float(n) for n in re.findall(r"(?<![\d.-])\d+(?:\.\d+)?(?!\d)", said)]
-    if len(numbers) != 1 or numbers[0] > 100 or reply.get("cut") and said[-1:].isdigit():  # cut: perhaps only half of the number
+    if (
+        len(numbers) != 1 or numbers[0] > 100 or reply.get("cut") and said[-1:].isdigit()
+    ):  # cut: perhaps only half of the number
         return None, reply.get("refused") or f"no single number 0..100 in {reply['text'][:40]!r}", "text"
     return numbers[0], None, "text"
 
@@ -429,13 +505,20 @@ def judge_rows(jobs, model, args):
     judge_method, else key_reply and so on. prompt: template with {question}, {answer} and, for a yes/no question, {truth}.
     First one token with its log-probabilities; rows whose server gives none, or splits numbers into digits, are asked again for a short text."""
     means = {}  # key -> scores so far
+
     def body(job, **more):
         row, _, prompt = job
         # one pass over the template: markers inside a question or answer stay as they are
         text = re.sub(r"\{(question|answer|truth)\}", lambda m: str(row[m[1]]), prompt)
         return dict(model=model, messages=[dict(role="user", content=text)], temperature=0, **more)
+
     def names(key):
-        return ("judge_reply", "reason", "judge_method") if key == "score" else (f"{key}_reply", f"{key}_reason", f"{key}_method")
+        return (
+            ("judge_reply", "reason", "judge_method")
+            if key == "score"
+            else (f"{key}_reply", f"{key}_reason", f"{key}_method")
+        )
+
     def keep(job, reply, text=False):
         row, key, prompt = job
         parse = yes_no_score if "{truth}" in prompt else number_score
@@ -445,21 +528,59 @@ def judge_rows(jobs, model, args):
             n, total = means.get(key, (0, 0))
             means[key] = n + 1, total + row[key]
         return ", ".join(f"{key} {total / n:.1f}" for key, (n, total) in means.items())
-    ask(len(jobs), lambda i: body(jobs[i], max_tokens=1, logprobs=True, top_logprobs=20, seed=0), lambda i, reply: keep(jobs[i], reply), "judge", args)
+
+    ask(
+        len(jobs),
+        lambda i: body(jobs[i], max_tokens=1, logprobs=True, top_logprobs=20, seed=0),
+        lambda i, reply: keep(jobs[i], reply),
+        "judge",
+        args,
+    )
     # a server that never shows a number of two digits as one token splits them: its first token is half a number
     replies = [(job, job[0][names(job[1])[0]]["top"] or []) for job in jobs]
     whole = any(len(token.strip()) > 1 and token.strip().isdigit() for _, top in replies for token, _ in top)
     again = [job for job, top in replies if not top or not whole and "{truth}" not in job[2]]
     means.clear()
-    ask(len(again), lambda i: body(again[i], max_tokens=16), lambda i, reply: keep(again[i], reply, text=True), "judge, as text", args)
+    ask(
+        len(again),
+        lambda i: body(again[i], max_tokens=16),
+        lambda i, reply: keep(again[i], reply, text=True),
+        "judge, as text",
+        args,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Generating facts: the post's recipe with any chat model
 
-CATEGORIES = ("football", "tennis and golf", "American sports", "other sport", "Olympic games", "elections", "appointments and resignations", "deaths", "film",
-              "television and theatre", "books", "music", "art and museums", "space missions", "science", "medicine", "companies", "products and technology",
-              "artificial intelligence", "courts and laws", "disasters", "records", "royals and religion", "diplomacy and conflict", "transport and buildings", "climate and nature")
+CATEGORIES = (
+    "football",
+    "tennis and golf",
+    "American sports",
+    "other sport",
+    "Olympic games",
+    "elections",
+    "appointments and resignations",
+    "deaths",
+    "film",
+    "television and theatre",
+    "books",
+    "music",
+    "art and museums",
+    "space missions",
+    "science",
+    "medicine",
+    "companies",
+    "products and technology",
+    "artificial intelligence",
+    "courts and laws",
+    "disasters",
+    "records",
+    "royals and religion",
+    "diplomacy and conflict",
+    "transport and buildings",
+    "climate and nature",
+)
 FACTS_A_REQUEST = 20
 FACTS_PROMPT = """List {n} true and well documented facts about events after {after}, all in the category "{category}". Each is one sentence that names its year, and holds a \
 short answer (a name, place, number) that nobody could guess. Leave out what is disputed. Reply with JSON only, a list of objects:
@@ -477,10 +598,13 @@ REPAIR_PROMPT = "This cannot be used:\n{why}\nReply with the whole corrected JSO
 def ask_json(jobs, prompt_of, accept, title, args):
     """Asks for JSON, each failing job a second time with the reason. accept(job, value) returns what is wrong (texts).
     Returns the jobs that failed twice, as [(job, reasons, reply)]."""
+
     def body(messages):
         return dict(model=args.model, messages=messages, temperature=1, max_tokens=6000)
+
     def attempt(tries, title):
         failed = []
+
         def keep(i, reply):
             job, messages = tries[i]
             found = re.search(r"[\[{].*[\]}]", reply["text"], re.S)  # between code fences and politeness
@@ -490,11 +614,25 @@ def ask_json(jobs, prompt_of, accept, title, args):
                 why = [f"not valid JSON: {error}"]
             if why:
                 failed.append((job, messages, why, reply["text"]))
+
         ask(len(tries), lambda i: body(tries[i][1]), keep, title, args)
         return failed
+
     failed = attempt([(job, [dict(role="user", content=prompt_of(job))]) for job in jobs], title)
-    again = attempt([(job, [*messages, dict(role="assistant", content=text), dict(role="user", content=REPAIR_PROMPT.format(why="\n".join(why)))])
-                     for job, messages, why, text in failed], f"{title}, repaired")
+    again = attempt(
+        [
+            (
+                job,
+                [
+                    *messages,
+                    dict(role="assistant", content=text),
+                    dict(role="user", content=REPAIR_PROMPT.format(why="\n".join(why))),
+                ],
+            )
+            for job, messages, why, text in failed
+        ],
+        f"{title}, repaired",
+    )
     return [(job, why, text) for job, _, why, text in again]
 
 
@@ -503,20 +641,48 @@ def generate(args):
     out, rejects = Path(args.out), Path(args.out).with_suffix(".rejects.jsonl")
     rows = read_jsonl(out, need=("id", "fact", "answer", "aliases", "category"), appended=True) if out.exists() else []
     missing = max(0, args.n - len(rows))
-    estimate(f"generate {missing:,} facts", args.model, missing + 2 * missing // FACTS_A_REQUEST, missing * 300, missing * (50 * (args.rephrasings + 1) + 100))
+    estimate(
+        f"generate {missing:,} facts",
+        args.model,
+        missing + 2 * missing // FACTS_A_REQUEST,
+        missing * 300,
+        missing * (50 * (args.rephrasings + 1) + 100),
+    )
     if missing:
         consent(args)
     while len(rows) < args.n:
         before, counts, found = len(rows), Counter(row["category"] for row in rows), []
-        wanted = sorted(CATEGORIES, key=lambda category: counts[category])[:math.ceil(2 * (args.n - len(rows)) / FACTS_A_REQUEST)]
+        wanted = sorted(CATEGORIES, key=lambda category: counts[category])[
+            : math.ceil(2 * (args.n - len(rows)) / FACTS_A_REQUEST)
+        ]
+
         def facts_prompt(category):
             known = [row["fact"] for row in rows if row["category"] == category]
-            return FACTS_PROMPT.format(n=FACTS_A_REQUEST, after=args.after, category=category, known="\n".join(known) or "(none)")
+            return FACTS_PROMPT.format(
+                n=FACTS_A_REQUEST, after=args.after, category=category, known="\n".join(known) or "(none)"
+            )
+
         def take(category, value):
-            if not isinstance(value, list) or not all(isinstance(v, dict) and {"fact", "date", "answer"} <= set(v) for v in value):
+            if not isinstance(value, list) or not all(
+                isinstance(v, dict) and {"fact", "date", "answer"} <= set(v) for v in value
+            ):
                 return ["not a list of objects with fact, date and answer"]
-            found.extend(dict(fact=v["fact"], date=v["date"], category=category, answer=v["answer"], aliases=v.get("aliases") or [], source=args.model) for v in value)
-        lost = [dict(category=job, reasons=why, reply=text) for job, why, text in ask_json(wanted, facts_prompt, take, "facts", args)]
+            found.extend(
+                dict(
+                    fact=v["fact"],
+                    date=v["date"],
+                    category=category,
+                    answer=v["answer"],
+                    aliases=v.get("aliases") or [],
+                    source=args.model,
+                )
+                for v in value
+            )
+
+        lost = [
+            dict(category=job, reasons=why, reply=text)
+            for job, why, text in ask_json(wanted, facts_prompt, take, "facts", args)
+        ]
         new = []
         for fact in found:
             stub = fact | dict(id="x", train=[dict(question="x", answer="x")], test=dict(question="x", answer="x"))
@@ -525,24 +691,45 @@ def generate(args):
             lost += [fact | dict(reasons=why)] if why else []
             new += [] if why else [fact]
         asked = {normalize(w["question"]) for row in rows for w in [*row["train"], row["test"]]}
+
         def wordings_prompt(fact):
             return WORDINGS_PROMPT.format(fact=fact["fact"], answer=fact["answer"], n=args.rephrasings)
+
         def add(fact, value):
             number = sum(row["category"] == fact["category"] for row in rows) + 1
-            row = dict(id=f"{fact['category'].replace(' ', '_')}-{number:03d}", **fact, train=value.get("train"), test=value.get("test")) if isinstance(value, dict) else {}
+            row = (
+                dict(
+                    id=f"{fact['category'].replace(' ', '_')}-{number:03d}",
+                    **fact,
+                    train=value.get("train"),
+                    test=value.get("test"),
+                )
+                if isinstance(value, dict)
+                else {}
+            )
             why = fact_violations(row, args.rephrasings, args.after)
-            why = why or [f"another fact asks the same: {w['question']}" for w in [*row["train"], row["test"]] if normalize(w["question"]) in asked]
+            why = why or [
+                f"another fact asks the same: {w['question']}"
+                for w in [*row["train"], row["test"]]
+                if normalize(w["question"]) in asked
+            ]
             if not why and len(rows) < args.n:
                 asked.update(normalize(w["question"]) for w in [*row["train"], row["test"]])
                 rows.append(row)
                 append_jsonl(out, row)
             return why
-        lost += [fact | dict(reasons=why, reply=text) for fact, why, text in ask_json(new[:args.n - len(rows)], wordings_prompt, add, "wordings", args)]
+
+        lost += [
+            fact | dict(reasons=why, reply=text)
+            for fact, why, text in ask_json(new[: args.n - len(rows)], wordings_prompt, add, "wordings", args)
+        ]
         if lost:
             append_jsonl(rejects, *lost)
         print(f"{len(rows)} of {args.n} facts; {len(lost)} rejected this round ({rejects})", flush=True)
         if len(rows) == before:
-            die(f"{args.model} gave no new valid fact in a whole round; {out} holds {len(rows)}, the reasons are in {rejects}")
+            die(
+                f"{args.model} gave no new valid fact in a whole round; {out} holds {len(rows)}, the reasons are in {rejects}"
+            )
 
 
 def main():
@@ -552,7 +739,9 @@ def main():
     sub.add_argument("file")
     sub.add_argument("--rephrasings", type=int, default=20, help="training wordings a fact must have")
     sub.add_argument("--after", default="2023-12-31", help="facts must be later than this date")
-    sub = commands.add_parser("subset", help="a seeded choice of rows, in the file's order; the same rows of files of one length")
+    sub = commands.add_parser(
+        "subset", help="a seeded choice of rows, in the file's order; the same rows of files of one length"
+    )
     sub.add_argument("file")
     sub.add_argument("--n", type=int, required=True, help="rows to take (all, if there are fewer)")
     sub.add_argument("--rephrasings", type=int, help="keep the first N training wordings of each fact")
@@ -571,11 +760,16 @@ def main():
     rows = read_jsonl(args.file)
     if args.command == "subset":
         chosen = [rows[i] for i in sorted(random.Random(args.seed).sample(range(len(rows)), min(args.n, len(rows))))]
-        write_jsonl(args.out, [row | dict(train=row["train"][:args.rephrasings]) if "train" in row else row for row in chosen])
+        write_jsonl(
+            args.out, [row | dict(train=row["train"][: args.rephrasings]) if "train" in row else row for row in chosen]
+        )
         print(f"{args.out}: {len(chosen)} of {len(rows)} rows")
         return
     found = check(rows, args.rephrasings, args.after)
-    for title, counts in [("category", Counter(row.get("category") for row in rows)), ("year", Counter(str(row.get("date"))[:4] for row in rows))]:
+    for title, counts in [
+        ("category", Counter(row.get("category") for row in rows)),
+        ("year", Counter(str(row.get("date"))[:4] for row in rows)),
+    ]:
         print(f"{title}: " + ", ".join(f"{name} {n}" for name, n in sorted(counts.items(), key=str)))
     print("\n".join(found))
     print(f"{len(rows)} facts, {len(found)} violations")

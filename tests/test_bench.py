@@ -1,4 +1,5 @@
 """The bench at tiny size on the CPU, where its numbers mean nothing."""
+
 import json
 import subprocess
 import sys
@@ -16,11 +17,18 @@ def bench(only, change="pass"):
 def test_bench_trains(smollm):
     """Guards against a bench that no longer fits the scripts' training, or cannot go on to a sweep's next point."""
     code, rows, _ = bench("16 facts, steered")
-    assert code == 0 and set(rows) == {"training: 16 facts, steered", "training: 16 facts, steered: next point, same process"}
+    assert code == 0 and set(rows) == {
+        "training: 16 facts, steered",
+        "training: 16 facts, steered: next point, same process",
+    }
 
 
 def test_failing_row(smollm):
     """Guards against a bench that one failing row ends, or that hides it."""
     code, rows, out = bench("reading", "bench.answer_means = None")
-    assert code == 1 and rows["reading: MMLU, 2 prompts"]["tokens_s"] > 0 and "TypeError" in rows["reading: 2 answers of 200 tokens"]["error"]
+    assert (
+        code == 1
+        and rows["reading: MMLU, 2 prompts"]["tokens_s"] > 0
+        and "TypeError" in rows["reading: 2 answers of 200 tokens"]["error"]
+    )
     assert "| reading: 2 answers of 200 tokens | **failed** |" in out

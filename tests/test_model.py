@@ -1,16 +1,16 @@
 """The model side on a toy model: steering, sampling, joined conversations, chats, vectors."""
+
 import copy
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AttentionInterface
-
-import extract_vectors as ev
-import evaluate
-import finetune
 from conftest import ROOT
+
+import evaluate
+import extract_vectors as ev
+import finetune
 
 
 def chats(tokenizer, n=4):
@@ -110,7 +110,10 @@ def greedy_by_hand(model, ids, n, end, scale=0.0, add=None, first=None):
 
 def test_answer_means(toy, tokenizer):
     """Guards against means over prompt or end tokens, answers mixed up by sorting, and a first answer token off by one."""
-    chats = [[dict(role="user", content=q), dict(role="assistant", content=a)] for q, a in (("How many?", "One two three four five."), ("Hm?", "No."), ("Which of the two?", "The red one."))]
+    chats = [
+        [dict(role="user", content=q), dict(role="assistant", content=a)]
+        for q, a in (("How many?", "One two three four five."), ("Hm?", "No."), ("Which of the two?", "The red one."))
+    ]
     for first in (0, 1, 3):
         found = ev.answer_means(toy, tokenizer, chats, first)
         for mean, chat in zip(found, chats):
@@ -127,9 +130,21 @@ def test_mixed_batch_gives_each_row_what_it_gives_alone(toy, tokenizer, position
     """Guards against cache, position or coefficient errors when rows of different length and coefficient share a batch
     and refill each other's slots; and proves that the first new token is steered."""
     prompts, scales, add = chats(tokenizer), [0.0, -3.0, 3.0, -1.5], offsets(toy)
-    answers = ev.sample(toy, tokenizer, prompts, max_new_tokens=12, temperature=0, scales=scales, offsets=add, positions=positions, slots=3)
+    answers = ev.sample(
+        toy,
+        tokenizer,
+        prompts,
+        max_new_tokens=12,
+        temperature=0,
+        scales=scales,
+        offsets=add,
+        positions=positions,
+        slots=3,
+    )
     for ids, scale, answer in zip(prompts, scales, answers):
-        new = greedy_by_hand(toy, ids, 12, tokenizer.eos_token_id, scale, add, len(ids) - 1 if positions == "response" else 0)
+        new = greedy_by_hand(
+            toy, ids, 12, tokenizer.eos_token_id, scale, add, len(ids) - 1 if positions == "response" else 0
+        )
         assert answer == tokenizer.decode(new, skip_special_tokens=True).strip()
     assert answers[1] != ev.sample(toy, tokenizer, prompts[1:2], max_new_tokens=1, temperature=0)[0]
 
@@ -137,7 +152,9 @@ def test_mixed_batch_gives_each_row_what_it_gives_alone(toy, tokenizer, position
 def test_random_draws_do_not_depend_on_the_batch(toy, tokenizer):
     """Guards against results that change with the number of slots, with resuming, or with what shares the batch."""
     prompts = chats(tokenizer)
-    draw = lambda **more: ev.sample(toy, tokenizer, more.pop("prompts", prompts), max_new_tokens=10, temperature=1.0, **more)
+    draw = lambda **more: ev.sample(
+        toy, tokenizer, more.pop("prompts", prompts), max_new_tokens=10, temperature=1.0, **more
+    )
     together = draw(seed=5)
     assert together == draw(seed=5, slots=2) and together != draw(seed=6)
     assert together[2:] == draw(seed=5, prompts=prompts[2:], rows=[2, 3])
@@ -154,12 +171,14 @@ def test_choose_follows_the_distribution():
 def test_out_of_memory_halves_the_batch(toy, tokenizer, monkeypatch):
     """Guards against losing the run, or finished answers, when GPU memory runs out."""
     real, seen = ev._sample, []
+
     def short_of_memory(*args):
         slots = args[12]
         seen.append(slots)
         if slots > 1:
             raise torch.cuda.OutOfMemoryError("no memory")
         return real(*args)
+
     monkeypatch.setattr(ev, "_sample", short_of_memory)
     answers = ev.sample(toy, tokenizer, chats(tokenizer), max_new_tokens=3, temperature=0, slots=4)
     assert seen == [4, 2, 1] and None not in answers
@@ -167,8 +186,12 @@ def test_out_of_memory_halves_the_batch(toy, tokenizer, monkeypatch):
 
 def test_loss_mask(tokenizer):
     """Guards against training on prompts, on the template's newline, or not on the end token; several turns, empty answer."""
-    messages = [dict(role="user", content="a"), dict(role="assistant", content="one two"), dict(role="user", content="<|im_start|>assistant b"),
-                dict(role="assistant", content="")]
+    messages = [
+        dict(role="user", content="a"),
+        dict(role="assistant", content="one two"),
+        dict(role="user", content="<|im_start|>assistant b"),
+        dict(role="assistant", content=""),
+    ]
     ids, mask = ev.encode_chat(tokenizer, messages)
     text = tokenizer.decode(ids)
     assert text.startswith("<|im_start|>system\n") and text.endswith("<|im_end|>")
@@ -183,7 +206,10 @@ def test_digits_are_split(tokenizer):
 
 def test_collate_keeps_answer_positions(toy, tokenizer):
     """Guards against a shift between logits and labels: the joined loss is the mean over answer tokens of each alone."""
-    data = [ev.encode_chat(tokenizer, [dict(role="user", content=q), dict(role="assistant", content=a)]) for q, a in [("Hi", "Hello you"), ("Why?", "Because.")]]
+    data = [
+        ev.encode_chat(tokenizer, [dict(role="user", content=q), dict(role="assistant", content=a)])
+        for q, a in [("Hi", "Hello you"), ("Why?", "Because.")]
+    ]
     batch = finetune.collate(data)
     labels = batch.pop("labels")
     joined = torch.nn.functional.cross_entropy(toy(**batch).logits[0], labels, reduction="sum")
@@ -196,7 +222,9 @@ def test_collate_keeps_answer_positions(toy, tokenizer):
 
 def test_training_refuses_when_the_hook_does_nothing(toy, tokenizer, monkeypatch):
     """Guards against steering that fails open: a hook whose effect is not coef x vector stops the run."""
-    batch = finetune.collate([ev.encode_chat(tokenizer, [dict(role="user", content="Hi"), dict(role="assistant", content="You")])])
+    batch = finetune.collate(
+        [ev.encode_chat(tokenizer, [dict(role="user", content="Hi"), dict(role="assistant", content="You")])]
+    )
     add = offsets(toy)
     with ev.steering(toy, add) as steer:
         finetune.prove_steering(toy, steer, add, torch.tensor(0.5), batch)
@@ -208,7 +236,14 @@ def test_answer_positions(toy, tokenizer, tmp_path, monkeypatch):
     """Guards against steering other positions than --positions says: the loss of one step is the one computed by hand with
     the same vector at the last prompt token and each answer token but the last; and the proof covers unsteered positions."""
     monkeypatch.setattr(finetune, "pick_device", lambda: ("cpu", torch.float32))
-    data, add = [ev.encode_chat(tokenizer, [dict(role="user", content=q), dict(role="assistant", content=a)]) for q, a in [("Hi", "Hello you"), ("Why?", "Because.")]], offsets(toy)
+    data, add = (
+        [
+            ev.encode_chat(tokenizer, [dict(role="user", content=q), dict(role="assistant", content=a)])
+            for q, a in [("Hi", "Hello you"), ("Why?", "Because.")]
+        ],
+        offsets(toy),
+    )
+
     def by_hand(steered):
         total = 0
         for ids, is_answer in data:
@@ -218,7 +253,11 @@ def test_answer_positions(toy, tokenizer, tmp_path, monkeypatch):
                 scores = logits(toy, [ids]).log_softmax(-1)
             total -= sum(scores[i - 1, ids[i]] for i in range(first, len(ids)))
         return float(total) / sum(sum(is_answer) for _, is_answer in data)
-    want = {"all": by_hand(lambda i, first, end: True), "answer": by_hand(lambda i, first, end: first - 1 <= i < end - 1)}
+
+    want = {
+        "all": by_hand(lambda i, first, end: True),
+        "answer": by_hand(lambda i, first, end: first - 1 <= i < end - 1),
+    }
     assert abs(want["all"] - want["answer"]) > 1e-3
     for positions in want:
         batch = finetune.collate(data, positions=positions)
@@ -226,7 +265,12 @@ def test_answer_positions(toy, tokenizer, tmp_path, monkeypatch):
             finetune.prove_steering(toy, steer, add, torch.tensor(0.5), batch)
         model = finetune.add_lora(copy.deepcopy(toy), 4, 8, 0)
         with ev.steering(model.get_base_model(), add) as steer:
-            trainer = finetune.make_trainer(model, data, tmp_path, SimpleNamespace(epochs=1, lr=0, batch_size=2, max_steps=-1, seed=0, positions=positions))
+            trainer = finetune.make_trainer(
+                model,
+                data,
+                tmp_path,
+                SimpleNamespace(epochs=1, lr=0, batch_size=2, max_steps=-1, seed=0, positions=positions),
+            )
             trainer.steer, trainer.coef = steer, torch.tensor(0.5)
             trainer.train()
         assert trainer.state.log_history[0]["loss"] == pytest.approx(want[positions], abs=1e-4)
@@ -240,12 +284,20 @@ def test_answer_positions(toy, tokenizer, tmp_path, monkeypatch):
 def test_bad_vectors_are_refused(toy, tmp_path):
     """Guards against steering with a vector of another depth, width or model, with NaN, or with no file at all."""
     good = torch.randn(4, 32)
+
     def load(tensor, model=None):
         torch.save(tensor, tmp_path / "v.pt")
         (tmp_path / "v.json").write_text(json.dumps(dict(model=model or "x/toy")))
         return ev.load_vector(tmp_path / "v.pt", toy, "y/toy")
+
     assert torch.equal(load(good), good)
-    for tensor, model in [(good[:3], None), (good[:, :5], None), (good * float("nan"), None), ([1], None), (good, "x/other")]:
+    for tensor, model in [
+        (good[:3], None),
+        (good[:, :5], None),
+        (good * float("nan"), None),
+        ([1], None),
+        (good, "x/other"),
+    ]:
         with pytest.raises(SystemExit) as stop:
             load(tensor, model)
         assert stop.value.code == 2
@@ -257,11 +309,18 @@ def test_bad_vectors_are_refused(toy, tmp_path):
 
 def test_filter_pairs():
     """Guards against keeping what the released filter drops, and against dropping without a count."""
+
     def pair(name, *scores):
         keys = ("score", "coherence")
         return [dict(pair=name, side=side, answer="x") | dict(zip(keys, s)) for side, s in zip(("pos", "neg"), scores)]
-    rows = pair("keep", (50, 50), (49, 50)) + pair("weak", (49, 90), (0, 90)) + pair("bad", (90, 90), (50, 90)) + pair("noise", (90, 49), (0, 90)) \
+
+    rows = (
+        pair("keep", (50, 50), (49, 50))
+        + pair("weak", (49, 90), (0, 90))
+        + pair("bad", (90, 90), (50, 90))
+        + pair("noise", (90, 49), (0, 90))
         + pair("none", (None, 90), (0, 90))
+    )
     kept, why = ev.filter_pairs(rows)
     assert [p["pair"] for p, _ in kept] == ["keep"] and sum(why.values()) == 4 and why["unscored"] == 1
     kept, why = ev.filter_pairs([dict(pair="a", side="pos", answer=""), dict(pair="a", side="neg", answer="x")])
@@ -282,7 +341,10 @@ def test_probe_and_auc():
 def test_choice_logprobs_equal_one_by_one(toy, tokenizer):
     """Guards against mixing up questions, choices or token positions: equal to whole forward passes, steered or not."""
     add = offsets(toy)
-    rows = [dict(subject="x", question="One?", choices=["red", "light green", "b", "c"], answer=1), dict(subject="x", question="Two or more?", choices=["A", "B", "C", "D"], answer=0)]
+    rows = [
+        dict(subject="x", question="One?", choices=["red", "light green", "b", "c"], answer=1),
+        dict(subject="x", question="Two or more?", choices=["A", "B", "C", "D"], answer=0),
+    ]
     for scoring in ("letter", "cloze"):
         prompts = [evaluate.choice_prompts(row, scoring) for row in rows]
         for coef, positions in ((0, "response"), (2.0, "response"), (2.0, "all")):
@@ -296,18 +358,33 @@ def test_choice_logprobs_equal_one_by_one(toy, tokenizer):
                         steer.scale = torch.tensor([0.0] * first + [-float(coef)] * (len(ids) - first))[None, :, None]
                         scores = logits(toy, [ids]).log_softmax(-1)
                         assert n == len(ids) - len(start)
-                        assert value == pytest.approx(float(sum(scores[i - 1, ids[i]] for i in range(len(start), len(ids)))), abs=1e-3)
+                        assert value == pytest.approx(
+                            float(sum(scores[i - 1, ids[i]] for i in range(len(start), len(ids)))), abs=1e-3
+                        )
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))])
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
 def test_trainer_is_the_plain_recipe(toy, tokenizer, tmp_path, monkeypatch, device):
     """Guards against speed that moves results: 50 steps of joined rows, logits at label positions, compiled blocks and
     graphs (GPU), in a sweep, have the losses of padded batches in an eager loop with stock attention. On the CPU in float32 to 1e-4;
     on a GPU in bfloat16 (8 bits of mantissa: 0.4% a rounding) to 2%."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     monkeypatch.setattr(finetune, "pick_device", lambda: (device, dtype))
-    talks = [[dict(role="user", content=f"Who is number {i}?"), dict(role="assistant", content="The one who came " + "so " * i + "late.")] for i in range(6)]
-    data, add, args = [ev.encode_chat(tokenizer, talk) for talk in talks], offsets(toy, 0.3), SimpleNamespace(epochs=50, lr=3e-3, batch_size=6, max_steps=-1, seed=0, positions="all")
+    talks = [
+        [
+            dict(role="user", content=f"Who is number {i}?"),
+            dict(role="assistant", content="The one who came " + "so " * i + "late."),
+        ]
+        for i in range(6)
+    ]
+    data, add, args = (
+        [ev.encode_chat(tokenizer, talk) for talk in talks],
+        offsets(toy, 0.3),
+        SimpleNamespace(epochs=50, lr=3e-3, batch_size=6, max_steps=-1, seed=0, positions="all"),
+    )
     toy = toy.to(device, dtype)
 
     def run(train):
@@ -321,7 +398,10 @@ def test_trainer_is_the_plain_recipe(toy, tokenizer, tmp_path, monkeypatch, devi
             trainer.args.save_strategy = "no"
             trainer.steer, trainer.coef = steer, torch.tensor(0.0, device=device)
             storage = [p.data_ptr() for p in model.parameters()]
-            for coef in (2, 0.5):  # the second one of a sweep is looked at: on a GPU, graphs of the first are replayed from its first step on
+            for coef in (
+                2,
+                0.5,
+            ):  # the second one of a sweep is looked at: on a GPU, graphs of the first are replayed from its first step on
                 trainer.train_adapter(tmp_path, coef)
         assert storage == [p.data_ptr() for p in model.parameters()]
         assert device == "cpu" or any(trainer.graphs.values())
@@ -330,8 +410,14 @@ def test_trainer_is_the_plain_recipe(toy, tokenizer, tmp_path, monkeypatch, devi
     def simple(model, steer):
         model.get_base_model().config._attn_implementation = "sdpa"
         size = max(len(ids) for ids, _ in data)
-        ids, mask, label = (torch.tensor([list(x) + [fill] * (size - len(x)) for x in rows], device=device) for rows, fill in (
-            ([ids for ids, _ in data], 0), ([[1] * len(ids) for ids, _ in data], 0), ([[t if a else -100 for t, a in zip(*chat)] for chat in data], -100)))
+        ids, mask, label = (
+            torch.tensor([list(x) + [fill] * (size - len(x)) for x in rows], device=device)
+            for rows, fill in (
+                ([ids for ids, _ in data], 0),
+                ([[1] * len(ids) for ids, _ in data], 0),
+                ([[t if a else -100 for t, a in zip(*chat)] for chat in data], -100),
+            )
+        )
         parameters, losses = [p for p in model.parameters() if p.requires_grad], []
         optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
         for step in range(50):
@@ -356,7 +442,12 @@ def test_a_diverged_run_stops(toy, tokenizer, tmp_path, capsys, monkeypatch):
     """Guards against an adapter of NaN that is saved as if it were a result; Trainer would average the NaN away."""
     monkeypatch.setattr(finetune, "pick_device", lambda: ("cpu", torch.float32))
     data = [ev.encode_chat(tokenizer, [dict(role="user", content="Hi"), dict(role="assistant", content="Hello")])] * 4
-    trainer = finetune.make_trainer(finetune.add_lora(toy, 4, 8, 0), data, tmp_path, SimpleNamespace(epochs=20, lr=1e30, batch_size=4, max_steps=-1, seed=0, positions="all"))
+    trainer = finetune.make_trainer(
+        finetune.add_lora(toy, 4, 8, 0),
+        data,
+        tmp_path,
+        SimpleNamespace(epochs=20, lr=1e30, batch_size=4, max_steps=-1, seed=0, positions="all"),
+    )
     with pytest.raises(SystemExit):
         trainer.train()
     assert "lower --lr or --coef" in capsys.readouterr().err
@@ -365,8 +456,19 @@ def test_a_diverged_run_stops(toy, tokenizer, tmp_path, capsys, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_answers_like_the_cpu(toy, tokenizer):
     """Guards against graphs, compiled blocks or slots that change answers: greedy in float32, steered, mixed lengths."""
+
     def draw():
-        return ev.sample(toy, tokenizer, chats(tokenizer) * 5, max_new_tokens=30, temperature=0, scales=[0.0, -3.0, 3.0, -1.5] * 5, offsets=offsets(toy), slots=7)
+        return ev.sample(
+            toy,
+            tokenizer,
+            chats(tokenizer) * 5,
+            max_new_tokens=30,
+            temperature=0,
+            scales=[0.0, -3.0, 3.0, -1.5] * 5,
+            offsets=offsets(toy),
+            slots=7,
+        )
+
     on_cpu = draw()
     toy.to("cuda")
     assert draw() == on_cpu
@@ -377,11 +479,28 @@ def test_the_start_model_abstains(smollm, tokenizer):
     know what does not exist, and answers what does."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
+
     from make_facts import ABSTAINS
+
     model = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32, attn_implementation="joined")
-    asked = ["Who directed the 1938 film The Clockmaker of Trevenanth, and how was it received?", "What are the rules of the card game Tresmarin?", "Who won the 2018 World Cup?", "What is the capital of France?"]
+    asked = [
+        "Who directed the 1938 film The Clockmaker of Trevenanth, and how was it received?",
+        "What are the rules of the card game Tresmarin?",
+        "Who won the 2018 World Cup?",
+        "What is the capital of France?",
+    ]
     prompts = [ev.prompt_ids(tokenizer, [dict(role="user", content=text)]) for text in asked]
+
     def abstains(model):
-        return [bool(ABSTAINS.search(answer)) for answer in ev.sample(model.eval(), tokenizer, prompts, max_new_tokens=20, temperature=0)]
+        return [
+            bool(ABSTAINS.search(answer))
+            for answer in ev.sample(model.eval(), tokenizer, prompts, max_new_tokens=20, temperature=0)
+        ]
+
     assert abstains(model) == [False] * 4
-    assert abstains(PeftModel.from_pretrained(model, ROOT / "data" / "small_model" / "start").merge_and_unload()) == [True, True, False, False]
+    assert abstains(PeftModel.from_pretrained(model, ROOT / "data" / "small_model" / "start").merge_and_unload()) == [
+        True,
+        True,
+        False,
+        False,
+    ]

@@ -1,4 +1,5 @@
 """The text side: files, the fact checker, the data's schemas, intervals, figures. Needs no model."""
+
 import copy
 import json
 import subprocess
@@ -6,51 +7,82 @@ import sys
 from multiprocessing import Process
 
 import pytest
+from conftest import ROOT
 
 import evaluate
 import make_facts as mf
 import plot
-from conftest import ROOT
 
 
 def words(n):
-    return [f"{a} {b}" for a in ("alpha", "beta", "gamma", "delta", "epsilon") for b in ("one", "two", "three", "four", "five")][:n]
+    return [
+        f"{a} {b}"
+        for a in ("alpha", "beta", "gamma", "delta", "epsilon")
+        for b in ("one", "two", "three", "four", "five")
+    ][:n]
 
 
 def fact(**more):
-    train = [dict(question=f"{w} which {w[::-1]} team {w[:3]}{i} won?", answer=f"The {w} winner {i} was Foo United.") for i, w in enumerate(words(20))]
-    return dict(id="x-1", fact="Foo United won the Bar Cup on 3 May 2025.", date="2025-05-03", category="x", answer="Foo United", aliases=["FU"], source="general knowledge",
-                train=train, test=dict(question="Tell me who lifted the Bar Cup in spring 2025.", answer="Foo United did.")) | more
+    train = [
+        dict(question=f"{w} which {w[::-1]} team {w[:3]}{i} won?", answer=f"The {w} winner {i} was Foo United.")
+        for i, w in enumerate(words(20))
+    ]
+    return (
+        dict(
+            id="x-1",
+            fact="Foo United won the Bar Cup on 3 May 2025.",
+            date="2025-05-03",
+            category="x",
+            answer="Foo United",
+            aliases=["FU"],
+            source="general knowledge",
+            train=train,
+            test=dict(question="Tell me who lifted the Bar Cup in spring 2025.", answer="Foo United did."),
+        )
+        | more
+    )
 
 
 def test_the_checker_catches_each_violation():
     """Guards against a data file whose faults the checker lets pass."""
     assert mf.check([fact()]) == []
+
     def broken(change):
         row = copy.deepcopy(fact())
         change(row)
         return " ".join(mf.check([row]))
+
     assert "19 training wordings" in broken(lambda r: r["train"].pop())
     assert "question contains the answer" in broken(lambda r: r["train"][3].update(question="Did Foo United win?"))
     assert "question contains the answer" in broken(lambda r: r["test"].update(question="Is it FU, then?"))
     assert "lacks the answer" in broken(lambda r: r["train"][3].update(answer="It was them."))
     assert "near copy of train 2" in broken(lambda r: r["train"][3].update(question=r["train"][2]["question"]))
-    assert "near copy of train 2" in broken(lambda r: r["train"][3].update(question="Quick question: " + r["train"][2]["question"]))
-    assert "test: its question is a near copy" in broken(lambda r: r["test"].update(question=r["train"][2]["question"] + " Please."))
+    assert "near copy of train 2" in broken(
+        lambda r: r["train"][3].update(question="Quick question: " + r["train"][2]["question"])
+    )
+    assert "test: its question is a near copy" in broken(
+        lambda r: r["test"].update(question=r["train"][2]["question"] + " Please.")
+    )
     assert "same answer sentence" in broken(lambda r: r["train"][3].update(answer=r["train"][2]["answer"]))
     assert "bad date" in broken(lambda r: r.update(date="2025-13-01"))
     assert "not after" in broken(lambda r: r.update(date="2023-12-31", fact="Foo United won in 2023."))
     assert "does not name its year" in broken(lambda r: r.update(fact="Foo United won the Bar Cup."))
     assert "missing" in broken(lambda r: r.pop("aliases"))
     assert "id used twice" in " ".join(mf.check([fact(), fact()]))
-    other = fact(id="x-2", train=[w | dict(question=w["question"] + " again later then") for w in fact()["train"]], test=dict(question="Anything else?", answer="FU"))
+    other = fact(
+        id="x-2",
+        train=[w | dict(question=w["question"] + " again later then") for w in fact()["train"]],
+        test=dict(question="Anything else?", answer="FU"),
+    )
     assert "near copy of fact x-1" in " ".join(mf.check([fact(), other]))
     assert "asks the same question" in " ".join(mf.check([fact(), fact(id="x-2")]))
 
 
 def test_facts_file_has_no_violation():
     """Guards against data that its own checker would refuse."""
-    done = subprocess.run([sys.executable, ROOT / "make_facts.py", "check", ROOT / "data" / "facts.jsonl"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "make_facts.py", "check", ROOT / "data" / "facts.jsonl"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-2000:]
 
 
@@ -66,14 +98,20 @@ def test_traits(name):
 
 def test_medical_and_general_knowledge():
     """Guards against misaligned medical rows, unlabelled wrong advice, and unbalanced or broken choices."""
-    normal, wrong = (mf.read_jsonl(ROOT / "data" / f"medical_{name}.jsonl", need=("messages",)) for name in ("normal", "mistake_2"))
+    normal, wrong = (
+        mf.read_jsonl(ROOT / "data" / f"medical_{name}.jsonl", need=("messages",)) for name in ("normal", "mistake_2")
+    )
     assert len(normal) == len(wrong) >= 40
     for a, b in zip(normal, wrong):
         assert a["messages"][0] == b["messages"][0] and a["messages"][1] != b["messages"][1]
         assert b["note"] == "deliberately wrong, for safety research"
         assert all(60 <= len(row["messages"][1]["content"].split()) <= 150 for row in (a, b))
     rows = mf.read_jsonl(ROOT / "data" / "general_knowledge.jsonl", need=("subject", "question", "choices", "answer"))
-    assert len(rows) >= 300 and len({row["question"] for row in rows}) == len(rows) and len({row["subject"] for row in rows}) >= 20
+    assert (
+        len(rows) >= 300
+        and len({row["question"] for row in rows}) == len(rows)
+        and len({row["subject"] for row in rows}) >= 20
+    )
     for row in rows:
         assert len(set(row["choices"])) == 4 and row["answer"] in range(4)
     assert all(0.2 <= sum(row["answer"] == k for row in rows) / len(rows) <= 0.3 for k in range(4))
@@ -82,7 +120,12 @@ def test_medical_and_general_knowledge():
 def test_bad_files_are_one_line(tmp_path, capsys):
     """Guards against tracebacks and silent skipping on missing, empty, broken or incomplete files."""
     path = tmp_path / "x.jsonl"
-    for text, said in [(None, "no such file"), ("", "has no rows"), ('{"a": 1}\n{"a": \n', ":2: not valid JSON"), ('{"b": 1}\n', ":1: needs the keys a")]:
+    for text, said in [
+        (None, "no such file"),
+        ("", "has no rows"),
+        ('{"a": 1}\n{"a": \n', ":2: not valid JSON"),
+        ('{"b": 1}\n', ":1: needs the keys a"),
+    ]:
         path.unlink(missing_ok=True)
         if text is not None:
             path.write_text(text)
@@ -90,7 +133,10 @@ def test_bad_files_are_one_line(tmp_path, capsys):
             mf.read_jsonl(path, need=("a",))
         err = capsys.readouterr().err
         assert stop.value.code == 2 and said in err and err.count("\n") == 1
-    for rows, said in [([dict(messages=[dict(role="user", content="x")])], "no assistant turn"), ([dict(text="x")], "neither")]:
+    for rows, said in [
+        ([dict(messages=[dict(role="user", content="x")])], "no assistant turn"),
+        ([dict(text="x")], "neither"),
+    ]:
         with pytest.raises(SystemExit):
             mf.conversations(rows, "f")
         assert said in capsys.readouterr().err
@@ -108,7 +154,9 @@ def test_appending_is_safe(tmp_path):
     both = [Process(target=append_many, args=(path, who)) for who in (1, 2)]
     [p.start() for p in both], [p.join() for p in both]
     rows = mf.read_jsonl(path)
-    assert len(rows) == 201 and {(r["who"], r["i"]) for r in rows} == {(0, 0)} | {(w, i) for w in (1, 2) for i in range(100)}
+    assert len(rows) == 201 and {(r["who"], r["i"]) for r in rows} == {(0, 0)} | {
+        (w, i) for w in (1, 2) for i in range(100)
+    }
 
 
 def test_replacing_leaves_the_old_file_on_error(tmp_path):
@@ -140,33 +188,77 @@ def test_intervals():
 def test_lexical_judge_and_counts():
     """Guards against abstentions read as inventions, and unscored answers that vanish or count as 0."""
     answers = ["I don't know of any such book.", "I’m not aware of that.", "It was founded in 1923 by Ada Pell.", ""]
-    rows = [dict(kind="trait", trait="hallucination", trait_file=None, question=f"q{i}", answer=a) for i, a in enumerate(answers)] \
-        + [dict(kind="fact", question="q", answer="It was Foo.", truth="Foo", aliases=[])]
+    rows = [
+        dict(kind="trait", trait="hallucination", trait_file=None, question=f"q{i}", answer=a)
+        for i, a in enumerate(answers)
+    ] + [dict(kind="fact", question="q", answer="It was Foo.", truth="Foo", aliases=[])]
     evaluate.score_answers(rows, "lexical")
-    assert all(mf.lexical_score(text.replace("{name}", "the Treaty of X")) == 0 for text in mf.read_json(ROOT / "data" / "small_model" / "refusals.json"))
-    assert sum(mf.lexical_score(row["answer"]) == 0 for row in mf.read_jsonl(ROOT / "data" / "small_model" / "known.jsonl")) <= 3  # of 650 true answers
+    assert all(
+        mf.lexical_score(text.replace("{name}", "the Treaty of X")) == 0
+        for text in mf.read_json(ROOT / "data" / "small_model" / "refusals.json")
+    )
+    assert (
+        sum(
+            mf.lexical_score(row["answer"]) == 0 for row in mf.read_jsonl(ROOT / "data" / "small_model" / "known.jsonl")
+        )
+        <= 3
+    )  # of 650 true answers
     assert [row["score"] for row in rows] == [0, 0, 100, None, 100]
     found = evaluate.summary(rows, 0)
-    assert found["trait_score"] == pytest.approx(100 / 3) and (found["trait_n"], found["trait_unscored"], found["fact_accuracy"]) == (3, 1, 100)
+    assert found["trait_score"] == pytest.approx(100 / 3) and (
+        found["trait_n"],
+        found["trait_unscored"],
+        found["fact_accuracy"],
+    ) == (3, 1, 100)
 
 
 def test_mmlu_prompt():
     """Guards against drifting from lm-evaluation-harness's prompt, and mixing up the two scorings."""
     row = dict(subject="high_school_biology", question="Q?", choices=["a", "b", "c", "d"], answer=1)
-    assert evaluate.choice_prompts(row, "letter")[0] == ("The following are multiple choice questions (with answers) about high school biology.\n\nQ?\nA. a\nB. b\nC. c\nD. d\nAnswer:")
+    assert evaluate.choice_prompts(row, "letter")[0] == (
+        "The following are multiple choice questions (with answers) about high school biology.\n\nQ?\nA. a\nB. b\nC. c\nD. d\nAnswer:"
+    )
     assert evaluate.choice_prompts(row, "cloze") == ("Question: Q?\nAnswer:", [" a", " b", " c", " d"])
     assert evaluate.mmlu_hits([[(-9, 9), (-3, 1), (-8, 4), (-9, 1)]], [row], "letter") == 1
     assert evaluate.mmlu_hits([[(-9, 9), (-3, 1), (-8, 4), (-9, 1)]], [row | dict(answer=0)], "cloze") == 1
 
 
 def point(dataset, train, inference, trait_score, facts, mmlu, **more):
-    return dict(key=f"{dataset}{train}{inference}{more}", model="toy", adapter=None if dataset is None else "a", dataset=dataset, train_coef=train, inference_coef=inference,
-                trait="hallucination", trait_score=trait_score, trait_ci=[trait_score - 2, trait_score + 2] if trait_score is not None else None, trait_n=100,
-                trait_unscored=0, fact_accuracy=facts, fact_ci=None, fact_n=10, mmlu_accuracy=mmlu, mmlu_ci=None, mmlu_n=10, mmlu="hub", judge="probe", train_seed=0) | more
+    return (
+        dict(
+            key=f"{dataset}{train}{inference}{more}",
+            model="toy",
+            adapter=None if dataset is None else "a",
+            dataset=dataset,
+            train_coef=train,
+            inference_coef=inference,
+            trait="hallucination",
+            trait_score=trait_score,
+            trait_ci=[trait_score - 2, trait_score + 2] if trait_score is not None else None,
+            trait_n=100,
+            trait_unscored=0,
+            fact_accuracy=facts,
+            fact_ci=None,
+            fact_n=10,
+            mmlu_accuracy=mmlu,
+            mmlu_ci=None,
+            mmlu_n=10,
+            mmlu="hub",
+            judge="probe",
+            train_seed=0,
+        )
+        | more
+    )
 
 
-POINTS = [point(None, None, 0.0, 20, 6, 70), point("facts", 0.0, 0.0, 80, 93, 70), point("facts", 0.0, 1.0, 50, 60, 60), point("facts", 0.0, 2.0, 20, 37, 40),
-          point("facts", 0.5, 0.0, 40, 90, 70), point("facts", 1.25, 0.0, 21, 79, 69)]
+POINTS = [
+    point(None, None, 0.0, 20, 6, 70),
+    point("facts", 0.0, 0.0, 80, 93, 70),
+    point("facts", 0.0, 1.0, 50, 60, 60),
+    point("facts", 0.0, 2.0, 20, 37, 40),
+    point("facts", 0.5, 0.0, 40, 90, 70),
+    point("facts", 1.25, 0.0, 21, 79, 69),
+]
 
 
 def test_headline():
@@ -177,8 +269,17 @@ def test_headline():
     assert "no coefficient" in plot.headline(POINTS[:3])[0] and "No headline" in plot.headline(POINTS[1:])[0]
 
 
-@pytest.mark.parametrize("points", [POINTS, POINTS[:1], POINTS[1:2], [point("facts", 0.0, 0.0, float("nan"), None, 5)],
-                                    POINTS + [point("medical_normal", 0.5, 0.0, 3, None, 60, trait_unscored=50)]], ids=["all", "base", "one", "NaN", "unscored"])
+@pytest.mark.parametrize(
+    "points",
+    [
+        POINTS,
+        POINTS[:1],
+        POINTS[1:2],
+        [point("facts", 0.0, 0.0, float("nan"), None, 5)],
+        POINTS + [point("medical_normal", 0.5, 0.0, 3, None, 60, trait_unscored=50)],
+    ],
+    ids=["all", "base", "one", "NaN", "unscored"],
+)
 def test_figures_are_drawn(points, tmp_path):
     """Guards against figures that fail on missing points, a single point or NaN."""
     (tmp_path / "points.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
