@@ -147,6 +147,38 @@ def load_trait(name, path=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Intervals, 95%, in percent; None without data
+
+
+def wilson(hits, n):
+    """Interval of an accuracy of n independent questions."""
+    from scipy.stats import binomtest
+
+    return [round(float(100 * x), 4) for x in binomtest(hits, n).proportion_ci(method="wilson")] if n else None
+
+
+def interval(groups):
+    """Interval of the mean of scores 0..100. groups: the scores of the answers to one question each, which are not
+    independent: Wilson's interval with the effective number of answers, p (1 - p) / variance of the mean between
+    questions, and Student's t. A made-up question, half of its answers at 0 and half at 100, keeps that variance from
+    vanishing where all scores agree. In simulations it covers 95 to 100% at 1, 3, 10 and 50 (tests/test_evaluate.py)."""
+    from scipy.stats import t
+
+    groups = [[score / 100 for score in group] for group in groups if group]
+    k, n = len(groups), sum(map(len, groups))
+    if not n:
+        return None
+    p, half = sum(map(sum, groups)) / n, n / k / 2
+    q = (p * n + half) / (n + 2 * half)  # the mean with the made-up question
+    ends = q**2 + (1 - q) ** 2
+    between = k / max(1, k - 1) * (sum((sum(g) - q * len(g)) ** 2 for g in groups) + half**2 * ends)
+    single = sum((score - q) ** 2 for g in groups for score in g) + ends / 2  # were all answers independent
+    effective, z = q * (1 - q) * n**2 / max(between, single), t.ppf(0.975, max(1, k - 1))
+    centre, width = p + z**2 / (2 * effective), z * (p * (1 - p) / effective + z**2 / (4 * effective**2)) ** 0.5
+    return [round(float(100 * min(1, max(0, (centre + side) / (1 + z**2 / effective)))), 4) for side in (-width, width)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Facts
 
 
