@@ -11,7 +11,7 @@ source, train: 20 x {question, answer}, test: {question, answer}.
 import argparse
 import asyncio
 import contextlib
-import fcntl
+import errno
 import functools
 import hashlib
 import json
@@ -19,6 +19,8 @@ import math
 import os
 import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,8 +29,15 @@ from collections import Counter
 from datetime import date
 from importlib import metadata
 from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
+import pydantic
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 NEAR_TRAIN, NEAR_TEST, NEAR_FACT = 0.75, 0.65, 0.6  # similarity() from which two texts count as near copies
 
@@ -42,33 +51,122 @@ def die(message):
     raise SystemExit(2)
 
 
-def read_jsonl(path, need=(), appended=False):
-    """Rows of a JSONL file as dicts. Missing or empty file, broken line or a row without the keys in `need`: die().
-    appended: the file grows by append_jsonl; no rows are fine, and so is a last line that was cut off."""
-    path, rows = Path(path), []
-    if not path.is_file():
+if fcntl is None:
+    die("this system has no fcntl to lock files with; use Linux or macOS (on Windows: WSL)")
+
+# what the file system refuses and a user can mend; anything else keeps its traceback
+REFUSED = {
+    getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOTDIR EISDIR ENAMETOOLONG".split()
+}
+
+
+def run(main, argv=None):
+    """Runs a script's main: Ctrl-C, SIGTERM, a full disk and missing rights end in one line, exit codes 130, 143 and 2."""
+
+    def stop(*_):
+        raise SystemExit(143)
+
+    old = signal.signal(signal.SIGTERM, stop)
+    try:
+        main(argv)
+    except KeyboardInterrupt:
+        print("error: interrupted; what is finished is kept", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        die(f"{error.filename or 'writing'}: {error.strerror}; what is finished is kept")
+    except SystemExit as error:
+        if error.code == 143:
+            print("error: terminated; what is finished is kept", file=sys.stderr)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def read_text(path):
+    """A UTF-8 file's text, without a byte-order mark; die() where it is not one."""
+    return decoded(read_bytes(path), path)
+
+
+def read_bytes(path):
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
         die(f"{path}: no such file")
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if appended and not line.endswith("\n"):
-                break
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                die(f"{path}:{number}: not valid JSON ({error.msg}); mend or delete the line")
-            if not isinstance(row, dict) or any(key not in row for key in need):
-                die(f"{path}:{number}: needs the keys {', '.join(need) or '(an object)'}")
-            rows.append(row)
+    except OSError as error:
+        die(f"{path}: cannot be read ({error.strerror})")
+
+
+def decoded(data, path):
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        die(f"{path}:{data[: error.start].count(10) + 1}: not UTF-8 text; save the file as UTF-8")
+
+
+def parsed(text, where):
+    """JSON -> value; die() on what is not JSON, and on half a surrogate pair, which no file could hold."""
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        die(f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+    except (ValueError, RecursionError) as error:
+        die(f"{where}: not valid JSON ({getattr(error, 'msg', error)}); mend or delete it")
+
+
+def validated(value, schema, where):
+    """The value with what its schema understands put right (an MMLU answer "B" -> 1); die() says what is wanted."""
+    try:
+        return value | schema.model_validate(value).model_dump(exclude_unset=True)
+    except pydantic.ValidationError as error:
+        die(f"{where}: {what_is_wrong(error)[0]}; wanted: {schema.__doc__}")
+
+
+def what_is_wrong(error):
+    """A pydantic.ValidationError -> ["key: message", ...]"""
+    return [
+        ": ".join(filter(None, [".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")]))
+        for e in error.errors(include_url=False)
+    ]
+
+
+def read_json(path, schema=None):
+    value = parsed(read_text(path), path)
+    return validated(value, schema, path) if schema else value
+
+
+def read_jsonl(path, schema=None, appended=False, need=()):
+    """Rows of a JSONL file as dicts, each valid under the schema. Missing or empty file, wrong row, a value of the
+    schema's `unique` key met twice: die(). appended: the file grows by append_jsonl; it may have no rows, and a last
+    line that was cut off is left out."""
+    data, rows, seen = read_bytes(path), [], {}
+    if appended and not is_row(data.rpartition(b"\n")[2]):
+        data = data[: data.rfind(b"\n") + 1]
+    for number, line in enumerate(decoded(data, path).split("\n"), 1):
+        if not line.strip():
+            continue
+        row, where = parsed(line, f"{path}:{number}"), f"{path}:{number}"
+        if not isinstance(row, dict) or any(key not in row for key in need):
+            die(f"{where}: needs the keys {', '.join(need)}" if need else f"{where}: not a JSON object")
+        if schema:
+            row = validated(row, schema, where)
+            unique = row.get(schema.unique, number)
+            if seen.setdefault(unique, number) != number:
+                die(f"{where}: {schema.unique} {unique!r} is that of line {seen[unique]}, too")
+        rows.append(row)
     return rows if rows or appended else die(f"{path}: has no rows")
 
 
-def read_json(path):
+def is_row(line):
+    """Whether bytes without a line end are a whole row, or one that was cut off."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        die(f"{path}: cannot be read ({error})")
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 @contextlib.contextmanager
@@ -78,7 +176,7 @@ def replacing(path, mode="w"):
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as out:
+        with os.fdopen(handle, mode, **({} if "b" in mode else dict(encoding="utf-8", errors="replace"))) as out:
             yield out
         os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide results from colleagues
         os.replace(temporary, path)
@@ -104,46 +202,340 @@ def append_jsonl(path, *rows):
     with open(path, "ab+") as out:
         fcntl.flock(out, fcntl.LOCK_EX)
         end = out.seek(0, os.SEEK_END)
-        while end and out.seek(end - 1) is not None and out.read(1) != b"\n":
-            end -= 1
-        out.truncate(end)
-        out.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        if end and (out.seek(end - 1), out.read(1))[1] != b"\n":
+            out.seek(0)
+            tail = out.read().rpartition(b"\n")[2]
+            if is_row(tail):
+                out.write(b"\n")
+            else:
+                out.truncate(end - len(tail))
+        # "replace": half a surrogate pair in a server's reply must not cost the reply
+        out.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(errors="replace"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a result belongs to
+
+WHOLE, SAMPLES, SAMPLE = 64 << 20, 256, 64 << 10  # larger files: 256 samples of 64 KiB, spread evenly
+
+
+def fingerprint(path):
+    """File or folder -> 16 hex digits of the sha256 of its content; a folder's also of the names in it, hidden ones left
+    out. Of a file over 64 MiB (weights) the size and 16 MiB of samples count: 15 GB take a second or two."""
+    path, digest = Path(path), hashlib.sha256()
+    if not path.exists():
+        die(f"{path}: no such file or folder")
+    files = sorted(p for p in path.rglob("[!.]*") if p.is_file()) if path.is_dir() else [path]
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path).as_posix()} {size}\0".encode())
+        try:
+            with open(file, "rb") as content:
+                for start in range(0, size, max(SAMPLE, (size - SAMPLE) // (SAMPLES - 1)) if size > WHOLE else SAMPLE):
+                    content.seek(start)
+                    digest.update(content.read(SAMPLE))
+        except OSError as error:
+            die(f"{file}: cannot be read ({error.strerror})")
+    return digest.hexdigest()[:16]
+
+
+def scripts():
+    """{name: fingerprint} of the five scripts: they are made to be edited, so every result says by which it was made."""
+    names = ("make_facts", "extract_vectors", "finetune", "evaluate", "plot")
+    return {f"{name}.py": fingerprint(Path(__file__).with_name(f"{name}.py")) for name in names}
 
 
 def same_settings(path, settings):
-    """True if `path` holds these settings, False if it does not exist; other settings: die(), nothing is overwritten."""
+    """False if `path` does not exist, True if it holds these settings; others, or other inputs (settings["inputs"], name
+    -> fingerprint): die(), nothing is overwritten. Scripts that have changed since are named, no more."""
     if not Path(path).exists():
         return False
-    there = read_json(path)
-    other = [
-        f"{key} {there.get(key)!r} there, {value!r} here" for key, value in settings.items() if there.get(key) != value
+    there, remedy = read_json(path), "choose another --out, or bash run_all.sh --redo"
+    settings = json.loads(json.dumps(settings))
+    inputs, made = settings.pop("inputs", {}), there.get("inputs")
+    if inputs and not made:
+        die(f"{path}: made before inputs were recorded, so they may have changed since; {remedy}")
+    changed = [
+        f"{flag_of(name)}: content has changed since" for name in inputs if inputs[name] != (made or {}).get(name)
+    ] + [
+        f"{flag_of(name)} {there.get(name)!r} there, {value!r} here"
+        for name, value in settings.items()
+        if there.get(name) != value and name != "scripts"
     ]
-    if other:
-        die(f"{path}: made with other settings ({'; '.join(other)}); choose another --out or delete it")
+    if changed:
+        die(f"{path} was made with other inputs or settings ({'; '.join(changed)}); {remedy}")
+    edited = [name for name, content in there.get("scripts", {}).items() if scripts().get(name) != content]
+    if edited:
+        print(
+            f"{path}: {', '.join(edited)} edited since it was made; to make it anew: bash run_all.sh --redo", flush=True
+        )
     return True
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Keeps a second process off an output, in one line. The lock goes with the process, however it ends."""
+    lock = Path(path).with_name(f".{Path(path).name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            die(f"{path}: another process is making it; wait for that one, or choose another --out")
+        yield
 
 
 def provenance():
     """What to keep with every result: commit, versions, time."""
-    commit = subprocess.run(
-        ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
+    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
-    return dict(commit=commit.stdout.strip() or None, versions=versions, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    return dict(commit=commit or None, versions=versions, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
 
 
-def load_trait(name, path=None):
-    """data/traits/<name>.json, or a trait file of persona_vectors (no eval_questions or adjective: filled in)."""
-    path = Path(path or Path(__file__).parent / "data" / "traits" / f"{name}.json")
-    if not path.is_file():
-        die(
-            f"unknown trait {name}: no {path}; there are {', '.join(sorted(p.stem for p in path.parent.glob('*.json'))) or 'none'}"
-        )
-    trait = dict(trait=name, adjective=name) | read_json(path)
-    trait.setdefault("eval_questions", trait.get("questions"))
-    if "eval_prompt" not in trait:
-        die(f"{path}: needs the key eval_prompt")
-    return trait
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers of the command line: argparse types. A wrong one: argparse's line, exit code 2
+
+
+def number(least=-math.inf, most=1e6, above=-math.inf):
+    """A finite number, from least (or above what is named so) to most."""
+
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and least <= value <= most and value > above):
+            low = f"above {above:g}" if math.isfinite(above) else f"from {least:g}"
+            raise argparse.ArgumentTypeError(f"{text!r}: give a number {low} to {most:g}")
+        return value + 0.0  # -0 -> 0
+
+    return parse
+
+
+def whole(least=1, most=10**9):
+    """A whole number from least to most."""
+
+    def parse(text):
+        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text.strip()) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from {least} to {most}")
+        return int(text)
+
+    return parse
+
+
+coefficient = number(-1000, 1000)
+
+
+def layer_choice(text):
+    """--layers: "all", a block "N" or a range "A-B"; whether the model has them is for offsets_of."""
+    first, _, last = text.partition("-")
+    if text != "all" and not (re.fullmatch(r"[1-9][0-9]*(-[1-9][0-9]*)?", text) and int(first) <= int(last or first)):
+        raise argparse.ArgumentTypeError(f"{text!r}: give all, a block such as 5, or a range such as 3-7")
+    return text
+
+
+def day(text):
+    """An ISO date."""
+    try:
+        return date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a date, YYYY-MM-DD") from None
+
+
+def distinct(parser, flag, values):
+    """Stops where a value is given twice; numbers as they are written in names of files (0.50 = 0.5)."""
+    names = [f"{value:g}" if isinstance(value, float) else str(value) for value in values or ()]
+    for name, times in Counter(names).items():
+        if times > 1:
+            parser.error(f"argument {flag}: {name} is given twice")
+
+
+def check_output(path, *inputs, folder=False):
+    """die() unless `path` can be written: a file (or a folder) that is no input, not under a file, with rights."""
+    path = Path(path).resolve()
+    for given in inputs:
+        if given and Path(given).resolve() == path:
+            die(f"--out {path}: is an input of this command, too; choose another")
+    there = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    if there.is_dir() if there == path and not folder else not there.is_dir():
+        die(f"--out {path}: {there} is a {'folder' if there.is_dir() else 'file'}; choose another")
+    if not os.access(there, os.W_OK):
+        die(f"--out {path}: no right to write in {there}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schemas: what a row or file must hold. The docstring is what an error shows as wanted
+
+Text = Annotated[str, pydantic.StringConstraints(pattern=r"\S")]
+
+
+class Row(pydantic.BaseModel):
+    """a JSON object"""
+
+    model_config = pydantic.ConfigDict(strict=True, extra="allow")  # no number is taken for a text; more keys are fine
+    unique: ClassVar[str] = ""  # the key whose values are not to occur twice
+
+
+class Wording(Row):
+    question: Text
+    answer: Text
+
+
+class Fact(Row):
+    """{"id", "answer": text, "aliases": [text], "train": [{"question", "answer"}], "test": {"question", "answer"}}"""
+
+    unique: ClassVar[str] = "id"
+    id: Text
+    answer: Annotated[str, pydantic.StringConstraints(pattern=r"\w")]
+    aliases: list[Text] = []
+    train: list[Wording] = pydantic.Field(min_length=1)
+    test: Wording
+
+
+class Message(Row):
+    role: Literal["system", "user", "assistant"]
+    content: str
+    tool_calls: None = None
+    function_call: None = None
+
+
+class Conversation(Row):
+    """{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}, ...]}, or a fact's row"""
+
+    messages: list[Message] = pydantic.Field(min_length=1)
+
+    @pydantic.field_validator("messages")
+    @classmethod
+    def in_turns(cls, messages):
+        turns = messages[1:] if messages[0].role == "system" else messages
+        if not turns or turns[0].role != "user" or any(m.role == "system" for m in turns):
+            raise ValueError("must begin with the user, after one system message at most")
+        if turns[-1].role != "assistant":
+            raise ValueError("has no assistant turn at its end")
+        if not all(m.content.strip() for m in turns):
+            raise ValueError("a turn is empty")
+        return messages
+
+
+class Question(Row):
+    """{"subject": text, "question": text, "choices": [2 to 10 texts], "answer": index from 0, or a letter from A}"""
+
+    subject: Text
+    question: Text
+    choices: list[Text] = pydantic.Field(min_length=2, max_length=10)
+    answer: int
+
+    @pydantic.field_validator("answer", mode="before")
+    @classmethod
+    def index(cls, value):
+        if isinstance(value, str) and re.fullmatch("[A-Ja-j]", value.strip()):
+            return ord(value.strip().upper()) - ord("A")
+        return int(value) if isinstance(value, str) and re.fullmatch("[0-9]", value.strip()) else value
+
+    @pydantic.model_validator(mode="after")
+    def among_choices(self):
+        if not 0 <= self.answer < len(self.choices):
+            raise ValueError(f"answer {self.answer} is none of the {len(self.choices)} choices, counted from 0")
+        return self
+
+
+class Instruction(Row):
+    pos: Text
+    neg: Text
+
+
+class Trait(Row):
+    """a trait file with "eval_prompt": text with {question} and {answer}"""
+
+    adjective: Text
+    eval_prompt: Text
+
+    @pydantic.field_validator("eval_prompt")
+    @classmethod
+    def with_markers(cls, prompt):
+        if "{question}" not in prompt or "{answer}" not in prompt:
+            raise ValueError("must hold {question} and {answer}, or every answer gets the same score")
+        return prompt
+
+
+class ExtractionTrait(Trait):
+    """a trait file with "instruction": [{"pos", "neg"}], "questions": [text] and "eval_prompt" with {question}, {answer}"""
+
+    instruction: list[Instruction] = pydantic.Field(min_length=1)
+    questions: list[Text] = pydantic.Field(min_length=1)
+
+
+class EvaluationTrait(Trait):
+    """a trait file with "eval_questions": [text] (a published one: "questions" alone) and "eval_prompt" with {question}, {answer}"""
+
+    eval_questions: list[Text] = pydantic.Field(min_length=1)
+
+
+class Point(Row):
+    """a row of points.jsonl: {"key", "model", "judge": text, "inference_coef": number, "train_coef": number or null, ...}"""
+
+    key: Text
+    model: Text
+    judge: Text
+    inference_coef: pydantic.FiniteFloat
+    train_coef: pydantic.FiniteFloat | None = None
+    dataset: str | None = None
+    trait: str | None = None
+    trait_score: float | None = None
+    fact_accuracy: float | None = None
+    mmlu_accuracy: float | None = None
+
+
+class Answer(Row):
+    """a row of answers/*.jsonl: {"id": text, "kind": "trait" or "fact", "question": text, "answer": text, ...}"""
+
+    id: Text
+    kind: Literal["trait", "fact"]
+    question: Text
+    answer: str
+    scores: dict[str, dict] = {}
+
+
+class Probe(Row):
+    row: pydantic.PositiveInt
+    zero: pydantic.FiniteFloat
+    hundred: pydantic.FiniteFloat
+    auc: float = pydantic.Field(ge=0, le=1)
+
+
+class VectorSettings(Row):
+    """the .json beside a vector: {"model": name, "probe": {"row", "zero", "hundred", "auc"} once it is finished, ...}"""
+
+    model: Text
+    probe: Probe | None = None
+
+
+class AdapterSettings(Row):
+    """training_settings.json of an adapter: {"model": name, "dataset": name, "coef": number or null, ...}"""
+
+    model: Text
+    dataset: str | None = None
+    coef: pydantic.FiniteFloat | None = None
+
+
+def load_trait(name, path=None, schema=Trait):
+    """data/traits/<name>.json, or a trait file of persona_vectors. schema: ExtractionTrait or EvaluationTrait, by what is
+    wanted of it; a published file has one set of questions, and the one to extract by is not taken for evaluation."""
+    given, path = path, Path(path or Path(__file__).parent / "data" / "traits" / f"{name}.json")
+    if not re.fullmatch(r"[\w.+-]+", name) or not given and not path.is_file():
+        traits = sorted(p.stem for p in path.parent.glob("*.json") if p.stem not in ("coherence", "fact"))
+        die(f"unknown trait {name}: no {path}; there are {', '.join(traits) or 'none'}")
+    trait = read_json(path)
+    if isinstance(trait, dict):
+        trait = dict(adjective=name) | trait | dict(trait=name)
+        if "instruction" not in trait or "eval" in path.resolve().parent.name:
+            trait.setdefault("eval_questions", trait.get("questions"))
+    return validated(trait, schema, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,21 +678,15 @@ def conversations(rows, path):
     """Rows of facts.jsonl (one conversation a training wording) or {"messages": [...]} rows -> message lists."""
     found = []
     for number, row in enumerate(rows, 1):
-        if isinstance(row.get("train"), list):
-            found += [
+        row = validated(row, Fact if "train" in row else Conversation, f"{path}: row {number}")
+        found += (
+            [
                 [dict(role="user", content=w["question"]), dict(role="assistant", content=w["answer"])]
                 for w in row["train"]
             ]
-        elif (
-            isinstance(row.get("messages"), list)
-            and row["messages"]
-            and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in row["messages"])
-        ):
-            if row["messages"][-1]["role"] != "assistant":
-                die(f"{path}: row {number} has no assistant turn at its end")
-            found.append([dict(role=m["role"], content=m["content"]) for m in row["messages"]])
-        else:
-            die(f'{path}: row {number} has neither "messages" nor "train"')
+            if "train" in row
+            else [[dict(role=m["role"], content=m["content"]) for m in row["messages"]]]
+        )
     return found
 
 
@@ -764,7 +1150,7 @@ def generate(args):
             )
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("check", help="counts by category and year, and every violation")
@@ -786,7 +1172,7 @@ def main():
     sub.add_argument("--model", required=True, help="chat model of OPENAI_BASE_URL (default: OpenAI)")
     sub.add_argument("--out", required=True, help="started again, it goes on from the facts that are there")
     api_flags(sub)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.command == "generate":
         return generate(args)
     rows = read_jsonl(args.file)
@@ -809,4 +1195,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -135,7 +135,7 @@ def test_bad_files_are_one_line(tmp_path, capsys):
         assert stop.value.code == 2 and said in err and err.count("\n") == 1
     for rows, said in [
         ([dict(messages=[dict(role="user", content="x")])], "no assistant turn"),
-        ([dict(text="x")], "neither"),
+        ([dict(text="x")], "wanted"),
     ]:
         with pytest.raises(SystemExit):
             mf.conversations(rows, "f")
