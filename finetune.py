@@ -216,7 +216,7 @@ def make_trainer(model, data, folder, args, callbacks=()):
             max_steps=args.max_steps,
             learning_rate=args.lr,
             lr_scheduler_type="linear",
-            warmup_steps=min(5, steps),
+            warmup_steps=min(5, steps // 10),
             weight_decay=0.01,
             per_device_train_batch_size=args.batch_size // int(os.environ.get("WORLD_SIZE", 1)),
             seed=args.seed,
@@ -238,7 +238,7 @@ def make_trainer(model, data, folder, args, callbacks=()):
     return trainer
 
 
-def main():
+def flags():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="hub name or local folder")
     parser.add_argument("--data", required=True, help='facts.jsonl, or rows {"messages": [...]}')
@@ -272,7 +272,11 @@ def main():
     parser.add_argument("--max-steps", type=int, default=-1, help="stop after this many steps; -1 = by epochs")
     parser.add_argument("--limit", type=int, help="train on the first N conversations only")
     parser.add_argument("--seed", type=int, default=0)
-    args, start = parser.parse_args(), time.time()
+    return parser
+
+
+def main(argv=None):
+    args, start = flags().parse_args(argv), time.time()
     if args.steer_mode == "none" and (args.vector or args.coef or args.positions != "all"):
         die("--vector, --coef and --positions need --steer-mode preventative")
     if args.steer_mode == "preventative" and (not args.vector or not args.coef):
