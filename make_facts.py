@@ -10,6 +10,7 @@ source, train: 20 x {question, answer}, test: {question, answer}.
 
 import argparse
 import asyncio
+import codecs
 import contextlib
 import errno
 import functools
@@ -23,26 +24,25 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from datetime import date
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import pydantic
+from pydantic_core import from_json
 from tqdm import tqdm
 
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
-
-NEAR_TRAIN, NEAR_TEST, NEAR_FACT = 0.75, 0.65, 0.6  # similarity() from which two texts count as near copies
+    print("error: this system cannot lock files (no fcntl); use Linux, macOS or, on Windows, WSL", file=sys.stderr)
+    raise SystemExit(2) from None
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Errors and files: one owner for all scripts
+# Errors: what a user can mend ends in one line
 
 
 def die(message):
@@ -51,122 +51,92 @@ def die(message):
     raise SystemExit(2)
 
 
-if fcntl is None:
-    die("this system has no fcntl to lock files with; use Linux or macOS (on Windows: WSL)")
-
-# what the file system refuses and a user can mend; anything else keeps its traceback
-REFUSED = {
-    getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOTDIR EISDIR ENAMETOOLONG".split()
-}
-
-
 def run(main, argv=None):
-    """Runs a script's main: Ctrl-C, SIGTERM, a full disk and missing rights end in one line, exit codes 130, 143 and 2."""
+    """Runs a script's main. Ctrl-C, SIGTERM and what the file system refuses (a full disk, missing rights) end in one
+    line, exit codes 130, 143 and 2; errors that nobody foresaw keep their traceback."""
 
-    def stop(*_):
-        raise SystemExit(143)
+    def stop(number, _):
+        os.write(2, b"error: stopped; what is finished is kept\n")
+        raise SystemExit(128 + number)
 
-    old = signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         main(argv)
-    except KeyboardInterrupt:
-        print("error: interrupted; what is finished is kept", file=sys.stderr)
-        raise SystemExit(130) from None
     except OSError as error:
-        if error.errno not in REFUSED:
+        refused = "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOTDIR EISDIR ENAMETOOLONG".split()
+        if errno.errorcode.get(error.errno) not in refused:
             raise
         die(f"{error.filename or 'writing'}: {error.strerror}; what is finished is kept")
-    except SystemExit as error:
-        if error.code == 143:
-            print("error: terminated; what is finished is kept", file=sys.stderr)
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, old)
 
 
-def read_text(path):
-    """A UTF-8 file's text, without a byte-order mark; die() where it is not one."""
-    return decoded(read_bytes(path), path)
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: one owner for all scripts
 
 
 def read_bytes(path):
+    """A file's content without a byte-order mark."""
     try:
-        return Path(path).read_bytes()
-    except FileNotFoundError:
-        die(f"{path}: no such file")
+        return Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
-        die(f"{path}: cannot be read ({error.strerror})")
+        die(f"{path}: {error.strerror.lower()}")
 
 
-def decoded(data, path):
+def is_row(line):
+    """Whether the bytes after a file's last line end are a whole row, or one that was cut off."""
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        die(f"{path}:{data[: error.start].count(10) + 1}: not UTF-8 text; save the file as UTF-8")
+        return isinstance(from_json(line), dict)
+    except ValueError:
+        return False
 
 
-def parsed(text, where):
-    """JSON -> value; die() on what is not JSON, and on half a surrogate pair, which no file could hold."""
+def faults(value, schema):
+    """What a schema finds wrong: ["key: message", ...]"""
     try:
-        value = json.loads(text)
-        if "\\ud" in text.lower():
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except UnicodeEncodeError:
-        die(f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
-    except (ValueError, RecursionError) as error:
-        die(f"{where}: not valid JSON ({getattr(error, 'msg', error)}); mend or delete it")
+        schema.model_validate(value)
+        return []
+    except pydantic.ValidationError as error:
+        found = error.errors(include_url=False)
+        return [f"{'.'.join(map(str, e['loc'])) or 'row'}: {e['msg'].removeprefix('Value error, ')}" for e in found]
 
 
 def validated(value, schema, where):
-    """The value with what its schema understands put right (an MMLU answer "B" -> 1); die() says what is wanted."""
+    """The value, with what its schema understands put right (an MMLU answer "B" -> 1); die() on any fault."""
+    for fault in faults(value, schema):
+        die(f"{where}: {fault} (keys wanted: {', '.join(schema.model_fields)})")
+    return value | schema.model_validate(value).model_dump(exclude_unset=True)
+
+
+def parsed(data, where):
+    """JSON in UTF-8 -> value; die() on anything else, such as half of a surrogate pair."""
     try:
-        return value | schema.model_validate(value).model_dump(exclude_unset=True)
-    except pydantic.ValidationError as error:
-        die(f"{where}: {what_is_wrong(error)[0]}; wanted: {schema.__doc__}")
-
-
-def what_is_wrong(error):
-    """A pydantic.ValidationError -> ["key: message", ...]"""
-    return [
-        ": ".join(filter(None, [".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")]))
-        for e in error.errors(include_url=False)
-    ]
+        return from_json(data)
+    except ValueError as error:
+        die(f"{where}: not JSON in UTF-8 ({error}); mend or delete it")
 
 
 def read_json(path, schema=None):
-    value = parsed(read_text(path), path)
+    value = parsed(read_bytes(path), path)
     return validated(value, schema, path) if schema else value
 
 
 def read_jsonl(path, schema=None, appended=False, need=()):
-    """Rows of a JSONL file as dicts, each valid under the schema. Missing or empty file, wrong row, a value of the
-    schema's `unique` key met twice: die(). appended: the file grows by append_jsonl; it may have no rows, and a last
-    line that was cut off is left out."""
-    data, rows, seen = read_bytes(path), [], {}
-    if appended and not is_row(data.rpartition(b"\n")[2]):
-        data = data[: data.rfind(b"\n") + 1]
-    for number, line in enumerate(decoded(data, path).split("\n"), 1):
-        if not line.strip():
+    """Rows of a JSONL file as dicts. schema: one for all rows, or a function row -> schema. Missing or empty file, wrong
+    row, an id met twice: die(). appended: the file grows by append_jsonl; it may have no rows, and a last line that was
+    cut off is left out."""
+    rows, seen, lines = [], {}, read_bytes(path).split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or appended and number == len(lines) and not is_row(line):
             continue
         row, where = parsed(line, f"{path}:{number}"), f"{path}:{number}"
         if not isinstance(row, dict) or any(key not in row for key in need):
             die(f"{where}: needs the keys {', '.join(need)}" if need else f"{where}: not a JSON object")
         if schema:
-            row = validated(row, schema, where)
-            unique = row.get(schema.unique, number)
-            if seen.setdefault(unique, number) != number:
-                die(f"{where}: {schema.unique} {unique!r} is that of line {seen[unique]}, too")
+            row = validated(row, schema if isinstance(schema, type) else schema(row), where)
+            if "id" in row and seen.setdefault(row["id"], number) != number:
+                die(f"{where}: id {row['id']!r} is that of line {seen[row['id']]}, too")
         rows.append(row)
     return rows if rows or appended else die(f"{path}: has no rows")
-
-
-def is_row(line):
-    """Whether bytes without a line end are a whole row, or one that was cut off."""
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 @contextlib.contextmanager
@@ -174,14 +144,13 @@ def replacing(path, mode="w"):
     """Opens a temporary file that takes `path`'s place only if the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, mode, **({} if "b" in mode else dict(encoding="utf-8", errors="replace"))) as out:
+        with open(temporary, mode, **({} if "b" in mode else dict(encoding="utf-8", errors="replace"))) as out:
             yield out
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide results from colleagues
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -201,84 +170,67 @@ def append_jsonl(path, *rows):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as out:
         fcntl.flock(out, fcntl.LOCK_EX)
-        end = out.seek(0, os.SEEK_END)
-        if end and (out.seek(end - 1), out.read(1))[1] != b"\n":
+        out.seek(max(0, out.seek(0, os.SEEK_END) - 1))
+        if out.read(1) not in (b"", b"\n"):
             out.seek(0)
             tail = out.read().rpartition(b"\n")[2]
-            if is_row(tail):
-                out.write(b"\n")
-            else:
-                out.truncate(end - len(tail))
+            out.write(b"\n") if is_row(tail) else out.truncate(out.tell() - len(tail))
         # "replace": half a surrogate pair in a server's reply must not cost the reply
         out.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(errors="replace"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a result belongs to
+# What a result was made from
 
-WHOLE, SAMPLES, SAMPLE = 64 << 20, 256, 64 << 10  # larger files: 256 samples of 64 KiB, spread evenly
+WHOLE, SAMPLES, SAMPLE = 64 << 20, 256, 64 << 10  # of a file over 64 MiB: 256 samples of 64 KiB, spread evenly
 
 
 def fingerprint(path):
     """File or folder -> 16 hex digits of the sha256 of its content; a folder's also of the names in it, hidden ones left
-    out. Of a file over 64 MiB (weights) the size and 16 MiB of samples count: 15 GB take a second or two."""
+    out. Of files over 64 MiB (weights) the size and samples count: a 15 GB model takes a second."""
     path, digest = Path(path), hashlib.sha256()
     if not path.exists():
         die(f"{path}: no such file or folder")
-    files = sorted(p for p in path.rglob("[!.]*") if p.is_file()) if path.is_dir() else [path]
-    for file in files:
+    for file in sorted(p for p in path.rglob("[!.]*") if p.is_file()) if path.is_dir() else [path]:
         size = file.stat().st_size
         digest.update(f"{file.relative_to(path).as_posix()} {size}\0".encode())
-        try:
-            with open(file, "rb") as content:
-                for start in range(0, size, max(SAMPLE, (size - SAMPLE) // (SAMPLES - 1)) if size > WHOLE else SAMPLE):
-                    content.seek(start)
-                    digest.update(content.read(SAMPLE))
-        except OSError as error:
-            die(f"{file}: cannot be read ({error.strerror})")
+        with open(file, "rb") as content:
+            for start in range(0, size, SAMPLE if size <= WHOLE else (size - SAMPLE) // (SAMPLES - 1)):
+                content.seek(start)
+                digest.update(content.read(SAMPLE))
     return digest.hexdigest()[:16]
 
 
 def scripts():
-    """{name: fingerprint} of the five scripts: they are made to be edited, so every result says by which it was made."""
-    names = ("make_facts", "extract_vectors", "finetune", "evaluate", "plot")
-    return {f"{name}.py": fingerprint(Path(__file__).with_name(f"{name}.py")) for name in names}
+    """{name: fingerprint} of the scripts: they are made to be edited, so every result says which made it."""
+    return {path.name: fingerprint(path) for path in sorted(Path(__file__).parent.glob("*.py"))}
 
 
 def same_settings(path, settings):
-    """False if `path` does not exist, True if it holds these settings; others, or other inputs (settings["inputs"], name
-    -> fingerprint): die(), nothing is overwritten. Scripts that have changed since are named, no more."""
+    """False if `path` does not exist, True if it holds these settings; others, or other inputs (settings["inputs"]: name
+    -> fingerprint): die(), nothing is overwritten. Scripts that have been edited since are named, no more."""
     if not Path(path).exists():
         return False
-    there, remedy = read_json(path), "choose another --out, or bash run_all.sh --redo"
-    settings = json.loads(json.dumps(settings))
-    inputs, made = settings.pop("inputs", {}), there.get("inputs")
-    if inputs and not made:
-        die(f"{path}: made before inputs were recorded, so they may have changed since; {remedy}")
-    changed = [
-        f"{flag_of(name)}: content has changed since" for name in inputs if inputs[name] != (made or {}).get(name)
-    ] + [
-        f"{flag_of(name)} {there.get(name)!r} there, {value!r} here"
-        for name, value in settings.items()
-        if there.get(name) != value and name != "scripts"
-    ]
+    there, settings, remedy = read_json(path), json.loads(json.dumps(settings)), "or bash run_all.sh --redo"
+    inputs, made_from = settings.pop("inputs", {}), there.get("inputs", {})
+    if inputs and not made_from:
+        die(f"{path}: made before inputs were recorded, so they may have changed; choose another --out, {remedy}")
+    changed = [f"{name}: content has changed since" for name in inputs if inputs[name] != made_from.get(name)]
+    for name, value in settings.items():
+        if there.get(name) != value and name != "scripts":
+            changed.append(f"{name} {there.get(name)!r} there, {value!r} here")
     if changed:
-        die(f"{path} was made with other inputs or settings ({'; '.join(changed)}); {remedy}")
-    edited = [name for name, content in there.get("scripts", {}).items() if scripts().get(name) != content]
-    if edited:
-        print(
-            f"{path}: {', '.join(edited)} edited since it was made; to make it anew: bash run_all.sh --redo", flush=True
-        )
+        flags = "; ".join("--" + change.replace("_", "-", change.split(" ")[0].count("_")) for change in changed)
+        die(f"{path}: made with other settings or inputs ({flags}); choose another --out, {remedy}")
+    now = scripts()
+    if edited := [name for name, content in there.get("scripts", {}).items() if now.get(name) != content]:
+        print(f"{path}: made before {', '.join(edited)} was edited; made anew by another --out, {remedy}", flush=True)
     return True
-
-
-def flag_of(name):
-    return "--" + name.replace("_", "-")
 
 
 @contextlib.contextmanager
 def locked(path):
-    """Keeps a second process off an output, in one line. The lock goes with the process, however it ends."""
+    """Keeps a second process off an output, in one line. The lock goes with its process, however that ends."""
     lock = Path(path).with_name(f".{Path(path).name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "w") as held:
@@ -298,234 +250,137 @@ def provenance():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Numbers of the command line: argparse types. A wrong one: argparse's line, exit code 2
+# The command line: argparse types, and what argparse does not check
 
 
-def number(least=-math.inf, most=1e6, above=-math.inf):
-    """A finite number, from least (or above what is named so) to most."""
+def number(least=-math.inf, most=1e6, above=-math.inf, kind=float):
+    """An argparse type: a finite number from `least`, or above `above`, to `most`."""
 
     def parse(text):
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and least <= value <= most and value > above):
-            low = f"above {above:g}" if math.isfinite(above) else f"from {least:g}"
-            raise argparse.ArgumentTypeError(f"{text!r}: give a number {low} to {most:g}")
-        return value + 0.0  # -0 -> 0
+        with contextlib.suppress(ValueError):
+            if least <= kind(text) <= most and kind(text) > above:
+                return kind(text) + 0  # -0.0 -> 0.0
+        low, whole = (f"above {above:g}" if above > least else f"from {least:g}"), "whole " * (kind is int)
+        raise argparse.ArgumentTypeError(f"{text!r}: give a {whole}number {low} to {most:g}")
 
     return parse
 
 
-def whole(least=1, most=10**9):
-    """A whole number from least to most."""
-
-    def parse(text):
-        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text.strip()) or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from {least} to {most}")
-        return int(text)
-
-    return parse
+def whole(least=1, most=10**6):
+    """An argparse type: a whole number from least to most."""
+    return number(least, most, kind=int)
 
 
 coefficient = number(-1000, 1000)
 
 
+def day(text):
+    """An argparse type: a date, YYYY-MM-DD."""
+    return date.fromisoformat(text).isoformat()
+
+
 def layer_choice(text):
-    """--layers: "all", a block "N" or a range "A-B"; whether the model has them is for offsets_of."""
+    """--layers: "all", a block "N" or a range "A-B"; whether the model has them, offsets_of knows."""
     first, _, last = text.partition("-")
-    if text != "all" and not (re.fullmatch(r"[1-9][0-9]*(-[1-9][0-9]*)?", text) and int(first) <= int(last or first)):
+    if text != "all" and not (re.fullmatch(r"[1-9]\d{0,3}(-[1-9]\d{0,3})?", text) and int(first) <= int(last or first)):
         raise argparse.ArgumentTypeError(f"{text!r}: give all, a block such as 5, or a range such as 3-7")
     return text
 
 
-def day(text):
-    """An ISO date."""
-    try:
-        return date.fromisoformat(text).isoformat()
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a date, YYYY-MM-DD") from None
-
-
 def distinct(parser, flag, values):
-    """Stops where a value is given twice; numbers as they are written in names of files (0.50 = 0.5)."""
+    """Stops where a value is given twice; numbers count as files' names show them (0.50 = 0.5)."""
     names = [f"{value:g}" if isinstance(value, float) else str(value) for value in values or ()]
-    for name, times in Counter(names).items():
-        if times > 1:
+    for name in names:
+        if names.count(name) > 1:
             parser.error(f"argument {flag}: {name} is given twice")
 
 
 def check_output(path, *inputs, folder=False):
-    """die() unless `path` can be written: a file (or a folder) that is no input, not under a file, with rights."""
+    """die() unless `path` can become a file (or a folder): no input, not under a file, with rights to write."""
     path = Path(path).resolve()
-    for given in inputs:
-        if given and Path(given).resolve() == path:
-            die(f"--out {path}: is an input of this command, too; choose another")
-    there = next(p for p in (path, *path.parents) if os.path.lexists(p))
-    if there.is_dir() if there == path and not folder else not there.is_dir():
+    there = next(p for p in (path, *path.parents) if os.path.lexists(p))  # the part of it that exists
+    if any(given and Path(given).resolve() == path for given in inputs):
+        die(f"--out {path}: is an input of this command; choose another")
+    if there.is_dir() == (there == path and not folder):
         die(f"--out {path}: {there} is a {'folder' if there.is_dir() else 'file'}; choose another")
     if not os.access(there, os.W_OK):
-        die(f"--out {path}: no right to write in {there}")
+        die(f"--out {path}: no right to write to {there}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Schemas: what a row or file must hold. The docstring is what an error shows as wanted
-
-Text = Annotated[str, pydantic.StringConstraints(pattern=r"\S")]
+# Schemas of rows and files. Types are strict (42 is no text), further keys are fine
 
 
-class Row(pydantic.BaseModel):
-    """a JSON object"""
-
-    model_config = pydantic.ConfigDict(strict=True, extra="allow")  # no number is taken for a text; more keys are fine
-    unique: ClassVar[str] = ""  # the key whose values are not to occur twice
-
-
-class Wording(Row):
-    question: Text
-    answer: Text
+def schema(**keys):
+    """A pydantic model. keys: name=type, or name=(type, default)."""
+    config = pydantic.ConfigDict(strict=True, extra="allow")
+    return pydantic.create_model("Schema", __config__=config, **keys)
 
 
-class Fact(Row):
-    """{"id", "answer": text, "aliases": [text], "train": [{"question", "answer"}], "test": {"question", "answer"}}"""
-
-    unique: ClassVar[str] = "id"
-    id: Text
-    answer: Annotated[str, pydantic.StringConstraints(pattern=r"\w")]
-    aliases: list[Text] = []
-    train: list[Wording] = pydantic.Field(min_length=1)
-    test: Wording
+def in_turns(messages):
+    turns = [m for i, m in enumerate(messages) if i or m.role != "system"]
+    if not turns or turns[0].role != "user" or any(m.role == "system" for m in turns):
+        raise ValueError("must begin with the user, after one system message at most")
+    if turns[-1].role != "assistant" or not all(m.content.strip() for m in turns):
+        raise ValueError("has an empty turn, or no assistant turn at its end")
+    return messages
 
 
-class Message(Row):
-    role: Literal["system", "user", "assistant"]
-    content: str
-    tool_calls: None = None
-    function_call: None = None
+def choice_number(answer, info):
+    """Of an MMLU row: 1, "1" or "B" -> 1."""
+    choices, said = info.data.get("choices", []), str(answer).strip().upper()
+    number = ord(said) - ord("A") if re.fullmatch("[A-J]", said) else int(said) if re.fullmatch("[0-9]", said) else -1
+    if not 0 <= number < len(choices):
+        raise ValueError(f"{answer!r} is none of the {len(choices)} choices; give a number from 0, or a letter from A")
+    return number
 
 
-class Conversation(Row):
-    """{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}, ...]}, or a fact's row"""
-
-    messages: list[Message] = pydantic.Field(min_length=1)
-
-    @pydantic.field_validator("messages")
-    @classmethod
-    def in_turns(cls, messages):
-        turns = messages[1:] if messages[0].role == "system" else messages
-        if not turns or turns[0].role != "user" or any(m.role == "system" for m in turns):
-            raise ValueError("must begin with the user, after one system message at most")
-        if turns[-1].role != "assistant":
-            raise ValueError("has no assistant turn at its end")
-        if not all(m.content.strip() for m in turns):
-            raise ValueError("a turn is empty")
-        return messages
+def some(kind, least=1, most=None):
+    return Annotated[list[kind], pydantic.Field(min_length=least, max_length=most)]
 
 
-class Question(Row):
-    """{"subject": text, "question": text, "choices": [2 to 10 texts], "answer": index from 0, or a letter from A}"""
+def text(pattern=r"\S", otherwise="is empty"):
+    def check(value):
+        if not re.search(pattern, value):
+            raise ValueError(otherwise)
+        return value
 
-    subject: Text
-    question: Text
-    choices: list[Text] = pydantic.Field(min_length=2, max_length=10)
-    answer: int
-
-    @pydantic.field_validator("answer", mode="before")
-    @classmethod
-    def index(cls, value):
-        if isinstance(value, str) and re.fullmatch("[A-Ja-j]", value.strip()):
-            return ord(value.strip().upper()) - ord("A")
-        return int(value) if isinstance(value, str) and re.fullmatch("[0-9]", value.strip()) else value
-
-    @pydantic.model_validator(mode="after")
-    def among_choices(self):
-        if not 0 <= self.answer < len(self.choices):
-            raise ValueError(f"answer {self.answer} is none of the {len(self.choices)} choices, counted from 0")
-        return self
+    return Annotated[str, pydantic.AfterValidator(check)]
 
 
-class Instruction(Row):
-    pos: Text
-    neg: Text
-
-
-class Trait(Row):
-    """a trait file with "eval_prompt": text with {question} and {answer}"""
-
-    adjective: Text
-    eval_prompt: Text
-
-    @pydantic.field_validator("eval_prompt")
-    @classmethod
-    def with_markers(cls, prompt):
-        if "{question}" not in prompt or "{answer}" not in prompt:
-            raise ValueError("must hold {question} and {answer}, or every answer gets the same score")
-        return prompt
-
-
-class ExtractionTrait(Trait):
-    """a trait file with "instruction": [{"pos", "neg"}], "questions": [text] and "eval_prompt" with {question}, {answer}"""
-
-    instruction: list[Instruction] = pydantic.Field(min_length=1)
-    questions: list[Text] = pydantic.Field(min_length=1)
-
-
-class EvaluationTrait(Trait):
-    """a trait file with "eval_questions": [text] (a published one: "questions" alone) and "eval_prompt" with {question}, {answer}"""
-
-    eval_questions: list[Text] = pydantic.Field(min_length=1)
-
-
-class Point(Row):
-    """a row of points.jsonl: {"key", "model", "judge": text, "inference_coef": number, "train_coef": number or null, ...}"""
-
-    key: Text
-    model: Text
-    judge: Text
-    inference_coef: pydantic.FiniteFloat
-    train_coef: pydantic.FiniteFloat | None = None
-    dataset: str | None = None
-    trait: str | None = None
-    trait_score: float | None = None
-    fact_accuracy: float | None = None
-    mmlu_accuracy: float | None = None
-
-
-class Answer(Row):
-    """a row of answers/*.jsonl: {"id": text, "kind": "trait" or "fact", "question": text, "answer": text, ...}"""
-
-    id: Text
-    kind: Literal["trait", "fact"]
-    question: Text
-    answer: str
-    scores: dict[str, dict] = {}
-
-
-class Probe(Row):
-    row: pydantic.PositiveInt
-    zero: pydantic.FiniteFloat
-    hundred: pydantic.FiniteFloat
-    auc: float = pydantic.Field(ge=0, le=1)
-
-
-class VectorSettings(Row):
-    """the .json beside a vector: {"model": name, "probe": {"row", "zero", "hundred", "auc"} once it is finished, ...}"""
-
-    model: Text
-    probe: Probe | None = None
-
-
-class AdapterSettings(Row):
-    """training_settings.json of an adapter: {"model": name, "dataset": name, "coef": number or null, ...}"""
-
-    model: Text
-    dataset: str | None = None
-    coef: pydantic.FiniteFloat | None = None
+Number, Text = pydantic.FiniteFloat, text()
+Wording = schema(question=Text, answer=Text)
+Fact = schema(id=Text, answer=text(r"\w", "has no word"), aliases=(list[Text], []), train=some(Wording), test=Wording)
+CheckedFact = schema(
+    **{key: Text for key in ("id", "fact", "category", "answer", "source")},
+    date=text(r"^\d{4}-\d\d(-\d\d)?$", "is not YYYY-MM or YYYY-MM-DD"),
+    aliases=list[Text],
+    train=some(Wording),
+    test=Wording,
+)
+Message = schema(role=Literal["system", "user", "assistant"], content=str, tool_calls=(None, None))
+Conversation = schema(messages=Annotated[some(Message), pydantic.AfterValidator(in_turns)])
+Choice = Annotated[object, pydantic.PlainValidator(choice_number)]
+Question = schema(subject=Text, question=Text, choices=some(Text, 2, 10), answer=Choice)
+Prompt = text(r"(?s)(?=.*\{question\}).*\{answer\}", "lacks {question} or {answer}")
+Trait = schema(adjective=Text, eval_prompt=Prompt)
+ExtractionTrait = schema(
+    adjective=Text, eval_prompt=Prompt, instruction=some(schema(pos=Text, neg=Text)), questions=some(Text)
+)
+EvaluationTrait = schema(adjective=Text, eval_prompt=Prompt, eval_questions=some(Text))
+Metric = (float | None, None)
+Point = schema(
+    **dict(key=Text, model=Text, judge=Text, inference_coef=Number, train_coef=(Number | None, None)),
+    **dict(trait_score=Metric, fact_accuracy=Metric, mmlu_accuracy=Metric),
+)
+Answer = schema(id=Text, kind=Literal["trait", "fact"], question=Text, answer=str, scores=(dict[str, dict], {}))
+Probe = schema(row=pydantic.PositiveInt, zero=Number, hundred=Number, auc=Number)
+Settings = schema(model=Text, dataset=(str | None, None), coef=(Number | None, None), probe=(Probe | None, None))
 
 
 def load_trait(name, path=None, schema=Trait):
-    """data/traits/<name>.json, or a trait file of persona_vectors. schema: ExtractionTrait or EvaluationTrait, by what is
-    wanted of it; a published file has one set of questions, and the one to extract by is not taken for evaluation."""
+    """data/traits/<name>.json, or a trait file of persona_vectors. schema: ExtractionTrait or EvaluationTrait, by what it
+    is for; a published file has one set of questions, and the one to extract by is not taken for evaluation."""
     given, path = path, Path(path or Path(__file__).parent / "data" / "traits" / f"{name}.json")
     if not re.fullmatch(r"[\w.+-]+", name) or not given and not path.is_file():
         traits = sorted(p.stem for p in path.parent.glob("*.json") if p.stem not in ("coherence", "fact"))
@@ -533,8 +388,8 @@ def load_trait(name, path=None, schema=Trait):
     trait = read_json(path)
     if isinstance(trait, dict):
         trait = dict(adjective=name) | trait | dict(trait=name)
-        if "instruction" not in trait or "eval" in path.resolve().parent.name:
-            trait.setdefault("eval_questions", trait.get("questions"))
+        if "questions" in trait and ("instruction" not in trait or "eval" in path.resolve().parent.name):
+            trait.setdefault("eval_questions", trait["questions"])
     return validated(trait, schema, path)
 
 
@@ -573,6 +428,8 @@ def interval(groups):
 # ---------------------------------------------------------------------------------------------------------------------
 # Facts
 
+NEAR_TRAIN, NEAR_TEST, NEAR_FACT = 0.75, 0.65, 0.6  # similarity() from which two texts count as near copies
+
 
 def normalize(text):
     """Lower case, no punctuation, no articles: "The U.S. Open's" -> "us opens". (the usual SQuAD normalisation)"""
@@ -601,70 +458,58 @@ def similarity(a, b):
 
 def near_copies(row, facts):
     """The facts that say the same as this one; the answer in common lowers the limit."""
-    names = {normalize(a) for a in [row["answer"], *row["aliases"]]}
-    return [
-        other
-        for other in facts
-        if similarity(row["fact"], other["fact"])
-        >= (NEAR_FACT if names & {normalize(a) for a in [other["answer"], *other["aliases"]]} else 0.9)
-    ]
+
+    def names(fact):
+        return set(map(normalize, [fact["answer"], *fact["aliases"]]))
+
+    def limit(other):
+        return NEAR_FACT if names(row) & names(other) else 0.9
+
+    return [other for other in facts if similarity(row["fact"], other["fact"]) >= limit(other)]
 
 
 def fact_violations(row, rephrasings, after):
     """Everything wrong with one fact on its own, as short texts."""
-    for key, kind in dict(
-        id=str, fact=str, date=str, category=str, answer=str, aliases=list, source=str, train=list, test=dict
-    ).items():
-        if not isinstance(row.get(key), kind) or not row[key] and kind is not list:
-            return [f"{key}: missing or not a {kind.__name__}"]
-    wordings = [*row["train"], row["test"]]
-    if any(
-        not isinstance(w, dict) or not str(w.get("question", "")).strip() or not str(w.get("answer", "")).strip()
-        for w in wordings
-    ):
-        return ["a wording lacks question or answer"]
-    found = []
+    if found := faults(row, CheckedFact):
+        return found
+    wordings, names = [*row["train"], row["test"]], (row["answer"], row["aliases"])
     try:
-        if date.fromisoformat(row["date"] if len(row["date"]) > 7 else row["date"] + "-28") <= date.fromisoformat(
-            after
-        ):
+        if date.fromisoformat(row["date"] if len(row["date"]) > 7 else row["date"] + "-28").isoformat() <= after:
             found.append(f"date {row['date']} is not after {after}")
     except ValueError:
         found.append(f"bad date {row['date']!r}")
     if row["date"][:4] not in row["fact"]:
         found.append("the fact does not name its year")
-    if not mentions(row["fact"], row["answer"], row["aliases"]):
+    if not mentions(row["fact"], *names):
         found.append("the fact does not contain the answer")
     if len(row["train"]) != rephrasings:
         found.append(f"{len(row['train'])} training wordings, not {rephrasings}")
     for i, wording in enumerate(wordings):
-        name = f"train {i}" if i < len(row["train"]) else "test"
-        if mentions(wording["question"], row["answer"], row["aliases"]):
+        trained = i < len(row["train"])
+        name, limit = (f"train {i}", NEAR_TRAIN) if trained else ("test", NEAR_TEST)
+        if mentions(wording["question"], *names):
             found.append(f"{name}: the question contains the answer: {wording['question']}")
-        if not mentions(wording["answer"], row["answer"], row["aliases"]):
+        if not mentions(wording["answer"], *names):
             found.append(f"{name}: the answer sentence lacks the answer: {wording['answer']}")
         for j, other in enumerate(wordings[:i]):
-            limit = NEAR_TRAIN if i < len(row["train"]) else NEAR_TEST
             a, b = normalize(wording["question"]), normalize(other["question"])
             if similarity(a, b) >= limit or f" {a} " in f" {b} " or f" {b} " in f" {a} ":
                 found.append(f"{name}: its question is a near copy of train {j}'s: {wording['question']}")
-            if i < len(row["train"]) and normalize(wording["answer"]) == normalize(other["answer"]):
+            if trained and normalize(wording["answer"]) == normalize(other["answer"]):
                 found.append(f"{name}: same answer sentence as train {j}: {wording['answer']}")
     return found
 
 
 def check(rows, rephrasings=20, after="2023-12-31"):
     """All violations in a list of facts -> ["<id>: text", ...]; near copies across facts too."""
-    found, ids, questions, facts = [], {}, {}, []
+    found, questions, facts = [], {}, []
     for row in rows:
         name = row.get("id")
-        own = fact_violations(row, rephrasings, after)
-        found += [f"{name}: {text}" for text in own]
-        if own and ": missing" in own[0] or own == ["a wording lacks question or answer"]:
+        found += [f"{name}: {text}" for text in fact_violations(row, rephrasings, after)]
+        if faults(row, CheckedFact):
             continue
-        if name in ids:
+        if any(name == other["id"] for other in facts):
             found.append(f"{name}: id used twice")
-        ids[name] = row
         for wording in [*row["train"], row["test"]]:
             other = questions.setdefault(normalize(wording["question"]), name)
             if other != name:
@@ -674,20 +519,19 @@ def check(rows, rephrasings=20, after="2023-12-31"):
     return found
 
 
+def read_chats(path):
+    """facts.jsonl (one conversation a training wording) or {"messages": [...]} rows -> message lists."""
+    chats = []
+    for row in read_jsonl(path, lambda row: Fact if "train" in row else Conversation):
+        for pair in row.get("train", []):
+            chats.append([dict(role="user", content=pair["question"]), dict(role="assistant", content=pair["answer"])])
+        if "train" not in row:
+            chats.append([dict(role=m["role"], content=m["content"]) for m in row["messages"]])
+    return chats
+
+
 def conversations(rows, path):
-    """Rows of facts.jsonl (one conversation a training wording) or {"messages": [...]} rows -> message lists."""
-    found = []
-    for number, row in enumerate(rows, 1):
-        row = validated(row, Fact if "train" in row else Conversation, f"{path}: row {number}")
-        found += (
-            [
-                [dict(role="user", content=w["question"]), dict(role="assistant", content=w["answer"])]
-                for w in row["train"]
-            ]
-            if "train" in row
-            else [[dict(role=m["role"], content=m["content"]) for m in row["messages"]]]
-        )
-    return found
+    return read_chats(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1150,45 +994,52 @@ def generate(args):
             )
 
 
-def main(argv=None):
+def flags():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("check", help="counts by category and year, and every violation")
     sub.add_argument("file")
-    sub.add_argument("--rephrasings", type=int, default=20, help="training wordings a fact must have")
-    sub.add_argument("--after", default="2023-12-31", help="facts must be later than this date")
+    sub.add_argument("--rephrasings", type=whole(), default=20, help="training wordings a fact must have")
+    sub.add_argument("--after", type=day, default="2023-12-31", help="facts must be later than this date")
     sub = commands.add_parser(
-        "subset", help="a seeded choice of rows, in the file's order; the same rows of files of one length"
+        "subset", help="a seeded choice of rows in the file's order, the same of files of one length"
     )
     sub.add_argument("file")
-    sub.add_argument("--n", type=int, required=True, help="rows to take (all, if there are fewer)")
-    sub.add_argument("--rephrasings", type=int, help="keep the first N training wordings of each fact")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--n", type=whole(), required=True, help="rows to take (all, if there are fewer)")
+    sub.add_argument("--rephrasings", type=whole(), help="keep the first N training wordings of each fact")
+    sub.add_argument("--seed", type=whole(0), default=0)
     sub.add_argument("--out", required=True)
     sub = commands.add_parser("generate", help="new facts and their wordings, by a chat model")
-    sub.add_argument("--n", type=int, default=1000, help="facts")
-    sub.add_argument("--after", default="2023-12-31", help="only events later than this date")
-    sub.add_argument("--rephrasings", type=int, default=20, help="training wordings a fact")
+    sub.add_argument("--n", type=whole(), default=1000, help="facts")
+    sub.add_argument("--after", type=day, default="2023-12-31", help="only events later than this date")
+    sub.add_argument("--rephrasings", type=whole(), default=20, help="training wordings a fact")
     sub.add_argument("--model", required=True, help="chat model of OPENAI_BASE_URL (default: OpenAI)")
     sub.add_argument("--out", required=True, help="started again, it goes on from the facts that are there")
     api_flags(sub)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    args = flags().parse_args(argv)
+    if args.command != "check":
+        check_output(args.out, getattr(args, "file", None))
     if args.command == "generate":
         return generate(args)
-    rows = read_jsonl(args.file)
     if args.command == "subset":
-        chosen = [rows[i] for i in sorted(random.Random(args.seed).sample(range(len(rows)), min(args.n, len(rows))))]
-        write_jsonl(
-            args.out, [row | dict(train=row["train"][: args.rephrasings]) if "train" in row else row for row in chosen]
+        rows = read_jsonl(
+            args.file, lambda row: Fact if "train" in row else Question if "choices" in row else Conversation
         )
-        print(f"{args.out}: {len(chosen)} of {len(rows)} rows")
-        return
+        chosen = [rows[i] for i in sorted(random.Random(args.seed).sample(range(len(rows)), min(args.n, len(rows))))]
+        cut = [row | dict(train=row["train"][: args.rephrasings]) if "train" in row else row for row in chosen]
+        write_jsonl(args.out, cut)
+        return print(f"{args.out}: {len(chosen)} of {len(rows)} rows")
+    rows = read_jsonl(args.file)
     found = check(rows, args.rephrasings, args.after)
-    for title, counts in [
-        ("category", Counter(row.get("category") for row in rows)),
-        ("year", Counter(str(row.get("date"))[:4] for row in rows)),
-    ]:
-        print(f"{title}: " + ", ".join(f"{name} {n}" for name, n in sorted(counts.items(), key=str)))
+    counts = dict(
+        category=Counter(row.get("category") for row in rows), year=Counter(str(row.get("date"))[:4] for row in rows)
+    )
+    for title, count in counts.items():
+        print(f"{title}: " + ", ".join(f"{name} {n}" for name, n in sorted(count.items(), key=str)))
     print("\n".join(found))
     print(f"{len(rows)} facts, {len(found)} violations")
     raise SystemExit(1 if found else 0)

@@ -67,7 +67,7 @@ def test_the_checker_catches_each_violation():
     assert "bad date" in broken(lambda r: r.update(date="2025-13-01"))
     assert "not after" in broken(lambda r: r.update(date="2023-12-31", fact="Foo United won in 2023."))
     assert "does not name its year" in broken(lambda r: r.update(fact="Foo United won the Bar Cup."))
-    assert "missing" in broken(lambda r: r.pop("aliases"))
+    assert "aliases: Field required" in broken(lambda r: r.pop("aliases"))
     assert "id used twice" in " ".join(mf.check([fact(), fact()]))
     other = fact(
         id="x-2",
@@ -123,7 +123,7 @@ def test_bad_files_are_one_line(tmp_path, capsys):
     for text, said in [
         (None, "no such file"),
         ("", "has no rows"),
-        ('{"a": 1}\n{"a": \n', ":2: not valid JSON"),
+        ('{"a": 1}\n{"a": \n', ":2: not JSON"),
         ('{"b": 1}\n', ":1: needs the keys a"),
     ]:
         path.unlink(missing_ok=True)
@@ -138,7 +138,8 @@ def test_bad_files_are_one_line(tmp_path, capsys):
         ([dict(text="x")], "wanted"),
     ]:
         with pytest.raises(SystemExit):
-            mf.conversations(rows, "f")
+            mf.write_jsonl(path, rows)
+            mf.read_chats(path)
         assert said in capsys.readouterr().err
 
 
