@@ -63,11 +63,15 @@ def run(main, argv=None):
         signal.signal(number, stop)
     try:
         main(argv)
-    except OSError as error:
-        refused = "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOTDIR EISDIR ENAMETOOLONG".split()
-        if errno.errorcode.get(error.errno) not in refused:
+    except Exception as error:  # torch and safetensors have errors of their own for a full disk
+        found = re.search(r"(?:Errno|os error) (\d+)|iostream", f"{error} {error.__context__}")
+        number = found and int(found[1] or errno.ENOSPC)
+        if (
+            errno.errorcode.get(number)
+            not in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EEXIST ENOTDIR EISDIR ENAMETOOLONG".split()
+        ):
             raise
-        die(f"{error.filename or 'writing'}: {error.strerror}; what is finished is kept")
+        die(f"{getattr(error, 'filename', None) or 'writing'}: {os.strerror(number).lower()}; what is finished is kept")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,11 +195,15 @@ def fingerprint(path):
     path, digest = Path(path), hashlib.sha256()
     if not path.exists():
         die(f"{path}: no such file or folder")
-    for file in sorted(p for p in path.rglob("[!.]*") if p.is_file()) if path.is_dir() else [path]:
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        name = file.relative_to(path).as_posix()
+        if not file.is_file() or "/." in f"/{name}" and file != path:
+            continue
         size = file.stat().st_size
-        digest.update(f"{file.relative_to(path).as_posix()} {size}\0".encode())
+        digest.update(f"{name} {size}\0".encode())
+        spread = ((size - SAMPLE) * i // (SAMPLES - 1) for i in range(SAMPLES))
         with open(file, "rb") as content:
-            for start in range(0, size, SAMPLE if size <= WHOLE else (size - SAMPLE) // (SAMPLES - 1)):
+            for start in range(0, size, SAMPLE) if size <= WHOLE else spread:
                 content.seek(start)
                 digest.update(content.read(SAMPLE))
     return digest.hexdigest()[:16]
@@ -381,10 +389,11 @@ Settings = schema(model=Text, dataset=(str | None, None), coef=(Number | None, N
 def load_trait(name, path=None, schema=Trait):
     """data/traits/<name>.json, or a trait file of persona_vectors. schema: ExtractionTrait or EvaluationTrait, by what it
     is for; a published file has one set of questions, and the one to extract by is not taken for evaluation."""
-    given, path = path, Path(path or Path(__file__).parent / "data" / "traits" / f"{name}.json")
-    if not re.fullmatch(r"[\w.+-]+", name) or not given and not path.is_file():
-        traits = sorted(p.stem for p in path.parent.glob("*.json") if p.stem not in ("coherence", "fact"))
-        die(f"unknown trait {name}: no {path}; there are {', '.join(traits) or 'none'}")
+    folder = Path(__file__).parent / "data" / "traits"
+    there = sorted(path.stem for path in folder.glob("*.json") if path.stem not in ("coherence", "fact"))
+    if not re.fullmatch(r"[\w.+-]+", name) or not path and not (folder / f"{name}.json").is_file():
+        die(f"unknown trait {name}; there are {', '.join(there)}, or any name with --trait-file")
+    path = Path(path or folder / f"{name}.json")
     trait = read_json(path)
     if isinstance(trait, dict):
         trait = dict(adjective=name) | trait | dict(trait=name)

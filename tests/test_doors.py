@@ -1,0 +1,505 @@
+"""Every input has one door: a wrong one ends in one line that says where and what is wanted, with exit code 2."""
+
+import argparse
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+import make_facts as mf
+
+USER, ASSISTANT = dict(role="user", content="Hi?"), dict(role="assistant", content="Hello.")
+WORDING = dict(question="Who won?", answer="Foo did.")
+FACT = dict(id="x-1", answer="Foo", aliases=["F"], train=[WORDING], test=WORDING)
+CHOICE = dict(subject="s", question="q?", choices=["a", "b", "c", "d"], answer=1)
+TRAIT = dict(
+    instruction=[dict(pos="Be so.", neg="Do not.")],
+    questions=["q?"],
+    eval_questions=["e?"],
+    eval_prompt="{question} {answer}",
+)
+POINT = dict(key="k", model="m", judge="probe", inference_coef=0.0)
+ANSWER = dict(id="a", kind="trait", question="q?", answer="")
+
+
+def without(value, key):
+    return {k: v for k, v in value.items() if k != key}
+
+
+@pytest.fixture
+def refused(capsys):
+    """Calls f, which must stop with exit code 2 and one line that holds `said`; returns the line."""
+
+    def check(f, *args, said="", lines=1, **more):
+        with pytest.raises(SystemExit) as stop:
+            f(*args, **more)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and said in err and "Traceback" not in err, err
+        assert lines is None or err.count("\n") == lines, err
+        return err
+
+    return check
+
+
+def jsonl(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@pytest.mark.parametrize(
+    "data, said",
+    [
+        (b"", "no rows"),
+        (b"\n \n", "no rows"),
+        ('{"a": "é"}\n'.encode("utf-16"), ":1: not JSON in UTF-8"),
+        (b'{"a": 1}\n' + '{"a": "é"}\n'.encode("latin-1"), ":2: not JSON in UTF-8"),
+        (bytes(range(256)), "not JSON in UTF-8"),
+        (b'{"a": 1}\n{"a": "\\ud83d"}\n', ":2: not JSON"),
+        (b'{"a": 1}\n{"a": \n', ":2: not JSON"),
+        (b'{"a": 1} {"a": 2}\n', ":1: not JSON"),
+        (b"[" * 100_000, ":1: not JSON"),
+        (b'{"a": ' + b"1" * 5000 + b"}", ":1: not JSON"),
+        (b"[1]\n", ":1: not a JSON object"),
+        (b"null\n", ":1: not a JSON object"),
+        (b'[\n{"a": 1}\n]\n', ":1: not JSON"),
+    ],
+    ids=str,
+)
+def test_files_that_are_no_jsonl(data, said, tmp_path, refused):
+    """Guards against tracebacks from other encodings, binary files, half surrogate pairs and deep nesting."""
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(data)
+    refused(mf.read_jsonl, path, said=f"{path}")
+    refused(mf.read_jsonl, path, said=said)
+
+
+def test_files_that_cannot_be_read(tmp_path, refused):
+    """Guards against a traceback from a folder or nothing where a file is wanted."""
+    for read in (mf.read_json, mf.read_jsonl):
+        refused(read, tmp_path, said="is a directory")
+        refused(read, tmp_path / "no", said="no such file")
+    refused(mf.fingerprint, tmp_path / "no", said="no such file")
+    refused(mf.read_json, jsonl(tmp_path / "x.json", [1]), mf.Settings, said="valid dictionary")
+
+
+def test_what_is_read_though_unusual(tmp_path):
+    """Guards against refusing a byte-order mark, Windows line ends, line separators and surrogate pairs."""
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n' + '{"a": "\u2028"}\r\n{"a": "\\ud83d\\ude00"}'.encode())
+    assert [row["a"] for row in mf.read_jsonl(path)] == [1, "\u2028", "😀"]
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert mf.read_json(path) == dict(a=1)
+
+
+@pytest.mark.parametrize(
+    "tail, rows", [(b'{"a": 2}', 3), (b'{"a": {"b": 2}', 2), (b'{"a": "\xc3', 2), (b"", 2), (b'{"a": 2}\n', 3)]
+)
+def test_the_last_row_of_a_growing_file(tail, rows, tmp_path):
+    """Guards against losing a whole last row that has no line end, and against keeping half of one."""
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + tail)
+    assert len(mf.read_jsonl(path, appended=True)) == rows - 1
+    mf.append_jsonl(path, dict(a=3))
+    assert [row["a"] for row in mf.read_jsonl(path)] == [1, 2, 3][: rows - 1] + [3] * (rows == 2) or rows == 3
+    assert len(mf.read_jsonl(path)) == rows and path.read_bytes().endswith(b'{"a": 3}\n')
+
+
+def test_half_a_surrogate_pair_is_written_as_a_question_mark(tmp_path):
+    """Guards against losing a server's reply, and the run, for one broken character in it."""
+    mf.append_jsonl(tmp_path / "x.jsonl", dict(a="\ud83d!"))
+    mf.write_jsonl(tmp_path / "y.jsonl", [dict(a="\ud83d!")])
+    assert mf.read_jsonl(tmp_path / "x.jsonl") == mf.read_jsonl(tmp_path / "y.jsonl") == [dict(a="?!")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schemas
+
+WRONG_ROWS = [
+    *(
+        (mf.Conversation, dict(messages=messages), said)
+        for messages, said in [
+            (None, "messages: "),
+            ("text", "messages: "),
+            ([], "messages: "),
+            ([USER], "no assistant turn"),
+            ([ASSISTANT, USER], "must begin with the user"),
+            ([ASSISTANT], "must begin with the user"),
+            ([USER, dict(role="system", content="s"), ASSISTANT], "one system message"),
+            ([dict(role="system", content="s"), ASSISTANT], "must begin with the user"),
+            ([USER, dict(role="assistant", content="")], "empty turn"),
+            ([dict(role="user", content=" "), ASSISTANT], "empty turn"),
+            ([USER, dict(role="assistant", content=None)], "messages.1.content"),
+            ([USER, dict(role="assistant", content=42)], "messages.1.content"),
+            ([USER, dict(role="assistant")], "messages.1.content"),
+            ([USER, dict(content="x")], "messages.1.role"),
+            ([USER, dict(role="bot", content="x")], "messages.1.role"),
+            ([dict(role="user", content=[dict(type="text", text="Hi?")]), ASSISTANT], "messages.0.content"),
+            ([USER, ASSISTANT | dict(tool_calls=[dict(id="1")])], "messages.1.tool_calls"),
+            ([USER, dict(role="tool", content="x"), ASSISTANT], "messages.1.role"),
+            ([USER, "Hello."], "messages.1"),
+        ]
+    ),
+    (mf.Conversation, dict(instruction="Say hi", output="Hi"), "(keys wanted: messages)"),
+    (mf.Fact, FACT | dict(answer=42), "answer: "),
+    (mf.Fact, FACT | dict(answer="?!"), "answer: has no word"),
+    (mf.Fact, FACT | dict(answer=None), "answer: "),
+    (mf.Fact, FACT | dict(aliases="42"), "aliases: "),
+    (mf.Fact, FACT | dict(aliases=None), "aliases: "),
+    (mf.Fact, FACT | dict(aliases=[1]), "aliases.0"),
+    (mf.Fact, FACT | dict(aliases=[""]), "aliases.0"),
+    (mf.Fact, FACT | dict(train=[]), "train: "),
+    (mf.Fact, FACT | dict(train=[dict(question="q?")]), "train.0.answer"),
+    (mf.Fact, FACT | dict(train="q?"), "train: "),
+    (mf.Fact, FACT | dict(test=[WORDING]), "test: "),
+    (mf.Fact, FACT | dict(id=7), "id: "),
+    *((mf.Fact, without(FACT, key), f"{key}: Field required") for key in ("id", "answer", "train", "test")),
+    *(
+        (mf.Question, CHOICE | dict(answer=answer), "none of the 4 choices")
+        for answer in (4, -1, None, "E", "4", 1.5, [1], True)
+    ),
+    (mf.Question, CHOICE | dict(answer="the second"), "none of the 4 choices"),
+    (mf.Question, CHOICE | dict(choices=["a"]), "choices: "),
+    (mf.Question, CHOICE | dict(choices=list("abcdefghijk")), "choices: "),
+    (mf.Question, CHOICE | dict(choices="abcd"), "choices: "),
+    (mf.Question, CHOICE | dict(choices=["a", "b", 3, "d"]), "choices.2"),
+    (mf.Question, CHOICE | dict(question=None), "question: "),
+    *((mf.Question, without(CHOICE, key), f"{key}: ") for key in CHOICE),
+    *((mf.Point, without(POINT, key), f"{key}: Field required") for key in POINT),
+    *((mf.Point, POINT | dict(inference_coef=value), "inference_coef: ") for value in (None, "1", float("nan"), True)),
+    (mf.Point, POINT | dict(trait_score="high"), "trait_score: "),
+    (mf.Point, POINT | dict(key=1), "key: "),
+    (mf.Answer, ANSWER | dict(kind="x"), "kind: "),
+    (mf.Answer, ANSWER | dict(answer=None), "answer: "),
+    (mf.Answer, without(ANSWER, "id"), "id: "),
+    (mf.Settings, dict(), "model: "),
+    (mf.Settings, dict(model=1), "model: "),
+    (mf.Settings, dict(model="m", probe=dict(row=0, zero=0.0, hundred=1.0, auc=1.0)), "probe.row"),
+    (mf.Settings, dict(model="m", probe=dict(row=1)), "probe.zero"),
+]
+
+
+@pytest.mark.parametrize("schema, row, said", WRONG_ROWS, ids=[str(n) for n in range(len(WRONG_ROWS))])
+def test_wrong_rows(schema, row, said, tmp_path, refused):
+    """Guards against a wrong type or value that becomes a traceback later, or a wrong number ("2" is in "42")."""
+    good = {mf.Conversation: dict(messages=[USER, ASSISTANT]), mf.Fact: FACT | dict(id="x-0"), mf.Question: CHOICE}
+    good |= {mf.Point: POINT, mf.Answer: ANSWER | dict(id="z"), mf.Settings: dict(model="m")}
+    path = jsonl(tmp_path / "x.jsonl", good[schema], row)
+    refused(mf.read_jsonl, path, schema, said=f"{path}:2: ")
+    refused(mf.read_jsonl, path, schema, said=said)
+
+
+def test_right_rows(tmp_path):
+    """Guards against schemas that refuse what is in use: letters, digits in quotes, 2 to 10 choices, further keys."""
+    rows = [CHOICE | dict(answer=a, note="kept") for a in (1, "1", "B", " b ")]
+    found = mf.read_jsonl(jsonl(tmp_path / "x.jsonl", *rows), mf.Question)
+    assert [row["answer"] for row in found] == [1] * 4 and found[0] == rows[0] and list(found[0]) == list(rows[0])
+    for n in (2, 10):
+        mf.read_jsonl(jsonl(tmp_path / "x.jsonl", CHOICE | dict(choices=list("abcdefghij")[:n])), mf.Question)
+    system = dict(role="system", content="")
+    path = jsonl(
+        tmp_path / "x.jsonl", dict(messages=[system, USER, ASSISTANT, USER, ASSISTANT | dict(tool_calls=None)]), FACT
+    )
+    assert [len(chat) for chat in mf.read_chats(path)] == [5, 2]
+    assert mf.read_chats(path)[1] == [dict(role="user", content="Who won?"), dict(role="assistant", content="Foo did.")]
+    for path in ROOT.glob("data/reference/*/points.jsonl"):
+        mf.read_jsonl(path, mf.Point)
+    (
+        mf.read_jsonl(ROOT / "data" / "facts.jsonl", mf.Fact),
+        mf.read_jsonl(ROOT / "data" / "general_knowledge.jsonl", mf.Question),
+    )
+
+
+def test_ids_are_used_once(tmp_path, refused):
+    """Guards against counting a fact or an answer twice."""
+    refused(mf.read_jsonl, jsonl(tmp_path / "x.jsonl", FACT, FACT), mf.Fact, said=":2: id 'x-1' is that of line 1")
+    refused(mf.read_chats, tmp_path / "x.jsonl", said="id 'x-1'")
+
+
+@pytest.mark.parametrize(
+    "schema, trait, said",
+    [
+        (mf.ExtractionTrait, without(TRAIT, "instruction"), "instruction: "),
+        (mf.ExtractionTrait, without(TRAIT, "questions"), "questions: "),
+        (mf.ExtractionTrait, TRAIT | dict(questions=[]), "questions: "),
+        (mf.ExtractionTrait, TRAIT | dict(questions="q?"), "questions: "),
+        (mf.ExtractionTrait, TRAIT | dict(questions=[1]), "questions.0"),
+        (mf.ExtractionTrait, TRAIT | dict(instruction=[dict(pos="x")]), "instruction.0.neg"),
+        (mf.ExtractionTrait, TRAIT | dict(instruction=["Be so."]), "instruction.0"),
+        (mf.ExtractionTrait, TRAIT | dict(adjective=""), "adjective: is empty"),
+        (mf.EvaluationTrait, without(TRAIT, "eval_questions"), "eval_questions: "),
+        (mf.EvaluationTrait, TRAIT | dict(eval_questions=[]), "eval_questions: "),
+        (mf.EvaluationTrait, without(TRAIT, "eval_prompt"), "eval_prompt: "),
+        (mf.EvaluationTrait, TRAIT | dict(eval_prompt="{question}"), "lacks {question} or {answer}"),
+        (mf.EvaluationTrait, TRAIT | dict(eval_prompt="{answer}"), "lacks {question} or {answer}"),
+        (mf.EvaluationTrait, TRAIT | dict(eval_prompt=["{question} {answer}"]), "eval_prompt: "),
+        (mf.EvaluationTrait, [TRAIT], "valid dictionary"),
+        (mf.EvaluationTrait, "trait", "valid dictionary"),
+    ],
+)
+def test_trait_files(schema, trait, said, tmp_path, refused):
+    """Guards against prompts without the answer in them (one score for all), and one set of questions for both."""
+    mf.write_json(tmp_path / "x.json", trait)
+    refused(mf.load_trait, "x", tmp_path / "x.json", schema, said=said)
+
+
+def test_trait_names_and_published_files(tmp_path, refused):
+    """Guards against the judge's own prompts taken for traits, and a published extraction file taken for evaluation."""
+    for name in ("coherence", "fact"):
+        refused(mf.load_trait, name, None, mf.EvaluationTrait, said="eval_questions")
+        refused(mf.load_trait, name, None, mf.ExtractionTrait, said="instruction")
+    for name in ("nope", "../facts", "a/b", ""):
+        refused(mf.load_trait, name, None, mf.EvaluationTrait, said="evil, hallucination, sycophancy")
+    published = without(TRAIT, "eval_questions")
+    for folder, fine in (("trait_data_eval", True), ("trait_data_extract", False), ("mine", False)):
+        mf.write_json(tmp_path / folder / "x.json", published)
+        mf.load_trait("x", tmp_path / folder / "x.json", mf.ExtractionTrait)
+        if fine:
+            trait = mf.load_trait("x", tmp_path / folder / "x.json", mf.EvaluationTrait)
+            assert trait["eval_questions"] == ["q?"] and trait["adjective"] == trait["trait"] == "x"
+        else:
+            refused(mf.load_trait, "x", tmp_path / folder / "x.json", mf.EvaluationTrait, said="eval_questions")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+@pytest.mark.parametrize(
+    "kind, wrong, right",
+    [
+        (mf.whole(), ["0", "-1", "1.5", "nan", "inf", "1e3", "x", "", "9" * 5000, "1000001"], ["1", "32", "1000000"]),
+        (mf.whole(0), ["-1"], ["0", "4"]),
+        (mf.number(0, 5), ["-0.1", "5.1", "nan", "inf", "-inf", "1e999", "x", ""], ["0", "1e-5", "5"]),
+        (mf.number(above=0, most=1), ["0", "-0", "-1", "1.1"], ["1", "1e-9"]),
+        (mf.coefficient, ["nan", "inf", "1e4", "-1e4", "one"], ["0", "-1.5", "1000"]),
+        (
+            mf.layer_choice,
+            ["1-2-3", "0", "0-3", "5-3", "-3", "3-", "a", "", "ALL", "1,2", "1.5"],
+            ["all", "7", "3-7", "3-3"],
+        ),
+        (mf.day, ["2025", "2025-13-01", "x", ""], ["2025-01-31"]),
+    ],
+    ids=["whole", "from 0", "number", "above 0", "coefficient", "layers", "day"],
+)
+def test_argparse_types(kind, wrong, right, refused):
+    """Guards against NaN, infinite, negative, huge and misspelt numbers taken for settings."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--x", type=kind)
+    for value in wrong:
+        refused(parser.parse_args, [f"--x={value}"], said="argument --x: ", lines=None)
+    assert all(parser.parse_args([f"--x={value}"]).x is not None for value in right)
+    assert str(mf.coefficient("-0")) == "0.0"
+
+
+def test_values_given_twice(refused):
+    """Guards against two adapters of one name, or one point twice."""
+    parser = argparse.ArgumentParser()
+    for values, said in (([0.5, 0.50], "0.5 is given twice"), (["a", "b", "a"], "a is given twice")):
+        refused(mf.distinct, parser, "--coef", values, said=f"argument --coef: {said}", lines=None)
+    mf.distinct(parser, "--coef", [0.5, 0.25]), mf.distinct(parser, "--coef", None)
+
+
+def test_outputs(tmp_path, refused, monkeypatch):
+    """Guards against overwriting an input, and against hours of work that cannot be written."""
+    file, folder = jsonl(tmp_path / "x.jsonl", FACT), tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(file)
+    refused(mf.check_output, file, None, file, said="is an input")
+    refused(mf.check_output, tmp_path / "link", file, said="is an input")
+    refused(mf.check_output, tmp_path / "folder" / ".." / "x.jsonl", file, said="is an input")
+    refused(mf.check_output, file / "y", said="is a file")
+    refused(mf.check_output, file / "a" / "y", folder=True, said="is a file")
+    refused(mf.check_output, folder, said="is a folder")
+    refused(mf.check_output, file, folder=True, said="is a file")
+    mf.check_output(file), mf.check_output(folder / "new" / "y"), mf.check_output(folder, folder=True)
+    mf.check_output(folder / "new", folder=True), mf.check_output("y.jsonl", file)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    refused(mf.check_output, folder / "y", said="no right to write")
+
+
+MAKE_FACTS = [
+    "check no.jsonl",
+    "check .",
+    "check x.jsonl --rephrasings 0",
+    "check x.jsonl --after 2024",
+    "subset x.jsonl --n 0 --out y.jsonl",
+    "subset x.jsonl --n -1 --out y.jsonl",
+    "subset x.jsonl --n 1e3 --out y.jsonl",
+    "subset x.jsonl --n 99999999999 --out y.jsonl",
+    "subset x.jsonl --n 1 --seed -1 --out y.jsonl",
+    "subset x.jsonl --n 1 --rephrasings 0 --out y.jsonl",
+    "subset x.jsonl --n 1 --out x.jsonl",
+    "subset x.jsonl --n 1 --out ./x.jsonl",
+    "subset x.jsonl --n 1 --out x.jsonl/y",
+    "subset x.jsonl --n 1 --out .",
+    "subset bad.jsonl --n 1 --out y.jsonl",
+    "subset x.jsonl --n 1",
+    "generate --model m --n 0 --out y.jsonl",
+    "generate --model m --n nan --out y.jsonl",
+    "generate --model m --after x --out y.jsonl",
+    "generate --model m --rephrasings -3 --out y.jsonl",
+    "generate --model m --concurrency 0 --out y.jsonl",
+    "generate --model m --out .",
+    "generate --model m --out x.jsonl/y",
+    "generate --model m --out bad.jsonl",
+    "generate --out y.jsonl",
+    "",
+    "nothing",
+]
+
+
+@pytest.mark.parametrize("command", MAKE_FACTS)
+def test_make_facts(command, tmp_path, refused, monkeypatch):
+    """Guards against a wrong command that writes or sends something, or ends in a traceback."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mf, "ask", lambda *_: pytest.fail("a request would have been sent"))
+    jsonl(tmp_path / "x.jsonl", FACT)
+    jsonl(tmp_path / "bad.jsonl", FACT | dict(train=None))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    refused(mf.main, command.split(), lines=None)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How a command ends
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopping(number, code):
+    """Guards against a page of traceback on Ctrl-C or kill, and against a wrong exit code."""
+    code_of = "import make_facts, time; make_facts.run(lambda _: (print('on', flush=True), time.sleep(60)))"
+    process = subprocess.Popen([sys.executable, "-c", code_of], cwd=ROOT, stdout=-1, stderr=-1, text=True)
+    process.stdout.readline()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == code and err == "error: stopped; what is finished is kept\n"
+
+
+def test_what_the_file_system_refuses(refused, monkeypatch):
+    """Guards against a traceback from a full disk; torch and safetensors report it by errors of their own."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def raising(error, context=None):
+        error.__context__ = context
+
+        def main(_):
+            raise error
+
+        return main
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for error in (
+        raising(full),
+        raising(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), full),
+        raising(RuntimeError("unexpected pos 576 vs 534"), RuntimeError("basic_ios::clear: iostream error")),
+        raising(Exception("Error while serializing: I/O error: No space left on device (os error 28)")),
+    ):
+        refused(mf.run, error, said="no space left on device; what is finished is kept")
+    refused(
+        mf.run,
+        raising(PermissionError(errno.EACCES, "Permission denied", "x.jsonl")),
+        said="x.jsonl: permission denied",
+    )
+    for error in (
+        KeyError("x"),
+        RuntimeError("x"),
+        OSError(errno.ECONNREFUSED, "x"),
+        FileNotFoundError(errno.ENOENT, "x"),
+    ):
+        with pytest.raises(type(error)):
+            mf.run(raising(error))
+
+
+def test_without_fcntl():
+    """Guards against a traceback on Windows."""
+    code = "import sys; sys.modules['fcntl'] = None; import make_facts"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Linux" in done.stderr and done.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a result was made from
+
+
+def test_fingerprint(tmp_path, monkeypatch):
+    """Guards against a changed input that goes unnoticed, and against minutes of reading for a large model."""
+    file, folder = tmp_path / "x", tmp_path / "folder"
+    file.write_bytes(bytes(200_000))
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "x").write_bytes(b"weights")
+    one, both = mf.fingerprint(file), mf.fingerprint(folder)
+    assert one == mf.fingerprint(file.rename(tmp_path / "y")) and one != both
+    for byte in (0, 65_536, 199_999):
+        data = bytearray(200_000)
+        data[byte] = 1
+        file.write_bytes(data)
+        assert mf.fingerprint(file) != one
+    mf.write_json(folder / ".cache" / "x.json", "when it was fetched"), mf.write_json(folder / ".lock", 1)
+    assert mf.fingerprint(folder) == both
+    (folder / "deep" / "x").rename(folder / "deep" / "y")
+    assert mf.fingerprint(folder) != both
+    (folder / "deep" / "y").rename(folder / "x")
+    assert mf.fingerprint(folder) != both
+    monkeypatch.setattr(mf, "WHOLE", 100_000_000)
+    with open(file, "wb") as large:
+        large.truncate(8 << 30)  # sparse
+    start, whole = time.time(), mf.fingerprint(file)
+    assert time.time() - start < 5
+    for byte in (0, (8 << 30) - 1):
+        with open(file, "r+b") as large:
+            large.seek(byte)
+            large.write(b"1")
+        whole, before = mf.fingerprint(file), whole
+        assert whole != before
+
+
+def test_same_settings(tmp_path, refused, capsys, monkeypatch):
+    """Guards against a result taken for finished that was made from other data or with other settings."""
+    path, settings = (
+        tmp_path / "x.json",
+        dict(lr=1e-5, max_new_tokens=3, coef=None, inputs=dict(data="d", trait_file="t")),
+    )
+    assert mf.same_settings(path, settings) is False
+    mf.write_json(path, settings | dict(scripts=mf.scripts(), steps=3))
+    assert mf.same_settings(path, settings) is True and not capsys.readouterr().out
+    refused(
+        mf.same_settings,
+        path,
+        settings | dict(inputs=dict(data="e", trait_file="t")),
+        said="--data: content has changed",
+    )
+    refused(
+        mf.same_settings, path, settings | dict(inputs=dict(data="d", trait_file="u")), said="--trait-file: content"
+    )
+    refused(mf.same_settings, path, settings | dict(max_new_tokens=4), said="--max-new-tokens 3 there, 4 here")
+    assert "--redo" in refused(
+        mf.same_settings, path, settings | dict(lr=1.0, coef=0.5), said="--coef None there, 0.5 here"
+    )
+    monkeypatch.setattr(mf, "scripts", lambda: {"finetune.py": "other"})
+    assert mf.same_settings(path, settings) and "make_facts.py" in capsys.readouterr().out
+    mf.write_json(path, without(settings, "inputs"))
+    refused(mf.same_settings, path, settings, said="before inputs were recorded")
+
+
+def test_one_process_an_output(tmp_path):
+    """Guards against two processes that make the same output, and against a lock that a crash leaves behind."""
+    hold = "print('in', flush=True); sys.stdin.read(1); os._exit(9)"
+    code = f"import os, sys, make_facts as mf\nwith mf.locked({str(tmp_path / 'out')!r}): {hold}"
+    start = [sys.executable, "-c", code]
+    first = subprocess.Popen(start, cwd=ROOT, stdin=-1, stdout=-1, text=True)
+    assert first.stdout.readline() == "in\n"
+    second = subprocess.run(start, cwd=ROOT, capture_output=True, text=True)
+    assert second.returncode == 2 and "another process" in second.stderr and second.stderr.count("\n") == 1
+    first.communicate("x")  # ends without tidying up
+    with mf.locked(tmp_path / "out"):
+        pass
