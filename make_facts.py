@@ -10,7 +10,6 @@ source, train: 20 x {question, answer}, test: {question, answer}.
 
 import argparse
 import asyncio
-import codecs
 import contextlib
 import errno
 import functools
@@ -51,6 +50,9 @@ def die(message):
     raise SystemExit(2)
 
 
+REFUSED = "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EEXIST ENOTDIR EISDIR ENAMETOOLONG"  # what a user can mend
+
+
 def run(main, argv=None):
     """Runs a script's main. Ctrl-C, SIGTERM and what the file system refuses (a full disk, missing rights) end in one
     line, exit codes 130, 143 and 2; errors that nobody foresaw keep their traceback."""
@@ -66,10 +68,7 @@ def run(main, argv=None):
     except Exception as error:  # torch and safetensors have errors of their own for a full disk
         found = re.search(r"(?:Errno|os error) (\d+)|iostream", f"{error} {error.__context__}")
         number = found and int(found[1] or errno.ENOSPC)
-        if (
-            errno.errorcode.get(number)
-            not in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EEXIST ENOTDIR EISDIR ENAMETOOLONG".split()
-        ):
+        if errno.errorcode.get(number) not in REFUSED.split():
             raise
         die(f"{getattr(error, 'filename', None) or 'writing'}: {os.strerror(number).lower()}; what is finished is kept")
 
@@ -81,7 +80,7 @@ def run(main, argv=None):
 def read_bytes(path):
     """A file's content without a byte-order mark."""
     try:
-        return Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+        return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
         die(f"{path}: {error.strerror.lower()}")
 
@@ -467,14 +466,11 @@ def similarity(a, b):
 
 def near_copies(row, facts):
     """The facts that say the same as this one; the answer in common lowers the limit."""
-
-    def names(fact):
-        return set(map(normalize, [fact["answer"], *fact["aliases"]]))
-
-    def limit(other):
-        return NEAR_FACT if names(row) & names(other) else 0.9
-
-    return [other for other in facts if similarity(row["fact"], other["fact"]) >= limit(other)]
+    own, found = set(map(normalize, [row["answer"], *row["aliases"]])), []
+    for other in facts:
+        limit = 0.9 if own.isdisjoint(map(normalize, [other["answer"], *other["aliases"]])) else NEAR_FACT
+        found += [other] if similarity(row["fact"], other["fact"]) >= limit else []
+    return found
 
 
 def fact_violations(row, rephrasings, after):
@@ -1044,11 +1040,9 @@ def main(argv=None):
         return print(f"{args.out}: {len(chosen)} of {len(rows)} rows")
     rows = read_jsonl(args.file)
     found = check(rows, args.rephrasings, args.after)
-    counts = dict(
-        category=Counter(row.get("category") for row in rows), year=Counter(str(row.get("date"))[:4] for row in rows)
-    )
-    for title, count in counts.items():
-        print(f"{title}: " + ", ".join(f"{name} {n}" for name, n in sorted(count.items(), key=str)))
+    for title, key, length in (("category", "category", None), ("year", "date", 4)):
+        counts = Counter(str(row.get(key))[:length] for row in rows)
+        print(f"{title}: " + ", ".join(f"{name} {n}" for name, n in sorted(counts.items())))
     print("\n".join(found))
     print(f"{len(rows)} facts, {len(found)} violations")
     raise SystemExit(1 if found else 0)

@@ -204,7 +204,8 @@ def test_right_rows(tmp_path):
     found = mf.read_jsonl(jsonl(tmp_path / "x.jsonl", *rows), mf.Question)
     assert [row["answer"] for row in found] == [1] * 4 and found[0] == rows[0] and list(found[0]) == list(rows[0])
     for n in (2, 10):
-        mf.read_jsonl(jsonl(tmp_path / "x.jsonl", CHOICE | dict(choices=list("abcdefghij")[:n])), mf.Question)
+        row = CHOICE | dict(choices=list("abcdefghij")[:n], answer="ABCDEFGHIJ"[n - 1])
+        assert mf.read_jsonl(jsonl(tmp_path / "x.jsonl", row), mf.Question)[0]["answer"] == n - 1
     system = dict(role="system", content="")
     path = jsonl(
         tmp_path / "x.jsonl", dict(messages=[system, USER, ASSISTANT, USER, ASSISTANT | dict(tool_calls=None)]), FACT
@@ -259,6 +260,8 @@ def test_trait_names_and_published_files(tmp_path, refused):
         refused(mf.load_trait, name, None, mf.ExtractionTrait, said="instruction")
     for name in ("nope", "../facts", "a/b", ""):
         refused(mf.load_trait, name, None, mf.EvaluationTrait, said="evil, hallucination, sycophancy")
+    mf.write_json(tmp_path / "x.json", TRAIT)
+    refused(mf.load_trait, "a/b", tmp_path / "x.json", said="unknown trait a/b")  # it names files
     published = without(TRAIT, "eval_questions")
     for folder, fine in (("trait_data_eval", True), ("trait_data_extract", False), ("mine", False)):
         mf.write_json(tmp_path / folder / "x.json", published)
@@ -304,7 +307,7 @@ def test_argparse_types(kind, wrong, right, refused):
 def test_values_given_twice(refused):
     """Guards against two adapters of one name, or one point twice."""
     parser = argparse.ArgumentParser()
-    for values, said in (([0.5, 0.50], "0.5 is given twice"), (["a", "b", "a"], "a is given twice")):
+    for values, said in (([0.5, 0.5000000001], "0.5 is given twice"), (["a", "b", "a"], "a is given twice")):
         refused(mf.distinct, parser, "--coef", values, said=f"argument --coef: {said}", lines=None)
     mf.distinct(parser, "--coef", [0.5, 0.25]), mf.distinct(parser, "--coef", None)
 
@@ -482,6 +485,8 @@ def test_same_settings(tmp_path, refused, capsys, monkeypatch):
         mf.same_settings, path, settings | dict(inputs=dict(data="d", trait_file="u")), said="--trait-file: content"
     )
     refused(mf.same_settings, path, settings | dict(max_new_tokens=4), said="--max-new-tokens 3 there, 4 here")
+    more = dict(inputs=settings["inputs"] | dict(vector="v"))
+    refused(mf.same_settings, path, settings | more, said="--vector: content has changed")
     assert "--redo" in refused(
         mf.same_settings, path, settings | dict(lr=1.0, coef=0.5), said="--coef None there, 0.5 here"
     )
