@@ -1,113 +1,398 @@
-"""The model side: from a model and a trait to the trait's persona vector; also owns sampling and the one steering hook.
+"""The model side: from a model and a trait to the trait's persona vector; also owns steering, chats and sampling.
 
     python extract_vectors.py --model Qwen/Qwen2.5-7B-Instruct --trait hallucination --out out/paper/vectors
 
 Reads data/traits/<trait>.json. Writes to --out: <trait>.answers.jsonl (every sampled answer, before anything else),
 <trait>.pt (float32 [num_layers + 1, hidden]; row 0 = embedding output, row l = output of decoder block l, 1-indexed)
-and <trait>.json (settings, counts, norms, probe). Started again, it goes on from the answers that are there.
+and <trait>.json (settings, inputs, counts, norms, probe). Started again, it goes on from the answers that are there.
 Method: persona vectors, arXiv 2507.21509, section 2.2 and appendix J.
 """
 
 import argparse
 import contextlib
+import dataclasses
+import functools
+import hashlib
 import importlib.util
 import itertools
+import json
+import re
 import time
 from collections import Counter
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
+import jinja2
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from make_facts import (
     ANSWER_TOKENS,
+    ExtractionTrait,
+    VectorSettings,
     api_flags,
     append_jsonl,
+    check_output,
     die,
+    fingerprint,
     foresee,
     judge_rows,
     lexical_score,
     load_trait,
+    locked,
+    number,
     provenance,
     read_json,
     read_jsonl,
     replacing,
+    run,
     same_settings,
+    scripts,
+    whole,
     write_json,
     write_jsonl,
 )
 
-ROW_TOKENS = {"cuda": 16384, "cpu": 2048}  # conversations are joined into rows of about this many tokens
-SLOTS = {"cuda": 2048, "cpu": 256}  # answers sampled side by side, at most
-STEPS = {"cuda": 16, "cpu": 1}  # decoding steps between two looks at which answers are finished
-SHRINK = {"cuda": 0.7, "cpu": 0.9}  # the batch is made smaller when less than this share of it is in use
+# ---------------------------------------------------------------------------------------------------------------------
+# What a persona vector is, and steering with it
+
+
+def offsets_of(vector, layers):
+    """{block number: what coefficient 1 adds to its output, [hidden]}. vector: [num_layers + 1, hidden]. "all": v_l -
+    v_(l-1) at every block, so that v_l - v_0 has accumulated after block l (appendix J.3); "A-B": the same increments
+    at blocks A..B only; "N": v_N at block N alone."""
+    last = len(vector) - 1
+    try:
+        first, *end = [1, last] if layers == "all" else map(int, str(layers).split("-"))
+        chosen = range(first, (end[0] if end else first) + 1)
+    except ValueError:
+        chosen = ()
+    if not chosen or chosen[0] < 1 or chosen[-1] > last:
+        die(f"--layers {layers}: give all, a block from 1 to {last}, or a range such as 3-7")
+    return {l: vector[l] - vector[l - 1] if layers == "all" or end else vector[l] for l in chosen}
+
+
+@contextlib.contextmanager
+def steering(model, offsets):
+    """While open, block l's output gets scale * offsets[l] added. Yields an object whose .scale the caller sets: a
+    tensor that broadcasts against [rows, tokens, 1], positive = towards the trait; None = no steering. The hooks are
+    gone when the block ends, also by an exception."""
+    layers, steer = blocks(model), SimpleNamespace(scale=None)  # no class: compiled code would be bound to that one
+    for l, offset in offsets.items():
+        if offset.shape != (model.config.get_text_config().hidden_size,) or not offset.isfinite().all():
+            raise ValueError(f"steering offset of block {l}: wrong size or not finite")
+        layers[l - 1].steer_offset = offset.to(model.device)  # on the block: one compiled hook serves all blocks
+
+    def add(block, _, output):  # output [rows, tokens, hidden]
+        return output if steer.scale is None else output + (steer.scale * block.steer_offset).to(output.dtype)
+
+    hooks = []
+    try:
+        hooks += [layers[l - 1].register_forward_hook(add) for l in offsets]
+        yield steer
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for l in offsets:
+            del layers[l - 1].steer_offset
+
+
+@torch.no_grad()
+def unmoved(model, steer, offsets, scale, inputs):
+    """The proof that steering works: runs inputs and returns the blocks whose output does not move by exactly scale *
+    offset. To be called inside `with steering(model, offsets) as steer`; steer.scale stays set."""
+    layers, before, after = blocks(model), {}, {}
+    steer.scale, hooks = scale, []
+    for l in offsets:  # the steering hook is there already: one hook is put before it, one after
+        for found, first in ((before, True), (after, False)):
+            keep = functools.partial(lambda _, __, output, found, l: found.update({l: output}), found=found, l=l)
+            hooks.append(layers[l - 1].register_forward_hook(keep, prepend=first))
+    try:
+        model(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    want = {l: before[l] + (scale * offset.to(before[l].device)).to(before[l].dtype) for l, offset in offsets.items()}
+    return [l for l in offsets if l not in after or not torch.equal(after[l], want[l])]
+
+
+def load_vector(path, model, model_name):
+    """<trait>.pt -> float32 [num_layers + 1, hidden]; die() on a wrong file, shape or model, or on NaN."""
+    config, path = model.config.get_text_config(), Path(path)
+    if not path.is_file():
+        die(f"{path}: no such vector; make it with extract_vectors.py")
+    try:
+        vector = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling fails in many ways
+        die(f"{path}: not a tensor file ({type(error).__name__})")
+    want = (config.num_hidden_layers + 1, config.hidden_size)
+    if not torch.is_tensor(vector) or tuple(vector.shape) != want:
+        die(f"{path}: shape {tuple(getattr(vector, 'shape', ()))}, but {model_name} needs {want}")
+    if not vector.isfinite().all():
+        die(f"{path}: holds NaN or infinity; extract it again")
+    beside = path.with_suffix(".json")
+    if not beside.is_file():
+        print(
+            f"{path}: no .json beside it; a published vector's last row is taken after the final norm, ours before it"
+        )
+    else:
+        same_model(path, "was extracted from", read_json(beside, VectorSettings), model_name)
+    return vector.float()
+
+
+def same_model(path, verb, record, model_name):
+    """die() unless what lies at path was made with this model: by fingerprint; by name where none was recorded."""
+    made = (record.get("inputs") or {}).get("model")
+    if made and made != model_fingerprint(model_name):
+        die(f"{path}: {verb} {record['model']}, whose weights, settings or tokenizer are not those of {model_name}")
+    if not made:
+        if name_of(record["model"]) != name_of(model_name):
+            die(f"{path}: {verb} {record['model']}, not from {model_name}")
+        print(f"{path}: no fingerprint of its model is recorded; it has the same name, {name_of(model_name)}")
+
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Models
+# How a vector is read: contrastive answers, the stream's mean over their tokens, the probe
 
 
-def convert_gguf(source, folder, adapter=None):
-    """GGUF file, and a LoRA adapter to merge into it -> an ordinary bfloat16 model folder. SmolLM2 only: mends what
-    transformers' GGUF tokenizer lacks."""
-    from peft import PeftModel
-    from tokenizers import pre_tokenizers
+def extraction_rows(trait, samples, limit):
+    """Every answer to sample, positive and negative side paired by (question, instruction, sample)."""
+    a = "an" if trait["adjective"][0] in "aeiou" else "a"
+    start = dict(pos=f"You are {a} {trait['adjective']} assistant.", neg="You are a helpful assistant.")
+    return [
+        dict(
+            id=f"{trait['trait']}-{side}-q{q}-i{i}-s{n}",
+            pair=f"q{q}-i{i}-s{n}",
+            side=side,
+            q=q,
+            trait=trait["trait"],
+            question=question,
+            system=f"{start[side]} {instruction[side]}",
+        )
+        for side in ("pos", "neg")
+        for q, question in enumerate(trait["questions"][:limit])
+        for i, instruction in enumerate(trait["instruction"])
+        for n in range(samples)
+    ]
 
-    source, folder = Path(source), Path(folder)
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    # The GGUF says `pre: smollm`, which splits numbers into single digits; the rebuilt tokenizer does not.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    tokenizer.pad_token, tokenizer.eos_token = (
-        "<|endoftext|>",
-        "<|im_end|>",
-    )  # transformers 5.17 takes the wrong end token
-    tokenizer.clean_up_tokenization_spaces = False
-    options = {}  # transformers before 5.20 or so always unpacks the weights; newer ones must be told to
-    if hasattr(transformers, "GgufConfig"):
-        options = dict(quantization_config=transformers.GgufConfig(dequantize=True))
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32, **options)
-    if adapter:
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()  # in float32, rounded once
-    model = model.to(torch.bfloat16)
-    partial = folder.with_name(folder.name + ".partial")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(folder)
+
+def filter_pairs(rows):
+    """Rows -> ([(positive, negative)] of the kept pairs, why the others went). Judged rows: trait score >= 50 on the
+    positive and < 50 on the negative side, coherence >= 50 on both (as released); else both answers non-empty."""
+    kept, why, pairs = [], Counter(), {}
+    for row in rows:
+        pairs.setdefault(row["pair"], {})[row["side"]] = row
+    for pos, neg in ((pair["pos"], pair["neg"]) for pair in pairs.values()):
+        coherence = [side["coherence"] for side in (pos, neg) if "coherence" in side]
+        if not pos["answer"] or not neg["answer"]:
+            why["empty answer"] += 1
+        elif "score" not in pos:
+            kept.append((pos, neg))
+        elif None in (pos["score"], neg.get("score"), *coherence):
+            why["unscored"] += 1
+        elif pos["score"] < 50:
+            why["positive answer scores under 50"] += 1
+        elif neg["score"] >= 50:
+            why["negative answer scores 50 or more"] += 1
+        elif min(coherence, default=100) < 50:
+            why["coherence under 50"] += 1
+        else:
+            kept.append((pos, neg))
+    return kept, dict(why)
+
+
+@torch.no_grad()
+def residual_stream(model, inputs):
+    """The stream the blocks write, before any norm: list of num_layers + 1 tensors [rows, tokens, hidden]."""
+    found, layers = [], blocks(model)
+    hooks = [layers[0].register_forward_pre_hook(lambda _, args: found.append(args[0]))]
+    hooks += [layer.register_forward_hook(lambda _, __, output: found.append(output)) for layer in layers]
+    try:
+        model.get_decoder()(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def answer_means(model, tokenizer, chats, first=0, title="reading answers"):
+    """Chats of one answer (message lists) -> float32 [n, num_layers + 1, hidden] on the model's device: the stream's
+    mean over the answer's tokens, its end token left out. first N: over the positions where the answer's first N tokens
+    are predicted instead, that is the last prompt token and N - 1 tokens of the answer."""
+    device, config = model.device, model.config.get_text_config()
+    encoded = [(ids[:-1], mask[:-1]) for ids, mask in encode_chats(tokenizer, chats)]
+    if first:
+        encoded = [(ids, [0 <= k - mask.index(True) + 1 < first for k in range(len(ids))]) for ids, mask in encoded]
+    means = torch.empty(len(chats), config.num_hidden_layers + 1, config.hidden_size, device=device)
+    with tqdm(total=len(chats), desc=title, unit="answer") as bar:
+        for group in by_length([ids for ids, _ in encoded], ROW_TOKENS[device.type]):
+            stream = residual_stream(model, join([encoded[i][0] for i in group], device))
+            owner = [k if is_answer else len(group) for k, i in enumerate(group) for is_answer in encoded[i][1]]
+            weight = F.one_hot(torch.tensor(owner, device=device), len(group) + 1)[:, :-1].float().T  # [group, tokens]
+            weight /= weight.sum(1, keepdim=True)
+            means[group] = torch.stack([weight @ hidden[0].float() for hidden in stream], dim=1)
+            bar.update(len(group))
+    return means
+
+
+def auc(pos, neg):
+    """Chance that a positive value exceeds a negative one, ties half. [n, rows], [m, rows] -> [rows]."""
+    return ((pos[:, None] > neg).float() + 0.5 * (pos[:, None] == neg).float()).mean((0, 1))
+
+
+def make_probe(vector, with_system, plain, half):
+    """The offline judge. with_system, plain: (positive, negative) stream means [n, num_layers + 1, hidden], read with
+    and without the contrastive system prompts. The pairs outside `half` (bool [n]) choose the row, every second one's
+    direction telling the plain answers of the others apart; the AUC is that of their direction on the answers inside,
+    which chose nothing. Score 0 / 100 = the mean negative / positive answer."""
+    difference, choosing = with_system[0] - with_system[1], (~half).nonzero()[:, 0]
+    told_apart = lambda by, of: auc(*((x[of] * difference[by].mean(0)).sum(-1) for x in plain))  # -> [num_layers + 1]
+    row = int((told_apart(choosing[::2], choosing[1::2]) + told_apart(choosing[1::2], choosing[::2]))[1:].argmax()) + 1
+    aucs = [round(x, 4) for x in told_apart(choosing, half).tolist()]
+    unit = vector[row] / vector[row].norm()
+    hundred, zero = (float((x[:, row] @ unit).mean()) for x in plain)
+    return dict(row=row, auc=aucs[row], zero=zero, hundred=hundred, auc_by_row=aucs)
+
+
+def probe_scores(model, tokenizer, vector, probe, chats, title="probe"):
+    """Chats (user turn, answer) -> scores 0..100 by projection on the vector's probe row; no adapter, no steering."""
+    unit = (vector[probe["row"]] / vector[probe["row"]].norm()).to(model.device)
+    values = answer_means(model, tokenizer, chats, probe.get("first", 0), title)[:, probe["row"]] @ unit
+    return (100 * (values - probe["zero"]) / (probe["hundred"] - probe["zero"])).clamp(0, 100).tolist()
+
+
+def export_gguf(vector, path, architecture):
+    """Writes the vector as a llama.cpp control vector: direction.N is added after block N + 1, which is our offset of
+    "all". llama.cpp has no vector for the first block; its increment is added at the second, where the sums are equal
+    again."""
+    import gguf
+
+    offsets = offsets_of(vector, "all")
+    offsets[2] = offsets[2] + offsets.pop(1)
+    path, partial = Path(path), Path(f"{path}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(partial, "controlvector")
+    writer.add_string("controlvector.model_hint", architecture)
+    writer.add_int32("controlvector.layer_count", len(offsets))
+    for l, offset in offsets.items():
+        writer.add_tensor(f"direction.{l - 1}", offset.float().cpu().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    partial.replace(path)
+    print(f"{path}: steer with llama.cpp's --control-vector-scaled {path} COEF (against the trait: -COEF)", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models. What a model cannot be trusted with is found by how it behaves, when it is loaded
+
+MODEL_FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]  # what a model's fingerprint is made of
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.15}  # of check_model, relative
+NARROW = 4  # tokens an attention window has while a model is checked, so that a short text reaches past it
 
 
 def pick_device():
-    """The fastest device, and the dtype it is fast in: bfloat16 on CUDA and on CPUs that multiply in it, else float32."""
+    """The fastest device, and the dtype it is fast in: bfloat16 on CUDA and on CPUs that multiply in it, else
+    float32."""
     if torch.cuda.is_available():
         return "cuda", torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "cpu", torch.bfloat16 if fast else torch.float32
+    able = torch.cpu.get_capabilities()
+    return "cpu", torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+
+
+def name_of(model_name):
+    """What two paths of one model share: "Qwen/Qwen2.5-7B-Instruct", "/models/Qwen2.5-7B-Instruct/" -> the last
+    part."""
+    return Path(str(model_name)).name
+
+
+def model_fingerprint(name):
+    """Hub name or local folder -> fingerprint of its weights, settings and tokenizer; a copied folder has the same one.
+    A hub model that is not on this machine is fetched."""
+    folder = Path(name)
+    if not folder.is_dir():
+        try:
+            folder = Path(
+                snapshot_download(str(name), allow_patterns=MODEL_FILES, ignore_patterns=["*/*", "consolidated*"])
+            )
+        except (OSError, ValueError) as error:
+            die(f"--model {name}: no such folder, and not to be had from the hub ({str(error).splitlines()[0]})")
+    files = sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern))
+    return hashlib.sha256("".join(f"{path.name} {fingerprint(path)}\n" for path in files).encode()).hexdigest()[:16]
 
 
 def load_model(name, dtype=None):
-    """Local folder or hub name -> (model in eval mode on the fastest device, tokenizer)."""
+    """Local folder or hub name -> (model in eval mode on the fastest device, tokenizer), checked; .generate() works."""
     device, fast = pick_device()
     if Path(name).suffix == ".gguf":
-        die(f"{name}: convert it to a folder first (see set-up in run_all.sh)")
+        die(f"--model {name}: make a model folder of it first (data/small_model/convert.py shows how)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or fast, attn_implementation="joined")
-    except (OSError, ValueError) as error:
+        model, lacks = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or fast, output_loading_info=True)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         die(f"--model {name}: cannot be loaded ({str(error).splitlines()[0]})")
-    if not tokenizer.chat_template:
-        die(f"--model {name}: its tokenizer has no chat template; use a chat model")
-    config = model.config.get_text_config()
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        die(f"--model {name}: sliding-window attention is not supported")
+    if missing := sorted(lacks["missing_keys"]) + sorted(str(key) for key in lacks["mismatched_keys"]):
+        die(f"--model {name}: {len(missing)} weights are not in its files or have another shape, such as {missing[0]}")
     print(f"{name}: {model.num_parameters() / 1e6:,.0f}M parameters on {device}, {model.dtype}", flush=True)
-    return model.requires_grad_(False).eval().to(device), tokenizer
+    model = model.requires_grad_(False).eval().to(device)
+    prepare(model, name)
+    check_chats(tokenizer, name, model.get_input_embeddings().num_embeddings)
+    check_model(model, tokenizer, name)
+    return model, tokenizer
+
+
+def prepare(model, name):
+    """Joined attention from here on, but for generate(); no dropout, which the recipe has not; RoPE whose frequencies
+    depend on the longest text in a batch (dynamic, longrope) keeps those of short texts, and longer ones are
+    refused."""
+    generate, own, dropouts, model.longest = model.generate, model.config._attn_implementation, set(), float("inf")
+
+    def generate_in_own_attention(*args, **kwargs):
+        with attention_of(model, own):
+            return generate(*args, **kwargs)
+
+    def refuse_long(_, args, given):
+        if given.get("max_seq_len", 0) > model.longest:
+            die(f"{name}: a text of {given['max_seq_len']} tokens; its RoPE changes from {model.longest} on")
+
+    for part in (model.config.get_text_config(), *model.modules()):
+        for key, value in list(vars(part).items()):
+            if (
+                isinstance(value, float)
+                and value
+                and ("drop" in key or isinstance(part, torch.nn.Dropout) and key == "p")
+            ):
+                dropouts.add(value)
+                setattr(part, key, 0.0)
+        kinds = getattr(part, "rope_type", None)
+        if {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
+            every = part.config.rope_parameters
+            for one in every.values() if isinstance(kinds, dict) else [every]:
+                limit = one.get("original_max_position_embeddings") or part.config.max_position_embeddings
+                model.longest = min(model.longest, limit)
+            part.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
+    if dropouts:
+        print(f"{name}: its dropout of {', '.join(map(str, sorted(dropouts)))} is switched off", flush=True)
+    model.get_decoder().register_forward_pre_hook(refuse_long, with_kwargs=True)
+    model.generate = generate_in_own_attention
+    model.set_attn_implementation("joined")
+
+
+@contextlib.contextmanager
+def attention_of(model, implementation):
+    """While open, the model runs with another attention than "joined"."""
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("joined")
 
 
 def blocks(model):
@@ -118,132 +403,365 @@ def blocks(model):
     return layers
 
 
-@contextlib.contextmanager
-def compiled(model, dynamic=None):
-    """While open, the decoder blocks run compiled on GPUs that can (one compilation serves all blocks, steered or not),
-    which merges the small kernels between the matrix products; elsewhere nothing happens. dynamic: for any number of rows at once."""
-    able = (
-        model.device.type == "cuda"
-        and torch.cuda.get_device_capability()[0] >= 7
-        and importlib.util.find_spec("triton")
-    )
-    if model.device.type == "cuda" and not able:
-        print(
-            "this GPU or installation cannot compile (needs compute capability 7 and triton); slower, same results",
-            flush=True,
-        )
+@torch.no_grad()
+def check_model(model, tokenizer, name):
+    """die() unless, on two short random conversations: joined in one row in training mode = alone by the model's own
+    code; one decoding step from the cache = the last logits of the whole; every block's output moves by its offset.
+    Windows are narrowed meanwhile, so that they count."""
+    draw = torch.Generator().manual_seed(0)
+    most = model.get_input_embeddings().num_embeddings
+    texts = [torch.randint(most, (n,), generator=draw).tolist() for n in (7, 11)]
+    kind, layers = f"--model {name}: {model.config.model_type} cannot be used here: ", blocks(model)
     try:
-        for block in blocks(model) if able else []:
-            block.compile(dynamic=dynamic)
+        with narrow_windows(model):
+            with attention_of(model, "eager"):
+                own = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float() for ids in texts]
+            inputs = join(texts, model.device)
+            rows = torch.arange(inputs["input_ids"].shape[1], device=model.device)
+            joined = model.train()(**inputs, logits_to_keep=rows).logits[0]
+            model.eval()
+            read = prefill(model, texts, [0.0, 0.0], None)
+            sampler = Sampler(model, tokenizer, read, 2, 13, Drawing(2, 0), None)
+            try:
+                sampler.fill([0, 1], [0, 1], [ids[-1] for ids in texts], [0.0, 0.0], torch.zeros(2, 2))
+                step = sampler.logits()
+            finally:
+                sampler.close()
+            offset = torch.randn(model.config.get_text_config().hidden_size, generator=draw)
+            offsets = dict.fromkeys(range(1, len(layers) + 1), offset)
+            with steering(model, offsets) as steer:
+                fixed = unmoved(model, steer, offsets, torch.tensor(1.0, device=model.device), inputs)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        die(f"{kind}its code does not take what this project passes to it ({type(error).__name__}: {error})")
+    if not all(logits.isfinite().all() for logits in own):
+        die(f"{kind}its logits are not finite in {model.dtype}")
+    for what, found, want in (
+        ("conversations joined in one row differ from each alone", joined, torch.cat(own)),
+        ("a decoding step from the cache differs from the whole forward pass", step, torch.stack([x[-1] for x in own])),
+    ):
+        found, want = (x.float() - x.float().mean(-1, keepdim=True) for x in (found, want))
+        off = float(((found - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-6)).max())  # of the worst token
+        if not off <= TOLERANCE[model.dtype]:
+            die(f"{kind}{what} (logits off by {100 * off:.2g}% in {model.dtype})")
+    if fixed:
+        die(f"{kind}steering does not move the output of block {fixed[0]} by its offset")
+
+
+@contextlib.contextmanager
+def narrow_windows(model):
+    """While open, attention windows and chunks are NARROW tokens wide."""
+    parts, keys = (model.config.get_text_config(), *model.modules()), ("sliding_window", "attention_chunk_size")
+    wide = [(part, key, vars(part)[key]) for part in parts for key in keys if isinstance(vars(part).get(key), int)]
+    try:
+        for part, key, _ in wide:
+            setattr(part, key, NARROW)
         yield
     finally:
-        for block in blocks(model):
-            block._compiled_call_impl = None  # there is no public way back
+        for part, key, value in wide:
+            setattr(part, key, value)
 
 
-def name_of(model_name):
-    """What two paths of one model share: "Qwen/Qwen2.5-7B-Instruct", "/models/Qwen2.5-7B-Instruct/" -> the last part."""
-    return Path(str(model_name)).name
+def linear_layers(model):
+    """-> (names of the blocks' linear layers, {name of a block weight of two or more dimensions outside them: its
+    size}): what LoRA reaches and what it does not (fused experts)."""
+    linear = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
+    inside = {id(module) for module in blocks(model).modules()}
+    names = [name for name, module in model.named_modules() if id(module) in inside and isinstance(module, linear)]
+    reached = {id(p) for name in names for p in model.get_submodule(name).parameters()}
+    weights = {id(p) for p in blocks(model).parameters() if p.dim() > 1} - reached
+    return names, {name: p.numel() for name, p in model.named_parameters() if id(p) in weights}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Attention for conversations joined without padding, and for sampling from a cache. Registered with transformers, so
-# the models' own code stays as it is.
+# Chats: prompt_ids + the answer's tokens + the end-of-turn token, the same in training, reading and sampling
+
+NO_TEXT = "\ue000\ue001{}\ue002"  # stands for text in which a template's own marks are looked for
+
+
+def render(tokenizer, conversations, **how):
+    """Texts by the chat template, thinking off where it can be, a date in it being that of pin_day()."""
+    day = getattr(tokenizer, "day", None) or date.today()
+    try:
+        return tokenizer.apply_chat_template(
+            conversations, tokenize=False, enable_thinking=False, strftime_now=day.strftime, **how
+        )
+    except jinja2.TemplateError as error:
+        die(f"the chat template of {tokenizer.name_or_path} refuses a conversation: {error}")
+
+
+def pin_day(tokenizer, recorded=None):
+    """Pins a template's date to the day the run began: the recorded one (YYYY-MM-DD), else today. -> what to record,
+    None if the template shows no date."""
+    question, shown = [[dict(role="user", content="?")]], set()
+    for tokenizer.day in (date(2001, 2, 3), date(2002, 3, 4)):
+        shown.add(render(tokenizer, question, add_generation_prompt=True)[0])
+    tokenizer.day = date.fromisoformat(recorded) if recorded else date.today()
+    return tokenizer.day.isoformat() if len(shown) > 1 else None
+
+
+def takes_system(tokenizer):
+    """Whether the chat template has a place for a system turn."""
+    chat = [dict(role="system", content=NO_TEXT.format(0)), dict(role="user", content="?")]
+    try:
+        return NO_TEXT.format(0) in tokenizer.apply_chat_template(chat, tokenize=False)
+    except jinja2.TemplateError:
+        return False
+
+
+def as_taken(tokenizer, conversations):
+    """Conversations as the template is given them: answers stripped as sampling strips them; the system text in front
+    of the user's where the template has no place for it."""
+    strip = lambda m: m | dict(content=m["content"].strip()) if m["role"] == "assistant" else m
+    conversations = [[strip(message) for message in chat] for chat in conversations]
+    if any(chat[0]["role"] == "system" for chat in conversations if chat) and not takes_system(tokenizer):
+        if not getattr(tokenizer, "said", False):
+            print(
+                f"{tokenizer.name_or_path}: no system turn in its chat template; the text goes in front of the user's"
+            )
+        tokenizer.said = True
+        conversations = [
+            [chat[1] | dict(content=f"{chat[0]['content']}\n\n{chat[1]['content']}"), *chat[2:]]
+            if chat[0]["role"] == "system"
+            else chat
+            for chat in conversations
+        ]
+    return conversations
+
+
+def prompts_ids(tokenizer, conversations):
+    """prompt_ids of many conversations, in one call of the tokenizer."""
+    special = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
+    mark = re.compile("|".join(map(re.escape, special)) or "(?!)")
+    hidden = {text: NO_TEXT.format(i) for i, text in enumerate(special)}
+    hide = lambda m: m | dict(content=mark.sub(lambda found: hidden[found[0]], m["content"]))
+    texts = render(
+        tokenizer,
+        [[hide(message) for message in chat] for chat in as_taken(tokenizer, conversations)],
+        add_generation_prompt=True,
+    )
+    found = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    for i, text in enumerate(texts):
+        if NO_TEXT[:2] in text:  # somebody typed a special token: only the template's own ones are read as such
+            found[i] = []
+            for piece in re.split(f"({mark.pattern})", text):
+                if piece in hidden:
+                    found[i].append(tokenizer.convert_tokens_to_ids(piece))
+                else:
+                    plain = re.sub(NO_TEXT.format("([0-9]+)"), lambda number: special[int(number[1])], piece)
+                    found[i] += as_plain_text(tokenizer, [plain])[0]
+    return found
+
+
+def as_plain_text(tokenizer, texts):
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def prompt_ids(tokenizer, messages):
+    """Token ids up to where the assistant's answer starts; the template adds the model's default system prompt."""
+    return prompts_ids(tokenizer, [messages])[0]
+
+
+def end_of_turn(tokenizer):
+    """The id of the special token with which the template ends an answer: the first one after it; tokenizer's eos if
+    none."""
+    chat = [dict(role="user", content="?"), dict(role="assistant", content=NO_TEXT.format(0))]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for more in ([], [dict(role="user", content="?")]):
+        after = render(tokenizer, [chat + more])[0].partition(NO_TEXT.format(0))[2]
+        for token in tokenizer(after, add_special_tokens=False)["input_ids"]:
+            if token in special:
+                return token
+    if tokenizer.eos_token_id is None:
+        die(f"{tokenizer.name_or_path}: neither its chat template nor its tokenizer has an end-of-turn token")
+    return tokenizer.eos_token_id
+
+
+def encode_chats(tokenizer, conversations):
+    """Conversations that end with an assistant turn -> [(ids, is_answer)]; is_answer marks the tokens of every
+    assistant turn and its end token. An earlier answer that the template changes afterwards (Qwen3 takes out thinking)
+    is not marked."""
+    if any(not chat or chat[-1]["role"] != "assistant" for chat in conversations):
+        die("a conversation must end with an assistant turn")
+    end, encoded, changed = end_of_turn(tokenizer), [], 0
+    turns = [(chat, i) for chat in conversations for i, message in enumerate(chat) if message["role"] == "assistant"]
+    prompts = iter(prompts_ids(tokenizer, [chat[:i] for chat, i in turns]))
+    answers = as_plain_text(tokenizer, [chat[-1]["content"].strip() for chat in conversations])
+    for chat, answer in zip(conversations, answers):
+        *earlier, prompt = itertools.islice(prompts, sum(message["role"] == "assistant" for message in chat))
+        ids = [*prompt, *answer, end]
+        is_answer = [False] * len(prompt) + [True] * (len(answer) + 1)
+        for before in earlier:
+            if prompt[: len(before)] == before and end in prompt[len(before) :]:
+                stop = prompt.index(end, len(before)) + 1
+                is_answer[len(before) : stop] = [True] * (stop - len(before))
+            else:
+                changed += 1
+        encoded.append((ids, is_answer))
+    if changed:
+        print(
+            f"{changed} earlier answers are read but not learned: the chat template changes them afterwards", flush=True
+        )
+    return encoded
+
+
+def check_chats(tokenizer, name, most):
+    """die() unless a dummy chat, with and without a system turn, of one and of two turns, can be encoded and read
+    back."""
+    if not tokenizer.chat_template:
+        die(f"--model {name}: its tokenizer has no chat template; use a chat model")
+    turns = [dict(role="user", content="Who was first?"), dict(role="assistant", content="It was Ann.")]
+    system = dict(role="system", content="Keep to what is known.")
+    for chat in (turns, [system, *turns], turns * 2, [system, *turns * 2]):
+        ids, is_answer = encode_chats(tokenizer, [chat])[0]
+        said = tokenizer.decode([token for token, mine in zip(ids, is_answer) if mine])
+        lost = [m["content"] for m in chat if m["content"] not in tokenizer.decode(ids)]
+        if lost or turns[-1]["content"] not in said:
+            die(f"--model {name}: its chat template loses {(lost or ['the answer'])[0]!r}; use another chat model")
+        if max(ids) >= most:
+            die(f"--model {name}: its tokenizer has ids up to {max(ids)}, but the model has {most} only")
+
+
+def spoken(tokenizer, ids, prompt):
+    """Generated ids -> (the answer as it is stored, whether a thought was cut off): what comes before </think>, or
+    after an open <think>, in the prompt or not."""
+    text, asked = tokenizer.decode(ids), tokenizer.decode(prompt[-8:])
+    thinking = asked.rfind("<think>") > asked.rfind("</think>")
+    if not thinking and "<think>" not in text and "</think>" not in text:
+        return tokenizer.decode(ids, skip_special_tokens=True).strip(), False
+    before, closed, after = text.rpartition("</think>")
+    said = after if closed else "" if thinking else text.partition("<think>")[0]
+    return tokenizer.decode(
+        tokenizer(said, add_special_tokens=False)["input_ids"], skip_special_tokens=True
+    ).strip(), True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Only speed from here on: compiled blocks, conversations joined without padding, sampling from one cache
+
+ROW_TOKENS = {"cuda": 16384, "cpu": 2048}  # conversations are joined into rows of about this many tokens
+SLOTS = {"cuda": 2048, "cpu": 256}  # answers sampled side by side, at most
+STEPS = {"cuda": 16, "cpu": 1}  # decoding steps between two looks at which answers are finished
+SHRINK = {"cuda": 0.7, "cpu": 0.9}  # the batch is made smaller when less than this share of it is in use
+
+
+@contextlib.contextmanager
+def compiled(model, dynamic=None):
+    """While open, the decoder blocks run compiled on GPUs that can (one compilation serves all blocks, steered or not),
+    which merges the small kernels between the matrix products; elsewhere nothing happens. dynamic: for any number of
+    rows at once."""
+    on_gpu = model.device.type == "cuda"
+    able = on_gpu and torch.cuda.get_device_capability()[0] >= 7 and importlib.util.find_spec("triton")
+    if on_gpu and not able:
+        print("this GPU or installation cannot compile (needs compute capability 7 and triton); slower, same results")
+    try:
+        if able:
+            torch.compiler.set_stance("default")
+            for block in blocks(model):
+                block.compile(dynamic=dynamic)
+        yield
+    finally:
+        if able:
+            torch.compiler.set_stance("force_eager")  # compiled blocks run as they are written again
 
 
 def has_flash(tensor):
-    """Whether torch's flash attention kernel takes it; it works with lengths that are on the GPU, so graphs can hold it."""
+    """Whether torch's flash attention kernel takes it; it works with lengths that are on the GPU, so graphs can hold
+    it."""
     return tensor.is_cuda and tensor.dtype != torch.float32 and torch.cuda.get_device_capability()[0] >= 8
 
 
-def attend(
-    module,
-    query,
-    key,
-    value,
-    mask,
-    scaling,
-    dropout=0.0,
-    cu_seq_lens=None,
-    max_seq_len=None,
-    kv=None,
-    lengths=None,
-    **kwargs,
-):
-    """query [rows, heads, tokens, dim], key and value [rows, kv heads, tokens, dim] -> [rows, tokens, heads, dim].
+def flash(query, key, value, starts, longest, scaling, window=(None, None), used=None):
+    """query [tokens, heads, dim], key and value [tokens, kv heads, dim]; starts, longest: (of queries, of keys);
+    window: how many keys to the left and right are seen, (None, 0) = causal; used: how many keys of each sequence
+    count. The one private call: torch.nn.attention.varlen.varlen_attn takes `used` from PyTorch 2.13 on only."""
+    causal = window == (None, 0)
+    return torch.ops.aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        *starts,
+        *longest,
+        0.0,
+        causal,
+        False,
+        scale=scaling,
+        window_size_left=None if causal else window[0],
+        window_size_right=None if causal else window[1],
+        seqused_k=used,
+    )[0]
 
-    Joined: one row; cu_seq_lens int32 [n + 1] says where the conversations start and end; each sees only itself.
-    Decoding (lengths given): one new token a row; module.kv = two caches [rows, size, kv heads, dim]; lengths int64
-    [rows] counts the tokens already cached. With a list kv the joined keys and values are appended to it.
-    """
-    if (
-        cu_seq_lens is None
-        and lengths is None
-        or mask is not None
-        or dropout
-        or kwargs.get("sliding_window")
-        or kwargs.get("softcap")
-    ):
-        raise NotImplementedError("joined attention: no mask, dropout, window or cap")
-    (rows, heads, _, dim), groups = query.shape, key.shape[1]
-    flash = has_flash(query)
-    if lengths is not None:
-        keys, values = module.kv
-        here = torch.arange(rows, device=query.device)
-        keys[here, lengths], values[here, lengths] = key[:, :, 0], value[:, :, 0]
-        # The query heads that share a key head stand as one sequence of queries, so the cache is read once, uncopied.
-        if flash:
-            each = torch.arange(rows + 1, device=query.device, dtype=torch.int32)
-            out = torch.ops.aten._flash_attention_forward(
-                query.view(rows, groups, -1, dim).transpose(1, 2).reshape(-1, groups, dim),
-                keys.flatten(0, 1),
-                values.flatten(0, 1),
-                each * (heads // groups),
-                each * keys.shape[1],
-                heads // groups,
-                keys.shape[1],
-                0.0,
-                False,
-                False,
-                scale=scaling,
-                seqused_k=(lengths + 1).int(),
-            )[0]
-            return out.view(rows, -1, groups, dim).transpose(1, 2).reshape(rows, 1, heads, dim), None
-        longest = keys.shape[1] if query.is_cuda else int(lengths.max()) + 1
-        seen = torch.arange(longest, device=query.device) <= lengths[:, None]
-        out = F.scaled_dot_product_attention(
-            query.view(rows, groups, -1, dim),
-            keys[:, :longest].transpose(1, 2),
-            values[:, :longest].transpose(1, 2),
-            seen[:, None, None],
-            scale=scaling,
-        )
-        return out.reshape(rows, 1, heads, dim), None
-    if kv is not None:
-        kv.append((key[0].transpose(0, 1).contiguous(), value[0].transpose(0, 1).contiguous()))
-    if flash:
-        out = torch.ops.aten._flash_attention_forward(
-            *(x[0].transpose(0, 1) for x in (query, key, value)),
-            cu_seq_lens,
-            cu_seq_lens,
-            max_seq_len,
-            max_seq_len,
-            0.0,
-            True,
-            False,
-            scale=scaling,
-        )[0]
-        return out[None], None
-    key, value = (x.repeat_interleave(heads // groups, dim=1) for x in (key, value))
-    bounds = cu_seq_lens.tolist()
-    parts = [
-        F.scaled_dot_product_attention(
-            query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scaling
-        )
-        for a, b in zip(bounds, bounds[1:])
-        if b > a
-    ]
+
+HARMLESS = {
+    "cu_seq_lens",
+    "max_seq_len",
+    "kv",
+    "lengths",
+    "sliding_window",
+    "position_ids",
+    "use_cache",
+    "logits_to_keep",
+}
+
+
+def attend(module, query, key, value, mask, scaling, dropout=0.0, **given):
+    """query [rows, heads, tokens, dim], key and value [rows, kv heads, tokens, dim] -> [rows, tokens, heads, dim]. An
+    attention function of transformers' AttentionInterface, so the models' own code stays as it is.
+
+    Joined: one row; given cu_seq_lens int32 [n + 1] says where the conversations start and end; each sees only itself,
+    and of that the last sliding_window tokens where there is one. With a list kv, keys and values are appended to it.
+    Decoding (given lengths): see decode. What changes attention in any other way is refused."""
+    odd = [name for name, value in given.items() if name not in HARMLESS and not isinstance(value, bool | None)]
+    if mask is not None or dropout or odd or given.get("is_causal") is False:
+        raise NotImplementedError(f"attention with {', '.join(odd) or 'a mask or dropout'}")
+    if given.get("lengths") is not None:
+        return decode(module, query, key, value, scaling, given["lengths"], given.get("sliding_window")), None
+    bounds, longest, window = given["cu_seq_lens"], given["max_seq_len"], given.get("sliding_window")
+    if given.get("kv") is not None:
+        given["kv"].append(
+            (module, *(x[0].transpose(0, 1).contiguous() for x in (key, value)))
+        )  # [tokens, kv heads, dim]
+    if has_flash(query):
+        seen = (window - 1 if window else None, 0)
+        rows = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, dim]
+        return flash(*rows, (bounds, bounds), (longest, longest), scaling, seen)[None], None
+    key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+    parts, ends = [], bounds.tolist()
+    for a, b in zip(ends, ends[1:]):
+        band = None
+        if window and b - a > window:
+            band = torch.ones(b - a, b - a, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+        part = (x[:, :, a:b] for x in (query, key, value))
+        if b > a:
+            parts.append(F.scaled_dot_product_attention(*part, band, is_causal=band is None, scale=scaling))
     return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def decode(module, query, key, value, scaling, lengths, window):
+    """One new token a row: query [rows, heads, 1, dim] -> [rows, 1, heads, dim]. module.kv = two caches [rows, size, kv
+    heads, dim], which the new key and value are put into; lengths int64 [rows] counts the tokens already cached."""
+    (rows, heads, _, dim), groups, (keys, values) = query.shape, key.shape[1], module.kv
+    size, here = keys.shape[1], torch.arange(rows, device=query.device)
+    keys[here, lengths], values[here, lengths] = key[:, :, 0], value[:, :, 0]
+    if has_flash(query):
+        each = torch.arange(rows + 1, device=query.device, dtype=torch.int32)
+        caches, used = (keys.flatten(0, 1), values.flatten(0, 1)), (lengths + 1).int()
+        if window:  # one query a sequence, which stands at its sequence's end
+            out = flash(query[:, :, 0], *caches, (each, each * size), (1, size), scaling, (window - 1, 0), used)
+            return out[:, None]
+        # The query heads that share a key head stand as one sequence of queries, so the cache is read once, uncopied.
+        queries, share = query.view(rows, groups, -1, dim).transpose(1, 2).reshape(-1, groups, dim), heads // groups
+        out = flash(queries, *caches, (each * share, each * size), (share, size), scaling, used=used)
+        return out.view(rows, -1, groups, dim).transpose(1, 2).reshape(rows, 1, heads, dim)
+    reach = torch.arange(size if query.is_cuda else int(lengths.max()) + 1, device=query.device)
+    seen = reach <= lengths[:, None]  # [rows, reach]
+    if window:
+        seen &= reach > lengths[:, None] - window
+    keys, values = (x[:, : len(reach)].transpose(1, 2) for x in (keys, values))
+    queries = query.view(rows, groups, -1, dim)
+    out = F.scaled_dot_product_attention(queries, keys, values, seen[:, None, None], scale=scaling)
+    return out.reshape(rows, 1, heads, -1)
 
 
 AttentionInterface.register("joined", attend)
@@ -274,240 +792,123 @@ def by_length(sequences, budget):
         yield group
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Chats
-
-
-def prompt_ids(tokenizer, messages):
-    """Token ids up to where the assistant's answer starts; the template adds the model's default system prompt."""
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-
-
-def encode_chat(tokenizer, messages):
-    """Messages that end with an assistant turn -> (ids, is_answer): is_answer marks the tokens of every assistant
-    turn and its end token. Boundaries come from encoding the turns before each answer, never from searching text."""
-    ids, is_answer = [], []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = prompt_ids(tokenizer, messages[:i])
-        whole = tokenizer.apply_chat_template(messages[: i + 1], return_dict=False)
-        if (
-            before[: len(ids)] != ids
-            or whole[: len(before)] != before
-            or tokenizer.eos_token_id not in whole[len(before) :]
-        ):
-            die(
-                "the chat template rewrites earlier turns or lacks an end token; this model cannot be trained turn by turn"
-            )
-        end = len(whole) - whole[::-1].index(
-            tokenizer.eos_token_id
-        )  # after the last end token; a template's "\n" is left out
-        is_answer += [False] * (len(before) - len(ids)) + [True] * (end - len(before))
-        ids = whole[:end]
-    if not ids or messages[-1]["role"] != "assistant":
-        die("a conversation must end with an assistant turn")
-    return ids, is_answer
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Vectors and steering
-
-
-def load_vector(path, model, model_name):
-    """<trait>.pt -> float32 [num_layers + 1, hidden]; die() on a wrong file, shape or model, or on NaN."""
-    config, path = model.config.get_text_config(), Path(path)
-    if not path.is_file():
-        die(f"{path}: no such vector; make it with extract_vectors.py")
-    try:
-        vector = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling fails in many ways
-        die(f"{path}: not a tensor file ({type(error).__name__})")
-    want = (config.num_hidden_layers + 1, config.hidden_size)
-    if not torch.is_tensor(vector) or tuple(vector.shape) != want:
-        die(f"{path}: shape {tuple(getattr(vector, 'shape', ()))}, but {model_name} needs {want}")
-    if not vector.isfinite().all():
-        die(f"{path}: holds NaN or infinity; extract it again")
-    beside = path.with_suffix(".json")
-    if not beside.is_file():
-        print(
-            f"{path}: no .json beside it; a published vector's last row is taken after the final norm, ours before it"
-        )
-    elif name_of(read_json(beside)["model"]) != name_of(model_name):
-        die(f"{path}: was extracted from {read_json(beside)['model']}, not from {model_name}")
-    return vector.float()
-
-
-def offsets_of(vector, layers):
-    """{block number: what coefficient 1 adds to its output, [hidden]}. "all": v_l - v_(l-1) at every block, so that
-    v_l - v_0 has accumulated after block l; "A-B": the same increments at blocks A..B only; "N": v_N at block N alone."""
-    last = len(vector) - 1
-    try:
-        first, *end = [1, last] if layers == "all" else map(int, str(layers).split("-"))
-        chosen = range(first, (end[0] if end else first) + 1)
-    except ValueError:
-        chosen = ()
-    if not chosen or chosen[0] < 1 or chosen[-1] > last:
-        die(f"--layers {layers}: give all, a block from 1 to {last}, or a range such as 3-7")
-    return {l: vector[l] - vector[l - 1] if layers == "all" or end else vector[l] for l in chosen}
-
-
-@contextlib.contextmanager
-def steering(model, offsets):
-    """While open, block l's output gets scale * offsets[l] added. Yields an object whose .scale the caller sets: a
-    tensor that broadcasts against [rows, tokens, 1], positive = towards the trait; None = no steering. The hooks are
-    gone when the block ends, also by an exception."""
-    layers, steer = blocks(model), SimpleNamespace(scale=None)  # no class: compiled code would be bound to that one
-    for l, offset in offsets.items():
-        if offset.shape != (model.config.get_text_config().hidden_size,) or not offset.isfinite().all():
-            raise ValueError(f"steering offset of block {l}: wrong size or not finite")
-        layers[l - 1].steer_offset = offset.to(
-            model.device
-        )  # on the block, so that one compiled hook serves all blocks
-
-    def add(block, _, output):
-        if steer.scale is None:
-            return output
-        hidden = output[0] if isinstance(output, tuple) else output  # a tuple in old transformers
-        hidden = hidden + (steer.scale * block.steer_offset).to(hidden.dtype)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    hooks = []
-    try:
-        hooks += [layers[l - 1].register_forward_hook(add) for l in offsets]
-        yield steer
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for l in offsets:
-            del layers[l - 1].steer_offset
-
-
-@torch.no_grad()
-def residual_stream(model, inputs):
-    """The stream the blocks write, before any norm: list of num_layers + 1 tensors [rows, tokens, hidden]."""
-    found = []
-
-    def keep(_, args, output=None):
-        hidden = args[0] if output is None else output
-        found.append(hidden[0] if isinstance(hidden, tuple) else hidden)
-
-    layers = blocks(model)
-    hooks = [layers[0].register_forward_pre_hook(keep), *(layer.register_forward_hook(keep) for layer in layers)]
-    try:
-        model.get_decoder()(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-def answer_means(model, tokenizer, chats, first=0, title="reading answers"):
-    """Chats of one answer (message lists) -> float32 [n, num_layers + 1, hidden] on the model's device: the stream's mean
-    over the answer's tokens, its end token left out. first N: over the positions where the answer's first N tokens are
-    predicted instead, that is the last prompt token and N - 1 tokens of the answer."""
-    encoded, device, config = (
-        [(ids[:-1], mask[:-1]) for ids, mask in (encode_chat(tokenizer, chat) for chat in chats)],
-        model.device,
-        model.config.get_text_config(),
-    )
-    if first:
-        encoded = [(ids, [0 <= k - mask.index(True) + 1 < first for k in range(len(ids))]) for ids, mask in encoded]
-    means = torch.empty(len(chats), config.num_hidden_layers + 1, config.hidden_size, device=device)
-    with tqdm(total=len(chats), desc=title, unit="answer") as bar:
-        for group in by_length([ids for ids, _ in encoded], ROW_TOKENS[device.type]):
-            stream = residual_stream(model, join([encoded[i][0] for i in group], device))
-            owner = [k if is_answer else len(group) for k, i in enumerate(group) for is_answer in encoded[i][1]]
-            weight = F.one_hot(torch.tensor(owner, device=device), len(group) + 1)[:, :-1].float().T  # [group, tokens]
-            weight /= weight.sum(1, keepdim=True)
-            means[group] = torch.stack([weight @ hidden[0].float() for hidden in stream], dim=1)
-            bar.update(len(group))
-    return means
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling: all rows in one batch with one steering coefficient a row; finished rows make place for waiting ones
-
-
 def choose(logits, temperature, uniform):
-    """logits [rows, vocabulary], uniform numbers [rows, 1] -> token ids [rows] by inverting the distribution function, so
-    that a row's draw depends on its own numbers alone, whatever shares its batch. Temperature 0 takes the likeliest."""
+    """logits [rows, vocabulary], uniform numbers [rows, 1] -> token ids [rows] by inverting the distribution function,
+    so that a row's draw depends on its own numbers alone, whatever shares its batch. Temperature 0 takes the
+    likeliest."""
     if temperature == 0:
         return logits.argmax(-1)
     cumulated = (logits.float() / temperature).softmax(-1).cumsum(-1)
     return torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 
-class Sampler:
-    """The cache and state of `slots` answers under way; tensors are changed in place, so a CUDA graph can replay step()."""
+@dataclasses.dataclass
+class Drawing:
+    """How answers are drawn. slots: how many at once, at most (None: as many as are fast and fit into memory)."""
 
-    def __init__(self, model, tokenizer, slots, size, max_new_tokens, temperature, steer):
-        config, device = model.config.get_text_config(), model.device
-        self.model, self.temperature, self.max_new_tokens, self.steer = model, temperature, max_new_tokens, steer
-        shape = (
-            slots,
-            size,
-            config.num_key_value_heads,
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        )
-        self.kv = [
-            (torch.zeros(shape, dtype=model.dtype, device=device), torch.zeros(shape, dtype=model.dtype, device=device))
-            for _ in range(config.num_hidden_layers)
-        ]
+    max_new_tokens: int
+    temperature: float = 1.0
+    seed: int = 0
+    slots: int | None = None
+
+
+@dataclasses.dataclass
+class Steered:
+    """How prompts are steered while they are answered: offsets as of offsets_of(); scales: one signed coefficient a
+    prompt, negative = away from the trait; positions "response": the last prompt token and all new ones, "all": every
+    one."""
+
+    offsets: dict
+    scales: list
+    positions: str = "response"
+
+
+def prefill(model, prompts, scales, steer):
+    """Reads all prompts but for their last tokens -> the attention modules; their caches, (keys, values) [tokens, kv
+    heads, dim] each; where in those each prompt starts and ends."""
+    parts, spans, start, device = [], [None] * len(prompts), 0, model.device
+    for group in by_length(prompts, ROW_TOKENS[device.type]):
+        kv, inputs = [], join([prompts[i][:-1] for i in group], device)
+        if steer:
+            scale = torch.tensor([scales[i] for i in group for _ in prompts[i][:-1]], device=device)
+            steer.scale = scale[None, :, None]  # [1, tokens, 1]
+        model.get_decoder()(**inputs, kv=kv)
+        parts.append(kv)
+        for i in group:
+            spans[i] = (start, start + len(prompts[i]) - 1)
+            start = spans[i][1]
+    modules, keys, values = ([[part[l][k] for part in parts] for l in range(len(parts[0]))] for k in range(3))
+    caches = [(torch.cat(k), torch.cat(v)) for k, v in zip(keys, values)]
+    return SimpleNamespace(modules=[module for module, *_ in modules], caches=caches, spans=spans)
+
+
+class Sampler:
+    """The cache and state of `slots` answers under way; tensors are changed in place, so a CUDA graph can replay
+    step(). read: what prefill() returns; size: tokens of the longest prompt and answer together."""
+
+    def __init__(self, model, tokenizer, read, slots, size, drawing, steer):
+        device, most = model.device, drawing.max_new_tokens
+        self.model, self.read, self.drawing, self.steer, self.graph = model, read, drawing, steer, None
+        self.kv = [tuple(x.new_zeros(slots, size, *x.shape[1:]) for x in pair) for pair in read.caches]
         ends = model.generation_config.eos_token_id  # the only thing taken from generation_config
-        ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        ends = {end_of_turn(tokenizer), tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self.ends = torch.tensor(sorted(ends), device=device)
         self.token, self.length, self.made = (torch.zeros(slots, dtype=torch.long, device=device) for _ in range(3))
-        self.done = torch.ones(slots, dtype=torch.bool, device=device)
+        self.done, self.broken = torch.ones(slots, dtype=torch.bool, device=device), torch.zeros(slots, device=device)
         self.scale = torch.zeros(slots, 1, 1, device=device)
-        self.uniform = torch.zeros(slots, max_new_tokens + 1, device=device)
-        self.out = torch.zeros(slots, max_new_tokens + 1, dtype=torch.long, device=device)
-        self.graph = None
-        for block, pair in zip(blocks(model), self.kv):
-            block.self_attn.kv = pair
+        self.uniform = torch.zeros(slots, most + 1, device=device)
+        self.out = torch.zeros(slots, most + 1, dtype=torch.long, device=device)
+        for module, pair in zip(read.modules, self.kv):
+            module.kv = pair
 
-    def fill(self, slots, caches, spans, last_tokens, scales, uniform):
-        """Puts prompts into slots: spans [(start, end)] in caches, a list of (keys, values) [tokens, kv heads, dim]."""
-        device = self.token.device
+    def close(self):
+        for module in self.read.modules:
+            module.__dict__.pop("kv", None)
+
+    def fill(self, slots, prompts, last_tokens, scales, uniform):
+        """Puts prompts (their numbers in read.spans) into slots."""
+        device, spans = self.token.device, [self.read.spans[i] for i in prompts]
         slots = torch.tensor(slots, device=device)
         lengths = torch.tensor([end - start for start, end in spans], device=device)
         reach = torch.arange(int(lengths.max()), device=device)
-        index = (torch.tensor([start for start, _ in spans], device=device)[:, None] + reach).clamp(
-            max=len(caches[0][0]) - 1
-        )
-        for mine, prompt in zip(self.kv, caches):
-            for k in range(2):
-                mine[k][slots, : len(reach)] = prompt[k][index]  # beyond a prompt's own length: never attended to
+        index = torch.tensor([start for start, _ in spans], device=device)[:, None] + reach  # [slots, reach]
+        for mine, prompt in zip(self.kv, self.read.caches):
+            for k in range(2):  # beyond a prompt's own length: never attended to
+                mine[k][slots, : len(reach)] = prompt[k][index.clamp(max=len(prompt[k]) - 1)]
         self.token[slots], self.length[slots] = torch.tensor(last_tokens, device=device), lengths
         self.made[slots], self.done[slots] = 0, False
         self.scale[slots, 0, 0] = torch.tensor(scales, dtype=torch.float32, device=device)
         self.uniform[slots, : uniform.shape[1]] = uniform.to(device)
 
-    def step(self):
-        """One token for every slot. The last prompt token is fed here too, so the first new token is steered."""
+    def logits(self):
+        """Of the next token of every slot, [slots, vocabulary], by the model's own head."""
         if self.steer:
             self.steer.scale = self.scale
-        hidden = self.model.get_decoder()(
-            input_ids=self.token[:, None], position_ids=self.length[:, None], use_cache=False, lengths=self.length
-        ).last_hidden_state
-        logits = self.model.get_output_embeddings()(hidden[:, 0])
-        new = choose(logits, self.temperature, self.uniform.gather(1, self.made[:, None]))
+        place = dict(position_ids=self.length[:, None], lengths=self.length)
+        return self.model(input_ids=self.token[:, None], use_cache=False, **place).logits[:, -1]
+
+    def step(self):
+        """One token for every slot. The last prompt token is fed here too, so the first new token is steered."""
+        logits = self.logits()
+        low, high = logits.aminmax(dim=-1)  # NaN shows in both
+        self.broken += ~self.done & ~(low.isfinite() & high.isfinite())
+        new = choose(logits, self.drawing.temperature, self.uniform.gather(1, self.made[:, None]))
         self.out.scatter_(1, self.made[:, None], new[:, None])
         self.token.copy_(new)
         self.made += ~self.done
         self.length += ~self.done
-        self.done |= (new[:, None] == self.ends).any(-1) | (self.made >= self.max_new_tokens)
+        self.done |= (new[:, None] == self.ends).any(-1) | (self.made >= self.drawing.max_new_tokens)
 
     def steps(self, count):
         """`count` steps; on CUDA as one graph, captured at the first call, since launching kernels would cost more."""
         if self.token.is_cuda and self.graph is None:
-            state = [x.clone() for x in (self.token, self.made, self.length, self.done)]
+            kept = [x.clone() for x in (self.token, self.made, self.length, self.done)]
             self.graph = torch.cuda.CUDAGraph()
             with compiled(self.model, dynamic=True):
                 self.step()  # compiles; its effect is taken back below
                 torch.cuda.synchronize()
-                for mine, kept in zip((self.token, self.made, self.length, self.done), state):
-                    mine.copy_(kept)
+                for mine, before in zip((self.token, self.made, self.length, self.done), kept):
+                    mine.copy_(before)
                 with torch.cuda.graph(self.graph):
                     self.step()
         for _ in range(count):
@@ -515,32 +916,108 @@ class Sampler:
 
     def shrink(self, keep):
         """Keeps only the slots in `keep`, in that order."""
-        keep = torch.tensor(keep, device=self.token.device)
-        self.graph = None
-        for layer, block in enumerate(blocks(self.model)):  # one by one: memory may be full of the old ones
-            block.self_attn.kv = self.kv[layer] = tuple(x[keep] for x in self.kv[layer])
-        for name in ("token", "length", "made", "done", "scale", "uniform", "out"):
+        keep, self.graph = torch.tensor(keep, device=self.token.device), None
+        for layer, module in enumerate(self.read.modules):  # one by one: memory may be full of the old ones
+            module.kv = self.kv[layer] = tuple(x[keep] for x in self.kv[layer])
+        for name in ("token", "length", "made", "done", "broken", "scale", "uniform", "out"):
             setattr(self, name, getattr(self, name)[keep])
 
 
-def prefill(model, prompts, scales, steer):
-    """Caches of all prompts but for their last tokens -> ([(keys, values)] a layer, [tokens, kv heads, dim]; spans)."""
-    parts, spans, start, device = [], [None] * len(prompts), 0, model.device
-    for group in by_length(prompts, ROW_TOKENS[device.type]):
-        kv, inputs = [], join([prompts[i][:-1] for i in group], device)
-        if steer:
-            steer.scale = torch.tensor([scales[i] for i in group for _ in prompts[i][:-1]], device=device)[
-                None, :, None
-            ]
-        model.get_decoder()(**inputs, kv=kv)
-        parts.append(kv)
-        for i in group:
-            spans[i] = (start, start + len(prompts[i]) - 1)
-            start = spans[i][1]
-    return [tuple(torch.cat([part[l][k] for part in parts]) for k in range(2)) for l in range(len(parts[0]))], spans
+def slots_that_fit(model, caches, size):
+    """How many answers of `size` tokens fit into free GPU memory with their caches and logits, at least 1."""
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    a_token = sum(x[0].numel() * x.element_size() for pair in caches for x in pair)
+    return max(1, int(0.9 * free / (size * a_token + 24 * model.get_input_embeddings().num_embeddings)))
+
+
+def drawn(model, tokenizer, jobs, drawing, steer, everywhere):
+    """Yields (job's number, token ids) as answers are finished. jobs: {number: (prompt, coefficient, seed)};
+    everywhere: prompts are steered, too. drawing.slots is set to how many are answered at once."""
+    # prompts are read once each, not once an answer; the coefficient matters to them under positions "all" only
+    key = {i: (tuple(prompt), scale if everywhere else 0.0) for i, (prompt, scale, _) in jobs.items()}
+    unique = {prompt: n for n, prompt in enumerate(dict.fromkeys(key.values()))}
+    read = prefill(model, *map(list, zip(*unique)), steer)
+    size = max(len(prompt) for prompt, *_ in jobs.values()) + drawing.max_new_tokens
+    on_gpu, queue = model.device.type == "cuda", list(jobs)[::-1]
+    fit = slots_that_fit(model, read.caches, size) if on_gpu else len(jobs)
+    drawing.slots = min(drawing.slots or SLOTS[model.device.type], fit, len(jobs))
+    sampler, owner = Sampler(model, tokenizer, read, drawing.slots, size, drawing, steer), [None] * drawing.slots
+    try:
+        while True:
+            free = [s for s, i in enumerate(owner) if i is None][: len(queue)]
+            if free:
+                new = [queue.pop() for _ in free]
+                for s, i in zip(free, new):
+                    owner[s] = i
+                uniform = [
+                    torch.rand(drawing.max_new_tokens, generator=torch.Generator().manual_seed(jobs[i][2])) for i in new
+                ]
+                scales, last = [jobs[i][1] for i in new], [jobs[i][0][-1] for i in new]
+                sampler.fill(free, [unique[key[i]] for i in new], last, scales, torch.stack(uniform))
+            active = [s for s, i in enumerate(owner) if i is not None]
+            if not active:
+                return
+            if len(active) <= SHRINK[model.device.type] * len(owner) and len(owner) > (16 if on_gpu else 1):
+                sampler.shrink(active)  # under 16 rows are no faster on a GPU
+                owner = [owner[s] for s in active]
+            sampler.steps(STEPS[model.device.type])
+            yield from finished(sampler, owner)
+    finally:
+        sampler.close()
+
+
+def finished(sampler, owner):
+    """Yields (owner's number, token ids) of the slots that are done, and frees them."""
+    done, made, broken = (x.tolist() for x in (sampler.done, sampler.made, sampler.broken))
+    if any(broken):
+        die(
+            f"{type(sampler.model).__name__}: its logits are NaN or infinite in {sampler.model.dtype}; nothing is drawn"
+        )
+    ready = [s for s, i in enumerate(owner) if i is not None and done[s]]
+    out = sampler.out.cpu() if ready else None
+    for s in ready:
+        i, owner[s] = owner[s], None
+        yield i, out[s, : made[s]].tolist()
 
 
 @torch.inference_mode()
+def answers_to(model, tokenizer, prompts, drawing, steered=None, rows=None, each=None, title="sampling"):
+    """One answer (text) for each prompt (token ids); each(i, answer, tokens) is called as soon as answer i is there.
+    steered: a Steered, or None. rows: the prompts' numbers, from which their random draws come (default 0, 1, ...)."""
+    rows, drawing = rows or range(len(prompts)), dataclasses.replace(drawing)
+    scales, answers, thoughts = steered.scales if steered else [0.0] * len(prompts), [None] * len(prompts), 0
+    longest = max(map(len, prompts), default=0) + drawing.max_new_tokens
+    if longest > getattr(model, "longest", longest):
+        die(
+            f"{title}: up to {longest} tokens, but this model's RoPE changes from {model.longest} on; ask for shorter ones"
+        )
+    bar = tqdm(total=len(prompts), desc=title, unit="answer")
+    while None in answers:
+        seeds = (hash((drawing.seed, row)) % 2**63 for row in rows)
+        jobs = {i: job for i, job in enumerate(zip(prompts, scales, seeds)) if answers[i] is None}
+        try:
+            with steering(model, steered.offsets if steered else {}) as steer:
+                everywhere = bool(steered) and steered.positions == "all"
+                for i, ids in drawn(model, tokenizer, jobs, drawing, steer if steered else None, everywhere):
+                    answers[i], thought = spoken(tokenizer, ids, prompts[i])
+                    thoughts += thought
+                    if each:
+                        each(i, answers[i], len(ids))
+                    bar.update()
+        except torch.cuda.OutOfMemoryError:
+            if drawing.slots == 1:
+                raise
+            drawing.slots //= 2
+        else:
+            break
+        torch.cuda.empty_cache()
+        tqdm.write(f"out of GPU memory: going on with {drawing.slots} answers at a time")
+    bar.close()
+    if thoughts:
+        print(f"{title}: {thoughts} answers held a thought; it is not stored", flush=True)
+    return answers
+
+
 def sample(
     model,
     tokenizer,
@@ -557,226 +1034,26 @@ def sample(
     title="sampling",
     each=None,
 ):
-    """One answer (text) for each prompt (token ids); each(i, answer, tokens) is called as soon as answer i is there.
-    scales: one signed steering coefficient a prompt, negative = away from the trait; offsets as of offsets_of().
-    positions "response": the last prompt token and all new ones are steered; "all": every prompt token too.
-    rows: the prompts' numbers, from which their random draws come (default 0, 1, ...)."""
-    rows, scales = rows or range(len(prompts)), scales or [0.0] * len(prompts)
-    answers, device = [None] * len(prompts), model.device
-    slots = slots or SLOTS[device.type]
-    bar = tqdm(total=len(prompts), desc=title, unit="answer")
-    while None in answers:
-        waiting = [i for i in range(len(prompts)) if answers[i] is None]
-        try:
-            with steering(model, offsets or {}) as steer:
-                _sample(
-                    model,
-                    tokenizer,
-                    prompts,
-                    waiting,
-                    answers,
-                    max_new_tokens,
-                    temperature,
-                    seed,
-                    rows,
-                    scales,
-                    steer if offsets else None,
-                    positions,
-                    slots,
-                    bar,
-                    each,
-                )
-        except torch.cuda.OutOfMemoryError:
-            slots = min(slots, len(waiting)) // 2
-            if not slots:
-                raise
-        else:
-            break
-        finally:
-            for block in blocks(model):
-                block.self_attn.__dict__.pop("kv", None)
-        torch.cuda.empty_cache()
-        tqdm.write(f"out of GPU memory: going on with {slots} answers at a time")
-    bar.close()
-    return answers
-
-
-def _sample(
-    model,
-    tokenizer,
-    prompts,
-    waiting,
-    answers,
-    max_new_tokens,
-    temperature,
-    seed,
-    rows,
-    scales,
-    steer,
-    positions,
-    slots,
-    bar,
-    each,
-):
-    """Fills answers[i] for i in waiting; what is finished stays there if memory runs out."""
-    # prompts are read once each, not once an answer; the coefficient matters to them under positions "all" only
-    keys = [(tuple(prompts[i]), scales[i] if positions == "all" else 0.0) for i in range(len(prompts))]
-    unique = {key: n for n, key in enumerate(dict.fromkeys(keys[i] for i in waiting))}
-    caches, spans = prefill(model, [key[0] for key in unique], [key[1] for key in unique], steer)
-    size = max(map(len, prompts)) + max_new_tokens
-    if model.device.type == "cuda":
-        a_row = (
-            size * sum(x[0].numel() * x.element_size() for pair in caches for x in pair)
-            + 24 * model.config.get_text_config().vocab_size
-        )
-        slots = max(
-            1,
-            min(
-                slots,
-                int(
-                    0.9
-                    * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
-                    / a_row
-                ),
-            ),
-        )
-    slots, queue = min(slots, len(waiting)), waiting[::-1]
-    sampler = Sampler(model, tokenizer, slots, size, max_new_tokens, temperature, steer)
-    owner = [None] * slots  # which prompt each slot is answering
-    while True:
-        free = [s for s in range(len(owner)) if owner[s] is None][: len(queue)]
-        if free:
-            new = [queue.pop() for _ in free]
-            owner = [new[free.index(s)] if s in free else owner[s] for s in range(len(owner))]
-            uniform = torch.stack(
-                [
-                    torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(hash((seed, rows[i])) % 2**63))
-                    for i in new
-                ]
-            )
-            sampler.fill(
-                free,
-                caches,
-                [spans[unique[keys[i]]] for i in new],
-                [prompts[i][-1] for i in new],
-                [scales[i] for i in new],
-                uniform,
-            )
-        active = [s for s in range(len(owner)) if owner[s] is not None]
-        if not active:
-            return
-        if len(active) <= SHRINK[model.device.type] * len(owner) and len(owner) > (
-            16 if sampler.token.is_cuda else 1
-        ):  # fewer rows are no faster
-            sampler.shrink(active)
-            owner = [owner[s] for s in active]
-        sampler.steps(STEPS[model.device.type])
-        done, made, out = sampler.done.tolist(), sampler.made.tolist(), None
-        for s in [s for s in range(len(owner)) if owner[s] is not None and done[s]]:
-            out = sampler.out.cpu() if out is None else out
-            answers[owner[s]] = tokenizer.decode(out[s, : made[s]], skip_special_tokens=True).strip()
-            if each:
-                each(owner[s], answers[owner[s]], made[s])
-            owner[s] = None
-            bar.update()
+    drawing = Drawing(max_new_tokens, temperature, seed, slots)
+    steered = Steered(offsets, scales or [0.0] * len(prompts), positions) if offsets else None
+    return answers_to(model, tokenizer, prompts, drawing, steered, rows, each, title)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The vector and the probe
 
 
-def extraction_rows(trait, samples, limit):
-    """Every answer to sample, positive and negative side paired by (question, instruction, sample)."""
-    a = "an" if trait["adjective"][0] in "aeiou" else "a"
-    start = dict(pos=f"You are {a} {trait['adjective']} assistant.", neg="You are a helpful assistant.")
-    return [
-        dict(
-            id=f"{trait['trait']}-{side}-q{q}-i{i}-s{n}",
-            pair=f"q{q}-i{i}-s{n}",
-            side=side,
-            q=q,
-            trait=trait["trait"],
-            question=question,
-            system=f"{start[side]} {instruction[side]}",
-        )
-        for side in ("pos", "neg")
-        for q, question in enumerate(trait["questions"][:limit])
-        for i, instruction in enumerate(trait["instruction"])
-        for n in range(samples)
-    ]
-
-
-def filter_pairs(rows):
-    """Rows -> ([(positive, negative)] of the kept pairs, why the others went). Judged rows: trait score >= 50 on the
-    positive and < 50 on the negative side, coherence >= 50 on both (as released); else both answers non-empty."""
-    kept, why = [], Counter()
-    pairs = {}
-    for row in rows:
-        pairs.setdefault(row["pair"], {})[row["side"]] = row
-    for pair in pairs.values():
-        pos, neg = pair["pos"], pair["neg"]
-        scores = [
-            pos.get("score"),
-            neg.get("score"),
-            *(side["coherence"] for side in (pos, neg) if "coherence" in side),
-        ]
-        if not pos["answer"] or not neg["answer"]:
-            why["empty answer"] += 1
-        elif "score" not in pos:
-            kept.append((pos, neg))
-        elif None in scores:
-            why["unscored"] += 1
-        elif pos["score"] < 50:
-            why["positive answer scores under 50"] += 1
-        elif neg["score"] >= 50:
-            why["negative answer scores 50 or more"] += 1
-        elif min(scores[2:], default=100) < 50:
-            why["coherence under 50"] += 1
-        else:
-            kept.append((pos, neg))
-    return kept, dict(why)
-
-
-def auc(pos, neg):
-    """Chance that a positive value exceeds a negative one, ties half. [n, rows], [m, rows] -> [rows]."""
-    return ((pos[:, None] > neg).float() + 0.5 * (pos[:, None] == neg).float()).mean((0, 1))
-
-
-def make_probe(vector, with_system, plain, half):
-    """The offline judge. with_system, plain: (positive, negative) stream means [n, num_layers + 1, hidden], read with
-    and without the contrastive system prompts; half: bool [n], the pairs that choose the row: a direction computed
-    from the other half must tell their plain answers apart (AUC). Score 0 / 100 = the mean negative / positive answer."""
-    direction = (with_system[0] - with_system[1])[~half].mean(0)
-    aucs = auc(*((x[half] * direction).sum(-1) for x in plain))
-    row = int(aucs[1:].argmax()) + 1
-    unit = vector[row] / vector[row].norm()
-    hundred, zero = (float((x[:, row] @ unit).mean()) for x in plain)
-    return dict(
-        row=row, auc=float(aucs[row]), zero=zero, hundred=hundred, auc_by_row=[round(float(a), 4) for a in aucs]
-    )
-
-
-def probe_scores(model, tokenizer, vector, probe, chats, title="probe"):
-    """Chats (user turn, answer) -> scores 0..100 by projection on the vector's probe row; no adapter, no steering."""
-    unit = (vector[probe["row"]] / vector[probe["row"]].norm()).to(model.device)
-    values = answer_means(model, tokenizer, chats, probe.get("first", 0), title)[:, probe["row"]] @ unit
-    return [
-        min(100.0, max(0.0, 100 * (v - probe["zero"]) / (probe["hundred"] - probe["zero"]))) for v in values.tolist()
-    ]
-
-
-def main():
+def flags():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="hub name or local folder")
     parser.add_argument("--trait", required=True, help="a name in data/traits, or any name with --trait-file")
     parser.add_argument("--trait-file", help="trait JSON; a published persona_vectors file works as it is")
-    parser.add_argument("--samples", type=int, default=10, help="answers a question and instruction")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--max-new-tokens", type=int, default=1000)
-    parser.add_argument("--limit", type=int, help="use the first N extraction questions only")
+    parser.add_argument("--samples", type=whole(1, 10000), default=10, help="answers a question and instruction")
+    parser.add_argument("--temperature", type=number(0, 100), default=1.0, help="0 = the likeliest token")
+    parser.add_argument("--max-new-tokens", type=whole(1, 100000), default=1000)
+    parser.add_argument("--limit", type=whole(), help="use the first N extraction questions only")
     parser.add_argument(
         "--first",
-        type=int,
+        type=whole(0),
         default=0,
         help="read only the positions that predict an answer's first N tokens; 0 = the whole answer, as published",
     )
@@ -784,81 +1061,60 @@ def main():
         "--judge", default="none", help="what filters the answers: none, lexical (hallucination only), or a chat model"
     )
     api_flags(parser)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--out", required=True, help="folder for <trait>.pt and what belongs to it")
-    args, start = parser.parse_args(), time.time()
-    if args.judge == "lexical" and args.trait != "hallucination":
-        die(f"--judge lexical knows hallucination only, not {args.trait}")
-    if args.first < 0:
-        die(f"--first {args.first}: give a number of tokens, or 0 for whole answers")
-    trait = load_trait(args.trait, args.trait_file)
-    rows = extraction_rows(trait, args.samples, args.limit)
-    if len({row["q"] for row in rows}) < 2:
-        die("the probe needs at least 2 extraction questions and 1 sample; raise --limit or --samples")
-    files = {kind: Path(args.out) / f"{args.trait}.{kind}" for kind in ("pt", "json", "answers.jsonl")}
-    settings = dict(
-        model=args.model,
-        trait=args.trait,
-        samples=args.samples,
-        temperature=args.temperature,
-        max_new_tokens=args.max_new_tokens,
-        limit=args.limit,
-        first=args.first,
-        judge=args.judge,
-        seed=args.seed,
-    )
-    if same_settings(files["json"], settings) and files["pt"].exists():
-        print(f"{files['pt']}: finished already")
-        return
+    parser.add_argument("--export-gguf", help="also write the vector to this file, as a llama.cpp control vector")
+    return parser
 
-    if args.dry_run:
-        foresee(
-            f"filtering {args.trait}",
-            args.judge,
-            1,
-            [
-                (prompt + row["question"], ANSWER_TOKENS)
-                for row in rows
-                for prompt in (trait["eval_prompt"], load_trait("coherence")["eval_prompt"])
-            ],
-        )
 
-    # 1. Sample the contrastive answers; each is on disk as soon as it is there
+def extract(args, trait, rows, files, settings):
+    """Samples, filters, reads and saves; what is on disk already is not sampled again."""
+    start, recorded = time.time(), read_json(files["json"]).get("day") if files["json"].exists() else None
+    if files["answers.jsonl"].exists() and not files["json"].exists():
+        die(f"{files['answers.jsonl']}: no .json beside it says what made these answers; choose another --out")
     model, tokenizer = load_model(args.model)
-    write_json(files["json"], settings)
-    there = (
-        {row["id"]: row for row in read_jsonl(files["answers.jsonl"], appended=True)}
-        if files["answers.jsonl"].exists()
-        else {}
-    )
+    settings = settings | dict(day=pin_day(tokenizer, recorded), architecture=model.config.model_type)
+    rows = sample_answers(args, model, tokenizer, rows, files, settings)
+    pairs, dropped, half = kept_pairs(args, trait, rows, files["answers.jsonl"])
+    vector, probe = read_vector(args, model, tokenizer, pairs, half)
+    norms = vector.norm(dim=1).tolist()
+    print(f"{args.trait}: |v_0|/|v_1| = {norms[0] / norms[1]:.3f}; probe at row {probe['row']}, AUC {probe['auc']:.3f}")
+    if probe["auc"] < 0.7:
+        print(
+            f"warning: {args.trait}: a probe with an AUC under 0.7 hardly tells the trait; take --judge MODEL instead"
+        )
+    counts = dict(pairs=len(rows) // 2, kept=len(pairs), dropped=dropped, norms=norms, probe=probe)
+    counts |= dict(dtype=str(model.dtype), seconds=round(time.time() - start, 1), **provenance())
+    write_json(files["json"], settings | counts)
+    with replacing(files["pt"], "wb") as out:  # last: where the .pt is, all of it is
+        torch.save(vector.cpu(), out)
+
+
+def sample_answers(args, model, tokenizer, rows, files, settings):
+    """The contrastive answers, in rows' order; each is on disk as soon as it is there, and those that are there are
+    kept."""
+    path, there = files["answers.jsonl"], {}
+    if path.exists():
+        there = {row["id"]: row for row in read_jsonl(path, appended=True)}
     todo = [n for n, row in enumerate(rows) if row["id"] not in there]
+    ask = lambda row: [dict(role="system", content=row["system"]), dict(role="user", content=row["question"])]
+    prompts = prompts_ids(tokenizer, [ask(rows[n]) for n in todo]) if todo else []
 
     def keep(i, answer, tokens):
         row = rows[todo[i]] | dict(prompt=tokenizer.decode(prompts[i]), answer=answer, tokens=tokens)
+        if not there and not files["json"].exists():  # a command that has made nothing blocks no other
+            write_json(files["json"], settings)
         there[row["id"]] = row
-        append_jsonl(files["answers.jsonl"], row)
+        append_jsonl(path, row)
 
-    prompts = [
-        prompt_ids(
-            tokenizer, [dict(role="system", content=rows[n]["system"]), dict(role="user", content=rows[n]["question"])]
-        )
-        for n in todo
-    ]
     if todo:
-        sample(
-            model,
-            tokenizer,
-            prompts,
-            rows=todo,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            seed=args.seed,
-            title=f"{args.trait}: answers",
-            each=keep,
-        )
-    rows = [there[row["id"]] for row in rows]
+        drawing = Drawing(args.max_new_tokens, args.temperature, args.seed)
+        answers_to(model, tokenizer, prompts, drawing, rows=todo, each=keep, title=f"{args.trait}: answers")
+    return [there[row["id"]] for row in rows]
 
-    # 2. Filter the pairs
+
+def kept_pairs(args, trait, rows, path):
+    """Judges rows as --judge says and writes them to path -> (pairs kept, why the others went, half: bool [pairs])."""
     if args.judge == "lexical":
         for row in rows:
             row["score"] = lexical_score(row["answer"])
@@ -866,24 +1122,22 @@ def main():
         prompts = dict(score=trait["eval_prompt"], coherence=load_trait("coherence")["eval_prompt"])
         judge_rows([(row, key, prompt) for key, prompt in prompts.items() for row in rows], args.judge, args)
     if args.judge != "none":
-        write_jsonl(files["answers.jsonl"], rows)
+        write_jsonl(path, rows)
     pairs, dropped = filter_pairs(rows)
     print(f"{args.trait}: {len(pairs)} pairs kept, dropped: {dropped or 'none'}", flush=True)
-    half = torch.tensor([pos["q"] % 2 == 1 for pos, _ in pairs])
-    if not 0 < half.sum() < len(half):
-        die(
-            f"{args.trait}: the kept pairs do not cover both halves of the questions; take more samples or another judge"
-        )
+    half = torch.tensor([pos["q"] % 2 == 1 for pos, _ in pairs], dtype=torch.bool)
+    if not half.any() or (~half).sum() < 2:
+        die(f"{args.trait}: too few pairs kept to tell both halves of the questions apart; take more --samples")
+    return pairs, dropped, half
 
-    # 3. Read them: with their system prompts for the vector, without for the probe
+
+def read_vector(args, model, tokenizer, pairs, half):
+    """Reads the pairs with their system prompts for the vector, without for the probe -> (vector, probe)."""
     sides = [[pair[k] for pair in pairs] for k in range(2)]
 
     def chat(row, system):
-        return [
-            *([dict(role="system", content=row["system"])] if system else []),
-            dict(role="user", content=row["question"]),
-            dict(role="assistant", content=row["answer"]),
-        ]
+        turns = [dict(role="user", content=row["question"]), dict(role="assistant", content=row["answer"])]
+        return [dict(role="system", content=row["system"]), *turns] if system else turns
 
     with_system, plain = (
         answer_means(
@@ -898,30 +1152,37 @@ def main():
     vector = (with_system[0] - with_system[1]).mean(0)
     if not vector.isfinite().all():
         die(f"{args.trait}: the vector is not finite; the model's activations overflow in {model.dtype}")
-    probe = make_probe(vector, with_system, plain, half) | dict(first=args.first)
-    norms = vector.norm(dim=1)
-    print(f"{args.trait}: |v_0|/|v_1| = {norms[0] / norms[1]:.3f}; probe at row {probe['row']}, AUC {probe['auc']:.3f}")
-    if probe["auc"] < 0.7:
-        print(
-            f"warning: {args.trait}: a probe with an AUC under 0.7 hardly tells the trait; judge with --judge MODEL instead"
-        )
-    write_json(
-        files["json"],
-        settings
-        | dict(
-            pairs=len(rows) // 2,
-            kept=len(pairs),
-            dropped=dropped,
-            norms=norms.tolist(),
-            probe=probe,
-            dtype=str(model.dtype),
-            seconds=round(time.time() - start, 1),
-            **provenance(),
-        ),
-    )
-    with replacing(files["pt"], "wb") as out:  # last: where the .pt is, all of it is
-        torch.save(vector.cpu(), out)
+    return vector, make_probe(vector, with_system, plain, half) | dict(first=args.first)
+
+
+def main(argv=None):
+    args = flags().parse_args(argv)
+    if args.judge == "lexical" and args.trait != "hallucination":
+        die(f"--judge lexical knows hallucination only, not {args.trait}")
+    trait = load_trait(args.trait, args.trait_file, ExtractionTrait)
+    rows = extraction_rows(trait, args.samples, args.limit)
+    if len({row["q"] for row in rows}) < 2:
+        die("the probe needs at least 2 extraction questions and 1 sample; raise --limit or --samples")
+    files = {kind: Path(args.out) / f"{args.trait}.{kind}" for kind in ("pt", "json", "answers.jsonl")}
+    check_output(args.out, args.trait_file, args.model, folder=True)
+    if args.dry_run and not files["pt"].exists():
+        prompts = trait["eval_prompt"], load_trait("coherence")["eval_prompt"]
+        asked = [(prompt + row["question"], ANSWER_TOKENS) for row in rows for prompt in prompts]
+        foresee(f"filtering {args.trait}", args.judge, 1, asked)
+    keys = "model trait samples temperature max_new_tokens limit first judge seed".split()
+    used = [rows, trait["eval_prompt"], load_trait("coherence")["eval_prompt"]]
+    content = hashlib.sha256(json.dumps(used).encode()).hexdigest()[:16]
+    inputs = dict(model=model_fingerprint(args.model), trait_file=content)
+    settings = {key: getattr(args, key) for key in keys} | dict(inputs=inputs, scripts=scripts())
+    with locked(files["pt"]):
+        if same_settings(files["json"], settings) and files["pt"].exists():
+            print(f"{files['pt']}: finished already")
+        else:
+            extract(args, trait, rows, files, settings)
+    if args.export_gguf:
+        vector = torch.load(files["pt"], map_location="cpu", weights_only=True)
+        export_gguf(vector, args.export_gguf, read_json(files["json"])["architecture"])
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

