@@ -35,7 +35,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from make_facts import (
     ANSWER_TOKENS,
     ExtractionTrait,
-    VectorSettings,
+    Settings,
     api_flags,
     append_jsonl,
     check_output,
@@ -142,7 +142,7 @@ def load_vector(path, model, model_name):
             f"{path}: no .json beside it; a published vector's last row is taken after the final norm, ours before it"
         )
     else:
-        same_model(path, "was extracted from", read_json(beside, VectorSettings), model_name)
+        same_model(path, "was extracted from", read_json(beside, Settings), model_name)
     return vector.float()
 
 
@@ -606,6 +606,10 @@ def encode_chats(tokenizer, conversations):
     return encoded
 
 
+def encode_chat(tokenizer, messages):
+    return encode_chats(tokenizer, [messages])[0]
+
+
 def check_chats(tokenizer, name, most):
     """die() unless a dummy chat, with and without a system turn, of one and of two turns, can be encoded and read
     back."""
@@ -988,9 +992,7 @@ def answers_to(model, tokenizer, prompts, drawing, steered=None, rows=None, each
     scales, answers, thoughts = steered.scales if steered else [0.0] * len(prompts), [None] * len(prompts), 0
     longest = max(map(len, prompts), default=0) + drawing.max_new_tokens
     if longest > getattr(model, "longest", longest):
-        die(
-            f"{title}: up to {longest} tokens, but this model's RoPE changes from {model.longest} on; ask for shorter ones"
-        )
+        die(f"{title}: up to {longest} tokens, but this model's RoPE changes from {model.longest} on")
     bar = tqdm(total=len(prompts), desc=title, unit="answer")
     while None in answers:
         seeds = (hash((drawing.seed, row)) % 2**63 for row in rows)

@@ -69,7 +69,7 @@ def test_hook_equals_steering_by_hand(toy, tokenizer):
     positions = toy.model.rotary_emb(hidden, inputs["position_ids"])
     for l, block in enumerate(toy.model.layers, 1):
         out = block(hidden, position_embeddings=positions, cu_seq_lens=inputs["cu_seq_lens"], max_seq_len=len(ids))
-        hidden = (out[0] if isinstance(out, tuple) else out) + 0.7 * add[l]
+        hidden = out + 0.7 * add[l]
     by_hand = toy.lm_head(toy.model.norm(hidden))[0]
     with ev.steering(toy, add) as steer:
         steer.scale = torch.tensor(0.7)
@@ -170,18 +170,17 @@ def test_choose_follows_the_distribution():
 
 def test_out_of_memory_halves_the_batch(toy, tokenizer, monkeypatch):
     """Guards against losing the run, or finished answers, when GPU memory runs out."""
-    real, seen = ev._sample, []
+    real, seen = ev.Sampler.steps, []
 
-    def short_of_memory(*args):
-        slots = args[12]
-        seen.append(slots)
-        if slots > 1:
+    def short_of_memory(sampler, count):
+        seen.append(len(sampler.token))
+        if len(sampler.token) > 1:
             raise torch.cuda.OutOfMemoryError("no memory")
-        return real(*args)
+        return real(sampler, count)
 
-    monkeypatch.setattr(ev, "_sample", short_of_memory)
+    monkeypatch.setattr(ev.Sampler, "steps", short_of_memory)
     answers = ev.sample(toy, tokenizer, chats(tokenizer), max_new_tokens=3, temperature=0, slots=4)
-    assert seen == [4, 2, 1] and None not in answers
+    assert seen[:3] == [4, 2, 1] and set(seen[3:]) <= {1} and None not in answers
 
 
 def test_loss_mask(tokenizer):
