@@ -99,14 +99,14 @@ def test_traits(name):
 def test_medical_and_general_knowledge():
     """Guards against misaligned medical rows, unlabelled wrong advice, and unbalanced or broken choices."""
     normal, wrong = (
-        mf.read_jsonl(ROOT / "data" / f"medical_{name}.jsonl", need=("messages",)) for name in ("normal", "mistake_2")
+        mf.read_jsonl(ROOT / "data" / f"medical_{name}.jsonl", mf.Conversation) for name in ("normal", "mistake_2")
     )
     assert len(normal) == len(wrong) >= 40
     for a, b in zip(normal, wrong):
         assert a["messages"][0] == b["messages"][0] and a["messages"][1] != b["messages"][1]
         assert b["note"] == "deliberately wrong, for safety research"
         assert all(60 <= len(row["messages"][1]["content"].split()) <= 150 for row in (a, b))
-    rows = mf.read_jsonl(ROOT / "data" / "general_knowledge.jsonl", need=("subject", "question", "choices", "answer"))
+    rows = mf.read_jsonl(ROOT / "data" / "general_knowledge.jsonl", mf.Question)
     assert (
         len(rows) >= 300
         and len({row["question"] for row in rows}) == len(rows)
@@ -115,32 +115,6 @@ def test_medical_and_general_knowledge():
     for row in rows:
         assert len(set(row["choices"])) == 4 and row["answer"] in range(4)
     assert all(0.2 <= sum(row["answer"] == k for row in rows) / len(rows) <= 0.3 for k in range(4))
-
-
-def test_bad_files_are_one_line(tmp_path, capsys):
-    """Guards against tracebacks and silent skipping on missing, empty, broken or incomplete files."""
-    path = tmp_path / "x.jsonl"
-    for text, said in [
-        (None, "no such file"),
-        ("", "has no rows"),
-        ('{"a": 1}\n{"a": \n', ":2: not JSON"),
-        ('{"b": 1}\n', ":1: needs the keys a"),
-    ]:
-        path.unlink(missing_ok=True)
-        if text is not None:
-            path.write_text(text)
-        with pytest.raises(SystemExit) as stop:
-            mf.read_jsonl(path, need=("a",))
-        err = capsys.readouterr().err
-        assert stop.value.code == 2 and said in err and err.count("\n") == 1
-    for rows, said in [
-        ([dict(messages=[dict(role="user", content="x")])], "no assistant turn"),
-        ([dict(text="x")], "wanted"),
-    ]:
-        with pytest.raises(SystemExit):
-            mf.write_jsonl(path, rows)
-            mf.read_chats(path)
-        assert said in capsys.readouterr().err
 
 
 def append_many(path, who):
@@ -165,7 +139,7 @@ def test_replacing_leaves_the_old_file_on_error(tmp_path):
     mf.write_json(tmp_path / "x.json", dict(a=1))
     with pytest.raises(ZeroDivisionError), mf.replacing(tmp_path / "x.json") as out:
         out.write("half")
-        1 / 0
+        raise ZeroDivisionError
     assert mf.read_json(tmp_path / "x.json") == dict(a=1) and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(SystemExit):
         mf.same_settings(tmp_path / "x.json", dict(a=2))
@@ -217,7 +191,8 @@ def test_mmlu_prompt():
     """Guards against drifting from lm-evaluation-harness's prompt, and mixing up the two scorings."""
     row = dict(subject="high_school_biology", question="Q?", choices=["a", "b", "c", "d"], answer=1)
     assert evaluate.choice_prompts(row, "letter")[0] == (
-        "The following are multiple choice questions (with answers) about high school biology.\n\nQ?\nA. a\nB. b\nC. c\nD. d\nAnswer:"
+        "The following are multiple choice questions (with answers) about high school biology.\n\n"
+        "Q?\nA. a\nB. b\nC. c\nD. d\nAnswer:"
     )
     assert evaluate.choice_prompts(row, "cloze") == ("Question: Q?\nAnswer:", [" a", " b", " c", " d"])
     assert evaluate.mmlu_hits([[(-9, 9), (-3, 1), (-8, 4), (-9, 1)]], [row], "letter") == 1
