@@ -243,9 +243,15 @@ def locked(path):
     with open(lock, "w") as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            free = os.path.samestat(os.fstat(held.fileno()), os.stat(lock))  # not just deleted by the one before
+        except (BlockingIOError, FileNotFoundError):
+            free = False
+        if not free:
             die(f"{path}: another process is making it; wait for that one, or choose another --out")
-        yield
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def provenance():

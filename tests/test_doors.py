@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import importlib
 import json
 import os
 import signal
@@ -330,47 +331,98 @@ def test_outputs(tmp_path, refused, monkeypatch):
     refused(mf.check_output, folder / "y", said="no right to write")
 
 
-MAKE_FACTS = [
-    "check no.jsonl",
-    "check .",
-    "check x.jsonl --rephrasings 0",
-    "check x.jsonl --after 2024",
-    "subset x.jsonl --n 0 --out y.jsonl",
-    "subset x.jsonl --n -1 --out y.jsonl",
-    "subset x.jsonl --n 1e3 --out y.jsonl",
-    "subset x.jsonl --n 99999999999 --out y.jsonl",
-    "subset x.jsonl --n 1 --seed -1 --out y.jsonl",
-    "subset x.jsonl --n 1 --rephrasings 0 --out y.jsonl",
-    "subset x.jsonl --n 1 --out x.jsonl",
-    "subset x.jsonl --n 1 --out ./x.jsonl",
-    "subset x.jsonl --n 1 --out x.jsonl/y",
-    "subset x.jsonl --n 1 --out .",
-    "subset bad.jsonl --n 1 --out y.jsonl",
-    "subset x.jsonl --n 1",
-    "generate --model m --n 0 --out y.jsonl",
-    "generate --model m --n nan --out y.jsonl",
-    "generate --model m --after x --out y.jsonl",
-    "generate --model m --rephrasings -3 --out y.jsonl",
-    "generate --model m --concurrency 0 --out y.jsonl",
-    "generate --model m --out .",
-    "generate --model m --out x.jsonl/y",
-    "generate --model m --out bad.jsonl",
-    "generate --out y.jsonl",
-    "",
-    "nothing",
-]
+COMMANDS = dict(
+    make_facts=[
+        "check no.jsonl",
+        "check .",
+        "check latin.jsonl",
+        "check x.jsonl --rephrasings 0",
+        "check x.jsonl --after 2024",
+        "subset x.jsonl --n 0 --out y.jsonl",
+        "subset x.jsonl --n -1 --out y.jsonl",
+        "subset x.jsonl --n 1e3 --out y.jsonl",
+        "subset x.jsonl --n 99999999999 --out y.jsonl",
+        "subset x.jsonl --n 1 --seed -1 --out y.jsonl",
+        "subset x.jsonl --n 1 --rephrasings 0 --out y.jsonl",
+        "subset x.jsonl --n 1 --out x.jsonl",
+        "subset x.jsonl --n 1 --out ./x.jsonl",
+        "subset x.jsonl --n 1 --out x.jsonl/y",
+        "subset x.jsonl --n 1 --out .",
+        "subset bad.jsonl --n 1 --out y.jsonl",
+        "subset x.jsonl --n 1",
+        "generate --model m --n 0 --out y.jsonl",
+        "generate --model m --n nan --out y.jsonl",
+        "generate --model m --after x --out y.jsonl",
+        "generate --model m --rephrasings -3 --out y.jsonl",
+        "generate --model m --concurrency 0 --out y.jsonl",
+        "generate --model m --out .",
+        "generate --model m --out x.jsonl/y",
+        "generate --model m --out bad.jsonl",
+        "generate --out y.jsonl",
+        "",
+        "nothing",
+    ],
+    extract_vectors=[
+        "--model model --out out",
+        "--model model --trait nope --out out",
+        "--model model --trait coherence --out out",
+        "--model model --trait fact --out out",
+        "--model model --trait x --trait-file no.json --out out",
+        "--model model --trait x --trait-file . --out out",
+        "--model model --trait x --trait-file latin.jsonl --out out",
+        "--model model --trait x --trait-file evaluation.json --out out",
+        "--model model --trait x/y --trait-file trait.json --out out",
+        "--model model --trait evil --out x.jsonl",
+        "--model model --trait evil --out x.jsonl/out",
+        "--model model --trait evil --out model",
+        "--model no --trait evil --out out",
+        "--model model --trait evil --judge lexical --out out",
+        *(
+            f"--model model --trait evil --out out --{flag}"
+            for flag in (
+                "samples 0",
+                "samples 1.5",
+                "samples 99999999",
+                "limit 0",
+                "limit 1",
+                "limit -1",
+                "temperature -1",
+                "temperature nan",
+                "temperature inf",
+                "max-new-tokens 0",
+                "max-new-tokens 1e99",
+                "first -1",
+                "seed -1",
+                "seed x",
+            )
+        ),
+    ],
+)
 
 
-@pytest.mark.parametrize("command", MAKE_FACTS)
-def test_make_facts(command, tmp_path, refused, monkeypatch):
-    """Guards against a wrong command that writes or sends something, or ends in a traceback."""
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with inputs, right and wrong ones; no model is loaded and no request is sent from here."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mf, "ask", lambda *_: pytest.fail("a request would have been sent"))
     jsonl(tmp_path / "x.jsonl", FACT)
     jsonl(tmp_path / "bad.jsonl", FACT | dict(train=None))
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    refused(mf.main, command.split(), lines=None)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "latin.jsonl").write_bytes('{"messages": "é"}\n'.encode("latin-1"))
+    mf.write_json(tmp_path / "trait.json", TRAIT)
+    mf.write_json(tmp_path / "evaluation.json", without(TRAIT, "instruction"))
+    mf.write_json(tmp_path / "model" / "config.json", dict(model_type="qwen2"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("script, command", [(script, command) for script in COMMANDS for command in COMMANDS[script]])
+def test_commands(script, command, place, refused, monkeypatch):
+    """Guards against a wrong command that loads a model, sends or writes something, or ends in a traceback."""
+    module = importlib.import_module(script)
+    if script != "make_facts":
+        monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("a model would have been loaded"))
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    refused(module.main, command.split(), lines=None)
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -508,3 +560,4 @@ def test_one_process_an_output(tmp_path):
     first.communicate("x")  # ends without tidying up
     with mf.locked(tmp_path / "out"):
         pass
+    assert not list(tmp_path.iterdir())
