@@ -1,0 +1,261 @@
+"""Families of chat models, tiny and random in float32: what the scripts compute is what plain transformers computes with eager
+attention, one conversation at a time, with hooks written here. What cannot be exact is refused when it is loaded."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import evaluate
+import extract_vectors as ev
+import finetune
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SIZES = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=256,
+    tie_word_embeddings=False,
+    pad_token_id=0,
+    bos_token_id=None,
+    eos_token_id=None,
+    initializer_range=0.3,
+)
+EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=24)
+LONG = dict(
+    rope_type="longrope",
+    short_factor=[1.0] * 4,
+    long_factor=[3.0] * 4,
+    original_max_position_embeddings=128,
+    rope_theta=10000.0,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+    rope_theta=500000.0,
+)
+WORK = {
+    "Llama 3.1": ("Llama", dict(rope_parameters=LLAMA3)),
+    "Qwen2, tied": ("Qwen2", dict(tie_word_embeddings=True)),
+    "Qwen2, untied": ("Qwen2", {}),
+    "Qwen3": ("Qwen3", {}),
+    "Mistral": ("Mistral", dict(sliding_window=None)),
+    "Mistral, window": ("Mistral", dict(sliding_window=6)),
+    "Gemma 1": ("Gemma", {}),
+    "Gemma 3": ("Gemma3Text", dict(sliding_window=6, layer_types=["sliding_attention"] * 2 + ["full_attention"])),
+    "Phi-3": ("Phi3", dict(sliding_window=6)),
+    "Phi-4-mini": ("Phi3", dict(rope_parameters=LONG, sliding_window=None)),
+    "OLMo2": ("Olmo2", {}),
+    "OLMo3": ("Olmo3", dict(sliding_window=6, layer_types=["sliding_attention"] * 2 + ["full_attention"])),
+    "SmolLM3": ("SmolLM3", dict(no_rope_layers=[1, 1, 0])),
+    "GLM-4": ("Glm4", {}),
+    "Granite": (
+        "Granite",
+        dict(embedding_multiplier=3.0, logits_scaling=8.0, residual_multiplier=0.5, attention_multiplier=0.2),
+    ),
+    "Cohere": ("Cohere", dict(logit_scale=0.0625)),
+    "Cohere2": (
+        "Cohere2",
+        dict(sliding_window=6, layer_types=["sliding_attention"] * 2 + ["full_attention"], logit_scale=0.25),
+    ),
+    "Qwen3-MoE": ("Qwen3Moe", dict(num_experts=4, **EXPERTS)),
+    "Mixtral": ("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.0)),
+}
+REFUSED = {
+    "Falcon-H1": ("FalconH1", dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1)),
+    "LFM2": ("Lfm2", dict(layer_types=["conv", "full_attention", "conv"])),
+    "Gemma 2": ("Gemma2", dict(query_pre_attn_scalar=8)),
+    "gpt-oss": ("GptOss", dict(num_local_experts=4, num_experts_per_tok=2)),
+}
+TALKS = [("Hi", "Hello you."), ("What is 2 + 2?", "Four, as far as I know it."), ("Why?", "No.")]
+
+
+@pytest.fixture(scope="module")
+def letters():
+    """A tokenizer of bytes and four special tokens, with a chat template."""
+    vocabulary = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    made = Tokenizer(models.BPE(vocabulary, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|end|>", pad_token="<|pad|>")
+    tokenizer.add_special_tokens(dict(additional_special_tokens=["<|user|>", "<|assistant|>", "<|system|>"]))
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def tiny(kind, more, size=270):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**SIZES | dict(vocab_size=size) | more)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1 and "norm" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def by_hand(model, add=None, seen=None):
+    """Hooks of this test alone: add {block: tensor that broadcasts to its output}; seen collects the stream."""
+    layers, handles = model.get_decoder().layers, []
+    if seen is not None:
+        handles.append(layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0])))
+    for l, layer in enumerate(layers, 1):
+        if add:
+            handles.append(layer.register_forward_hook(lambda _, __, out, l=l: out + add[l]))
+        if seen is not None:
+            handles.append(layer.register_forward_hook(lambda _, __, out: seen.append(out)))
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def spread(vector, scale, steered, length):
+    """What a scale adds at every block: the increments of the vector, at the positions from `steered` on."""
+    mask = (torch.arange(length) >= steered).float()[None, :, None] * scale
+    return {l: mask * (vector[l] - vector[l - 1]) for l in range(1, len(vector))}
+
+
+def logits_of(model, ids, add=None):
+    with by_hand(model, add):
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+
+
+def off(found, want):
+    return float((found - want).abs().max() / want.abs().max().clamp(min=1))
+
+
+def encoded(tokenizer, question, answer):
+    start = tokenizer(f"<|user|>{question}<|end|><|assistant|>")["input_ids"]
+    return start, tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id]
+
+
+def rows_differ(model, plain, tokenizer):
+    chats = [[dict(role="user", content=q), dict(role="assistant", content=a)] for q, a in TALKS]
+    found, worst = ev.answer_means(model, tokenizer, chats), 0
+    for row, (question, answer) in zip(found, TALKS):
+        (start, end), seen = encoded(tokenizer, question, answer), []
+        with by_hand(plain, seen=seen):
+            plain(input_ids=torch.tensor([start + end]), use_cache=False)
+        want = torch.stack([x[0, len(start) : -1].mean(0) for x in seen])
+        worst = max(worst, off(row, want))
+    return worst
+
+
+def sampling_differs(model, plain, tokenizer, vector, monkeypatch):
+    """Greedy ids with a coefficient of its own for each row, and the log-probabilities they were chosen by."""
+    steps, choose = [], ev.choose
+    monkeypatch.setattr(ev, "choose", lambda *args: (steps.append(args[0].clone()), choose(*args))[1])
+    monkeypatch.setitem(ev.SHRINK, "cpu", 0)
+    prompts, scales, made, worst = [encoded(tokenizer, q, "")[0] for q, _ in TALKS], [0.0, -0.7, 0.5], {}, 0
+    sampled = ev.sample(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=12,
+        temperature=0,
+        scales=scales,
+        offsets=ev.offsets_of(vector, "all"),
+        each=lambda i, answer, tokens: made.update({i: tokens}),
+    )
+    for i, (prompt, scale) in enumerate(zip(prompts, scales)):
+        ids = list(prompt)
+        for step in range(made[i]):
+            want = logits_of(plain, ids, spread(vector, scale, len(prompt) - 1, len(ids)))[-1]
+            worst = max(worst, off(steps[step][i].log_softmax(-1), want.log_softmax(-1)))
+            ids.append(int(want.argmax()))
+        assert sampled[i] == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+    monkeypatch.undo()
+    return worst
+
+
+def training_differs(model, plain, tokenizer, vector):
+    """Loss and LoRA gradients of one steered step."""
+    chats = [[dict(role="user", content=q), dict(role="assistant", content=a)] for q, a in TALKS]
+    batch = finetune.collate(ev.encode_chats(tokenizer, chats))
+    labels, tuned = batch.pop("labels"), {}
+    for name, base in (("joined", model), ("plain", plain)):
+        tuned[name] = finetune.add_lora(copy.deepcopy(base), 2, 4, 0).train()
+        torch.manual_seed(1)
+        for key, parameter in tuned[name].named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(parameter, std=0.1)
+    with ev.steering(tuned["joined"].get_base_model(), ev.offsets_of(vector, "all")) as steer:
+        steer.scale = torch.tensor(0.6)
+        joined = torch.nn.functional.cross_entropy(tuned["joined"](**batch).logits[0], labels)
+        joined.backward()
+    total, count = 0, 0
+    for question, answer in TALKS:
+        start, end = encoded(tokenizer, question, answer)
+        add = spread(vector, 0.6, 0, len(start + end))
+        scores = logits_of(tuned["plain"], start + end, add)[len(start) - 1 : -1]
+        total = total + torch.nn.functional.cross_entropy(scores, torch.tensor(end), reduction="sum")
+        count += len(end)
+    (total / count).backward()
+    pairs = zip(tuned["joined"].named_parameters(), tuned["plain"].parameters())
+    grads = [(p.grad, q.grad) for (name, p), q in pairs if p.requires_grad]
+    assert grads and all(p is not None for p, _ in grads)
+    size = max(q.abs().max() for _, q in grads).clamp(min=1)
+    return max(off(joined, total / count), *(float((p - q).abs().max() / size) for p, q in grads))
+
+
+def choices_differ(model, plain, tokenizer, vector):
+    """Log-likelihoods of the answers to multiple-choice questions, steered."""
+    questions, worst = [("2 + 2 is", [" A", " B"]), ("Sky? It is", [" blue.", " a red thing"])], 0
+    with ev.steering(model, ev.offsets_of(vector, "all")) as steer:
+        found = evaluate.choice_logprobs(model, tokenizer, questions, 0.4, steer, "all")
+    for (prompt, continuations), got in zip(questions, found):
+        start = tokenizer(prompt)["input_ids"]
+        for continuation, (value, n) in zip(continuations, got):
+            ids = start + tokenizer(continuation)["input_ids"]
+            scores = logits_of(plain, ids, spread(vector, -0.4, 0, len(ids))).log_softmax(-1)
+            want = sum(scores[k - 1, ids[k]] for k in range(len(start), len(ids)))
+            assert n == len(ids) - len(start)
+            worst = max(worst, off(torch.tensor(value), want))
+    return worst
+
+
+@pytest.mark.parametrize("family", WORK)
+def test_a_family_is_exact(family, letters, monkeypatch, capsys):
+    """Guards against a family whose attention, head, scaling, window, rotary frequencies or projections are not those of its own
+    code: within 1e-5 of plain transformers."""
+    plain = tiny(*WORK[family])
+    model = copy.deepcopy(plain)
+    ev.prepare(model, family)
+    ev.check_model(model, letters, family)
+    vector = 0.3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
+    worst = dict(
+        rows=rows_differ(model, plain, letters),
+        sampling=sampling_differs(model, plain, letters, vector, monkeypatch),
+        choices=choices_differ(model, plain, letters, vector),
+    )
+    names, without = ev.linear_layers(model)
+    if not without:
+        worst["training"] = training_differs(model, plain, letters, vector)
+    with capsys.disabled():
+        print(f"\n{family}: " + ", ".join(f"{key} {value:.1e}" for key, value in worst.items()), len(names), len(without))
+    assert max(worst.values()) < 1e-5
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_family_that_cannot_be_exact_is_refused(family, letters, capsys):
+    """Guards against recurrent state that leaks between joined conversations, softcaps and sinks that are left out: one line
+    that says what differs, exit code 2."""
+    model = tiny(*REFUSED[family])
+    with pytest.raises(SystemExit) as stop:
+        ev.prepare(model, family)
+        ev.check_model(model, letters, family)
+    said = capsys.readouterr().err
+    print(said)
+    assert stop.value.code == 2 and said.count("\n") == 1 and model.config.model_type in said
