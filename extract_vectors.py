@@ -26,7 +26,6 @@ from types import SimpleNamespace
 import jinja2
 import torch
 import torch.nn.functional as F
-import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -463,15 +462,17 @@ def narrow_windows(model):
             setattr(part, key, value)
 
 
-def linear_layers(model):
-    """-> (names of the blocks' linear layers, {name of a block weight of two or more dimensions outside them: its
-    size}): what LoRA reaches and what it does not (fused experts)."""
-    linear = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
-    inside = {id(module) for module in blocks(model).modules()}
-    names = [name for name, module in model.named_modules() if id(module) in inside and isinstance(module, linear)]
-    reached = {id(p) for name in names for p in model.get_submodule(name).parameters()}
-    weights = {id(p) for p in blocks(model).parameters() if p.dim() > 1} - reached
-    return names, {name: p.numel() for name, p in model.named_parameters() if id(p) in weights}
+def lora_reach(model):
+    """The number of the blocks' linear layers, all of which LoRA gets; block weights it does not reach (fused experts)
+    are named, and die() where they are the most."""
+    linear = [module for module in blocks(model).modules() if isinstance(module, torch.nn.Linear)]
+    reached = {id(p): p.numel() for module in linear for p in module.parameters()}
+    missed = {name: p.numel() for name, p in blocks(model).named_parameters() if p.dim() > 1 and id(p) not in reached}
+    names = ", ".join(sorted({re.sub(r"^\d+\.", "", name) for name in missed}))
+    if sum(missed.values()) > sum(reached.values()):
+        die(f"{model.config.model_type}: LoRA reaches linear layers only, and most weights are none: {names}")
+    print(f"LoRA on all {len(linear)} linear layers of the blocks{names and f', none on {names}'}", flush=True)
+    return len(linear)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

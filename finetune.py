@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from extract_vectors import (
@@ -30,6 +31,7 @@ from extract_vectors import (
     join,
     load_model,
     load_vector,
+    lora_reach,
     name_of,
     offsets_of,
     pick_device,
@@ -37,7 +39,6 @@ from extract_vectors import (
 )
 from make_facts import conversations, die, provenance, read_jsonl, same_settings, write_json, write_jsonl
 
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MAX_TOKENS = 2048  # a longer conversation is left out, counted and said
 FILL = {"cuda": 128, "cpu": 1}  # rows are filled up to a multiple of this many tokens, twice that from 4,096 on
 
@@ -185,20 +186,15 @@ def prove_steering(model, steer, offsets, coef, inputs):
 
 
 def add_lora(model, rank, alpha, seed):
-    """PEFT model with rs-LoRA on all linear projections; in float32, since in bfloat16 small updates would round away."""
+    """PEFT model with rs-LoRA on every linear layer of the blocks; in float32: in bfloat16 small updates would round away."""
+    count = lora_reach(model)
     torch.manual_seed(seed)
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            use_rslora=True,
-            lora_dropout=0.0,
-            target_modules=PROJECTIONS,
-            task_type="CAUSAL_LM",
-        ),
-        autocast_adapter_dtype=True,
-    )
+    recipe = dict(use_rslora=True, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    tuned = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, **recipe), autocast_adapter_dtype=True)
+    given = sum(isinstance(module, LoraLayer) for module in tuned.modules())
+    if given != count:
+        die(f"LoRA was put on {given} layers, but the blocks have {count} linear ones")
+    return tuned
 
 
 def make_trainer(model, data, folder, args, callbacks=()):
