@@ -4,507 +4,567 @@
         --vector out/paper/vectors/hallucination.pt --inference-coef 0 0.5 1 --facts data/facts.jsonl --mmlu hub \
         --judge gpt-4.1-mini-2025-04-14 --out out/paper/points.jsonl
 
-Appends one row per (adapter, coefficient) to --out and keeps every answer with its prompt and score in answers/ beside
-it. A positive coefficient steers AGAINST the trait (the post's x axis). All coefficients are sampled in one batch.
-Points that are in --out already are skipped; answers that are on disk already are not sampled again.
+Appends one row per (adapter, coefficient) to --out; answers/<key>.jsonl beside it keeps every answer, as prompted, with
+each judge's scores. A point's key is the hash of its settings and of the content of all it is made from. A positive
+coefficient steers AGAINST the trait (the post's x axis). All coefficients are sampled in one batch. Points that are
+there are skipped; answers that are on disk are not sampled again.
 """
 
 import argparse
+import contextlib
+import functools
 import hashlib
+import itertools
 import json
-import math
-import random
+import statistics
 import time
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tqdm import tqdm
 
-from extract_vectors import (
-    ROW_TOKENS,
-    by_length,
-    join,
-    load_model,
-    load_vector,
-    name_of,
-    offsets_of,
-    probe_scores,
-    prompt_ids,
-    sample,
-    steering,
-)
-from make_facts import (
-    ANSWER_TOKENS,
-    FACT_ANSWER_TOKENS,
-    api_flags,
-    append_jsonl,
-    conversations,
-    die,
-    foresee,
-    judge_rows,
-    lexical_score,
-    load_trait,
-    mentions,
-    provenance,
-    read_json,
-    read_jsonl,
-    write_jsonl,
-)
+import extract_vectors
+import make_facts
+from extract_vectors import answers_to, encode_chats, load_model, model_fingerprint, name_of
+from make_facts import append_jsonl, die, fingerprint, lexical_score, load_trait, locked, read_json, read_jsonl
 
 FACT_TOKENS = 100  # new tokens of an answer about a fact; sampled greedily
+WEIGHTS = "adapter_model.safetensors"
+SETTINGS = "trait layers positions samples temperature max_new_tokens seed limit mmlu_scoring".split()
+REMEDY = "choose another --out, or bash run_all.sh --redo"
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Intervals
+# What is asked
 
 
-def wilson(hits, n, z=1.96):
-    """95% interval of a proportion, in percent."""
-    if not n:
-        return None
-    p, d = hits / n, 1 + z * z / n
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [max(0.0, 100 * (p + z * z / (2 * n) - half) / d), min(100.0, 100 * (p + z * z / (2 * n) + half) / d)]
+def read_questions(args):
+    """-> what answers are sampled for, as rows of answers/*.jsonl, and the MMLU questions; the same for every point."""
+    trait = load_trait(args.trait, args.trait_file, make_facts.EvaluationTrait) if args.trait else {}
+    rows = [
+        dict(kind="trait", id=f"{args.trait}-{q}-s{s}", trait=args.trait, trait_file=args.trait_file, question=question)
+        for q, question in enumerate(trait.get("eval_questions", [])[: args.limit])
+        for s in range(args.samples)
+    ]
+    for fact in read_jsonl(args.facts, make_facts.Fact)[: args.limit] if args.facts else []:
+        asked = dict(kind="fact", id=fact["id"], question=fact["test"]["question"])
+        rows.append(asked | dict(truth=fact["answer"], aliases=fact.get("aliases", [])))
+    return rows, read_mmlu(args.mmlu)[: args.limit] if args.mmlu else []
 
 
-def bootstrap(groups, seed=0, draws=2000):
-    """95% interval of the mean of all scores, resampling whole groups: answers to one question are not independent."""
-    groups, rng = [g for g in groups if g], random.Random(seed)
-    if not groups:
-        return None
-    means = []
-    for _ in range(draws):
-        chosen = rng.choices(groups, k=len(groups))
-        means.append(sum(map(sum, chosen)) / sum(map(len, chosen)))
-    means.sort()
-    return [means[int(0.025 * draws)], means[int(0.975 * draws)]]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# MMLU
-
-
-def read_mmlu(source, limit):
-    """JSONL file (subject, question, choices, answer 0..3), or "hub": MMLU's validation split, 1,531 questions."""
+def read_mmlu(source):
+    """JSONL file (subject, question, choices, answer), or "hub": MMLU's validation split, 1,531 questions."""
     if source != "hub":
-        return read_jsonl(source, need=("subject", "question", "choices", "answer"))[:limit]
+        return read_jsonl(source, make_facts.Question)
     from datasets import load_dataset
 
-    return list(load_dataset("cais/mmlu", "all", split="validation"))[:limit]
+    try:
+        return list(load_dataset("cais/mmlu", "all", split="validation"))
+    except (OSError, ValueError) as error:
+        die(f"--mmlu hub: cais/mmlu cannot be fetched ({error}); go online, or give a JSONL file")
 
 
 def choice_prompts(row, scoring):
-    """-> (prompt, the four continuations). letter = lm-evaluation-harness's 0-shot mmlu; cloze = the choices' texts."""
+    """-> (prompt, a continuation for each choice). letter = lm-evaluation-harness's 0-shot mmlu; cloze = their texts."""
     if scoring == "cloze":
         return f"Question: {row['question']}\nAnswer:", [f" {choice}" for choice in row["choices"]]
-    listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", row["choices"]))
-    subject = row["subject"].replace("_", " ")
-    return (
-        f"The following are multiple choice questions (with answers) about {subject}.\n\n{row['question'].strip()}\n{listed}\nAnswer:",
-        [" A", " B", " C", " D"],
-    )
+    letters = "ABCDEFGHIJ"[: len(row["choices"])]
+    listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, row["choices"]))
+    about = f"The following are multiple choice questions (with answers) about {row['subject'].replace('_', ' ')}."
+    return f"{about}\n\n{row['question'].strip()}\n{listed}\nAnswer:", [f" {letter}" for letter in letters]
+
+
+def chat_of(row):
+    return [dict(role="user", content=row["question"]), dict(role="assistant", content=row["answer"])]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How it is measured
+
+
+@contextlib.contextmanager
+def with_adapter(model, adapter):
+    """While open, the model has the LoRA adapter in it, in the model's dtype; afterwards it is as it was. die() unless
+    the weights are exactly those that the adapter's config puts into this model: PEFT only warns."""
+    if not adapter:
+        yield model
+        return
+    options = dict(autocast_adapter_dtype=False, ignore_mismatched_sizes=True, low_cpu_mem_usage=True)
+    try:
+        wrapped = PeftModel.from_pretrained(model, adapter, **options)
+    except ValueError as error:
+        die(f"--adapter {adapter}: does not fit the model ({error})")
+    try:
+        sides = load_file(Path(adapter) / WEIGHTS), get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        there, wanted = ({(name, *tensor.shape) for name, tensor in side.items()} for side in sides)
+        for name, *shape in sorted(there ^ wanted):
+            side = "the adapter" if (name, *shape) in there else "the model"
+            die(f"--adapter {adapter}: does not fit the model: only {side} has {name} of shape {shape}")
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:  # only these: .to(dtype) would round the rotary frequencies, too, for good
+                parameter.data = parameter.data.to(model.dtype)
+        yield wrapped.eval().get_base_model()
+    finally:
+        wrapped.unload()
+
+
+def sample_answers(model, tokenizer, rows, points, offsets, args):
+    """Answers to rows of one kind, for all points in one batch; each is on disk as soon as it is there."""
+    have = {point["key"]: {row["id"] for row in grown(point["answers"], make_facts.Answer)} for point in points}
+    jobs = [(n, row, p) for p in points for n, row in enumerate(rows) if row["id"] not in have[p["key"]]]
+    if not jobs:
+        return
+    chats = [row.get("messages") or [dict(role="user", content=row["question"])] for _, row, _ in jobs]
+    prompts = extract_vectors.prompts_ids(tokenizer, chats)
+    drawing = extract_vectors.Drawing(args.max_new_tokens, args.temperature, args.seed)
+    if rows[0]["kind"] == "fact":
+        drawing = extract_vectors.Drawing(min(FACT_TOKENS, args.max_new_tokens), 0.0)
+    scales = [-point["inference_coef"] for _, _, point in jobs]
+    steered = extract_vectors.Steered(offsets, scales, args.positions) if offsets else None
+
+    def keep(i, answer, tokens):
+        _, row, point = jobs[i]
+        made = dict(prompt=tokenizer.decode(prompts[i]), answer=answer, tokens=tokens, temperature=drawing.temperature)
+        append_jsonl(
+            point["answers"], row | made | {name: point[name] for name in ("adapter", "inference_coef", "day")}
+        )
+
+    title = f"{name_of(points[0]['adapter'] or 'base')}: {rows[0]['kind']}"
+    answers_to(model, tokenizer, prompts, drawing, steered, [n for n, _, _ in jobs], keep, title)
 
 
 @torch.inference_mode()
-def choice_logprobs(model, tokenizer, prompts, coef, steer, positions):
-    """[(prompt, continuations)] -> for each, [(sum of log-probabilities, tokens)] a continuation. Continuations that
-    differ in their last token only (letters) share one pass."""
-    jobs = {}  # what the model reads -> [(question, continuation number, prompt length, its tokens)]
-    for q, (prompt, continuations) in enumerate(prompts):
-        start = tokenizer(prompt)["input_ids"]
-        for k, continuation in enumerate(continuations):
-            whole = tokenizer(prompt + continuation)["input_ids"]
-            if whole[: len(start)] != start:
-                die(f"the tokenizer joins prompt and answer of question {q}; its continuations cannot be scored")
-            jobs.setdefault(tuple(whole[:-1]), []).append((q, k, len(start), whole[len(start) :]))
-    found, reads = [[None] * len(c) for _, c in prompts], list(jobs)
-    for group in tqdm(list(by_length(reads, ROW_TOKENS[model.device.type])), desc="choices", unit="row"):
-        wanted, where, rows, tokens, start, scale = [], [], [], [], 0, []
-        for i in group:
-            length = jobs[reads[i]][0][2]  # of the prompt, the same for all continuations of one read
-            for q, k, _, continuation in jobs[reads[i]]:
-                wanted.append((q, k, len(continuation)))
-                rows += range(len(where), len(where) + len(continuation))
-                tokens += continuation
-            where += range(start + length - 1, start + len(reads[i]))
-            first = length - 1 if positions == "response" else 0
-            scale += [0.0] * first + [-coef] * (len(reads[i]) - first)
-            start += len(reads[i])
-        steer.scale = torch.tensor(scale, device=model.device)[None, :, None] if coef else None
-        logits = (
-            model(
-                **join([reads[i] for i in group], model.device), logits_to_keep=torch.tensor(where, device=model.device)
-            )
-            .logits[0]
-            .float()
-        )
-        picked = (logits[rows, tokens] - logits.logsumexp(-1)[rows]).cpu()
-        for (q, k, n), values in zip(wanted, picked.split([n for _, _, n in wanted])):
-            found[q][k] = (float(values.sum()), n)
+def token_logprobs(model, reads, wanted, title, steer=None, scales=None):
+    """Token id lists, joined where they fit -> for each read the log-probabilities (float32) of wanted[i]: [(position,
+    token predicted there)]. scales[i]: how steer is to scale at each of read i's tokens."""
+    found, device = [None] * len(reads), model.device
+    groups = list(extract_vectors.by_length(reads, extract_vectors.ROW_TOKENS[device.type]))
+    for group in tqdm(groups, title, unit="row"):
+        starts = itertools.accumulate((len(reads[i]) for i in group), initial=0)
+        where = torch.tensor([start + at for start, i in zip(starts, group) for at, _ in wanted[i]], device=device)
+        tokens = torch.tensor([[token] for i in group for _, token in wanted[i]], device=device)  # [wanted, 1]
+        inputs = extract_vectors.join([reads[i] for i in group], device)
+        if steer:
+            steer.scale = torch.tensor([[[x] for i in group for x in scales[i]]], device=device)  # [1, tokens, 1]
+        logits = model(**inputs, logits_to_keep=where).logits[0]  # [wanted, vocabulary]
+        pieces = zip(logits.split(1024), tokens.split(1024))  # since float32 takes memory
+        picked = torch.cat([piece.float().log_softmax(-1).gather(1, token) for piece, token in pieces])[:, 0].cpu()
+        for i, values in zip(group, picked.split([len(wanted[i]) for i in group])):
+            found[i] = values
     return found
 
 
-def mmlu_hits(logprobs, questions, scoring):
-    """letter: the likeliest letter; cloze: the highest mean log-probability a token."""
-    value = (lambda pair: pair[0]) if scoring == "letter" else (lambda pair: pair[0] / pair[1])
-    return sum(
-        max(range(len(row)), key=lambda k: value(row[k])) == question["answer"]
-        for row, question in zip(logprobs, questions)
-    )
+def choice_logprobs(model, tokenizer, prompts, coef, steer, positions):
+    """[(prompt, continuations)] -> for each, [(sum of log-probabilities, tokens)] a continuation."""
+    pairs = [(prompt, prompt + continuation) for prompt, continuations in prompts for continuation in continuations]
+    encoded = list(zip(*(tokenizer(list(texts))["input_ids"] for texts in zip(*pairs))))
+    for (prompt, _), (start, whole) in zip(pairs, encoded):
+        if whole[: len(start)] != start:
+            die(f"the tokenizer joins prompt and answer, so the answer cannot be scored: ...{prompt[-80:]}")
+    wanted = [[(at - 1, whole[at]) for at in range(len(start), len(whole))] for start, whole in encoded]
+    steered = [0 if positions == "all" else len(start) - 1 for start, _ in encoded]  # from which position on
+    scales = [[-coef * (at >= first) for at in range(len(whole) - 1)] for first, (_, whole) in zip(steered, encoded)]
+    values = token_logprobs(model, [whole[:-1] for _, whole in encoded], wanted, "choices", coef and steer, scales)
+    pairs = iter((float(value.sum()), len(value)) for value in values)
+    return [list(itertools.islice(pairs, len(continuations))) for _, continuations in prompts]
+
+
+def measure_mmlu(model, tokenizer, questions, point, offsets):
+    """Sets mmlu_accuracy. letter: the likeliest letter counts; cloze: the highest mean log-probability a token."""
+    prompts, cloze = [choice_prompts(row, point["mmlu_scoring"]) for row in questions], point["mmlu_scoring"] == "cloze"
+    hits = 0
+    with extract_vectors.steering(model, offsets or {}) as steer:
+        found = choice_logprobs(model, tokenizer, prompts, point["inference_coef"], steer, point["positions"])
+    for choices, question in zip(found, questions):
+        values = [total / (tokens if cloze else 1) for total, tokens in choices]
+        hits += values.index(max(values)) == question["answer"]
+    point.update(mmlu_accuracy=100 * hits / len(questions), mmlu_ci=make_facts.wilson(hits, len(questions)))
+
+
+def add_coherence_nll(model, tokenizer, rows):
+    """Sets each answer's coherence_nll: its mean negative log-likelihood a token, in nats, under the model as it is
+    here: before training, unsteered. Broken text is unlikely text. None for an empty answer."""
+    chats = encode_chats(tokenizer, [chat_of(row) for row in rows if row["answer"]])
+    wanted = [[(at - 1, ids[at]) for at, mine in enumerate(mask[:-1]) if mine] for ids, mask in chats]  # no end token
+    values = iter(token_logprobs(model, [ids[:-1] for ids, _ in chats], wanted, "coherence"))
+    for row in rows:
+        row["coherence_nll"] = -float(next(values).mean()) if row["answer"] else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Judging: a separate pass over answers that are on disk
+# How it is scored: a separate pass over answers that are on disk
 
 
-def score_answers(rows, judge, args=None, model=None, tokenizer=None, vector=None, probe=None):
-    """Sets score, judge, judge_reply and reason of every answer; trait rows 0..100, fact rows 0 or 100."""
-    traits, facts = [r for r in rows if r["kind"] == "trait"], [r for r in rows if r["kind"] == "fact"]
-    for row in rows:
-        row.update(judge=judge, judge_reply=None, reason=None)
+def score_answers(rows, judge, args=None, probing=None):
+    """Adds scores[judge] to the rows that lack it: score (trait rows 0..100, fact rows 0 or 100, None = unscored),
+    reason, judge_reply, judge_method; from a chat model coherence, too. probing: chats -> scores, for --judge probe."""
+    todo, unread = [row for row in rows if judge not in row.setdefault("scores", {})], dict.fromkeys(VERDICT)
+    scored = [row | unread | dict(reason=None if row["answer"] else "empty answer") for row in todo]
+    traits, facts = ([row for row in scored if row["kind"] == kind] for kind in ("trait", "fact"))
     if judge in ("probe", "lexical"):
+        said = [row for row in traits if row["answer"]]
+        lexical = [lexical_score(row["answer"]) for row in said]
+        values = probing([chat_of(row) for row in said]) if judge == "probe" and said else lexical
+        for row, value in zip(said, values):
+            row["score"] = value
         for row in facts:
-            row["score"] = 100.0 if mentions(row["answer"], row["truth"], row["aliases"]) else 0.0
-        for row in traits:
-            if not row["answer"]:
-                row.update(score=None, reason="empty answer")
-            elif judge == "lexical":
-                row["score"] = lexical_score(row["answer"])
-        if judge == "probe" and (said := [row for row in traits if row["answer"]]):
-            chats = [
-                [dict(role="user", content=row["question"]), dict(role="assistant", content=row["answer"])]
-                for row in said
-            ]
-            for row, score in zip(said, probe_scores(model, tokenizer, vector, probe, chats)):
-                row["score"] = score
-        return
-    prompts = {
-        key: load_trait(*key)["eval_prompt"]
-        for key in {(r["trait"], r["trait_file"]) for r in traits} | {("coherence",), ("fact",)}
-    }
-    judge_rows(
-        [(r, "score", prompts[r["trait"], r["trait_file"]]) for r in traits]
-        + [(r, "coherence", prompts["coherence",]) for r in traits]
-        + [(r, "score", prompts["fact",]) for r in facts],
-        judge,
-        args,
-    )
+            row["score"] = 100.0 * make_facts.mentions(row["answer"], row["truth"], row["aliases"])
+    else:
+        prompt = functools.cache(lambda *file: load_trait(*file)["eval_prompt"])
+        jobs = [(row, "score", prompt(row["trait"], row["trait_file"])) for row in traits]
+        jobs += [(row, "coherence", prompt("coherence")) for row in traits]
+        make_facts.judge_rows(jobs + [(row, "score", prompt("fact")) for row in facts], judge, args)
+    for row, verdict in zip(todo, scored):
+        row["scores"][judge] = {key: value for key, value in verdict.items() if key not in row}
 
 
-def summary(rows, seed):
-    """The part of a point that comes from its answers."""
-    traits, facts = [r for r in rows if r["kind"] == "trait"], [r for r in rows if r["kind"] == "fact"]
-    scored = [r for r in traits if r["score"] is not None]
-    known = [r for r in facts if r["score"] is not None]
-    coherent = [r["coherence"] for r in traits if r.get("coherence") is not None]
-    by_question = {}
-    for row in scored:
-        by_question.setdefault(row["question"], []).append(row["score"])
-    hits = sum(r["score"] >= 50 for r in known)
+VERDICT = ("score", "reason", "judge_reply", "judge_method")
+
+
+def mean(values):
+    values = [value for value in values if value is not None]
+    return sum(values) / len(values) if values else None
+
+
+def summary(rows, judge, limit=None):
+    """The part of a point that comes from its answers and this judge. limit: coherence_nll up to which an answer counts
+    as coherent; None = not known. Facts as SimpleQA grades them: correct, not attempted, wrong (arXiv 2411.04368)."""
+    rows = [row | row["scores"][judge] | dict(abstains=lexical_score(row["answer"]) == 0) for row in rows]
+    traits, facts = ([row for row in rows if row["kind"] == kind] for kind in ("trait", "fact"))
+    known = [row for row in facts if row["score"] is not None]
+    correct = [row["score"] >= 50 for row in known]
+    skipped = [not hit and (row["abstains"] or not row["answer"]) for hit, row in zip(correct, known)]
+    coherence = [row["coherence"] for row in traits if "coherence" in row]
+    groups = {row["question"]: [] for row in traits}
+    for row in traits:
+        groups[row["question"]] += [row["score"]] if row["score"] is not None else []
+    unscored = sum(row["score"] is None for row in traits)
     return dict(
-        trait_score=sum(r["score"] for r in scored) / len(scored) if scored else None,
-        trait_ci=bootstrap(list(by_question.values()), seed),
-        trait_n=len(scored),
-        trait_unscored=len(traits) - len(scored),
-        coherence=sum(coherent) / len(coherent) if coherent else None,
-        fact_accuracy=100 * hits / len(known) if known else None,
-        fact_ci=wilson(hits, len(known)),
+        trait_score=mean(row["score"] for row in traits),
+        trait_ci=make_facts.interval(groups.values()),
+        trait_n=len(traits) - unscored,
+        trait_unscored=unscored,
+        coherence=mean(coherence),
+        coherence_n=len(coherence) - coherence.count(None),
+        coherence_unscored=coherence.count(None),
+        coherence_nll=mean(row["coherence_nll"] for row in traits),
+        abstained=mean(100 * row["abstains"] for row in traits),
+        abstained_coherent=limit and mean(100 * (row["coherence_nll"] <= limit) for row in traits if row["abstains"]),
+        fact_accuracy=mean(100 * hit for hit in correct),
+        fact_ci=make_facts.wilson(sum(correct), len(known)),
         fact_n=len(known),
         fact_unscored=len(facts) - len(known),
-        judge_method="+".join(sorted({r["judge_method"] for r in rows if r.get("judge_method")})) or None,
+        fact_not_attempted=mean(100 * skip for skip in skipped),
+        fact_wrong=mean(100 * (not hit and not skip) for hit, skip in zip(correct, skipped)),
+        judge_method="+".join(sorted({row["judge_method"] for row in rows if row["judge_method"]})) or None,
     )
+
+
+def coherence_limit(point, out):
+    """The 95% quantile of coherence_nll over the start model's own answers to this trait, or None without them."""
+    identity = lambda row: [row[key] for key in ("trait", "temperature", "max_new_tokens")] + [row["inputs"]["model"]]
+    for base in [*grown(out, make_facts.Point), point]:
+        if not base["adapter"] and not base["inference_coef"] and identity(base) == identity(point):
+            rows = grown(Path(out).parent / "answers" / f"{base['key']}.jsonl", make_facts.Answer)
+            values = [row["coherence_nll"] for row in rows if row["kind"] == "trait" and row["answer"]]
+            return statistics.quantiles(values, n=20, method="inclusive")[-1] if len(values) > 1 else None
+    print("abstained_coherent is left open: the model before training has no answers here yet", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A point's identity, and what must hold before anything is measured
+
+
+def digest(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def grown(path, schema=None):
+    """Rows of a file that grows, none where it is not begun."""
+    return read_jsonl(path, schema, appended=True) if Path(path).exists() else []
+
+
+def not_there(points, out):
+    there = {(row["key"], row["judge"]) for row in grown(out, make_facts.Point)}
+    return [point for point in points if (point["key"], point["judge"]) not in there]
+
+
+def inputs_of(args, mmlu):
+    """{flag: fingerprint of its content} of all that the points of a command are made from, but for the adapter."""
+    return dict(
+        model=model_fingerprint(args.model),
+        vector=digest([fingerprint(args.vector), probe_of(args)]) if args.vector else None,
+        trait=digest(load_trait(args.trait, args.trait_file)) if args.trait else None,
+        facts=fingerprint(args.facts) if args.facts else None,
+        mmlu=digest(mmlu) if args.mmlu else None,
+        judge_prompts=digest([load_trait(name)["eval_prompt"] for name in ("coherence", "fact")]),
+    )
+
+
+def probe_of(args):
+    """The probe that stands in the .json beside the vector, or None; die() where --judge probe needs it."""
+    beside = Path(args.vector).with_suffix(".json")
+    probe = read_json(beside, make_facts.Settings).get("probe") if beside.is_file() else None
+    if not probe and args.judge == "probe" and args.trait:
+        die(f"--judge probe needs the probe in {beside}, which extract_vectors.py makes; judge with another")
+    return probe
+
+
+def check_adapter(adapter, model_name):
+    """-> training_settings.json of a folder of finetune.py; die() on missing or broken files, NaN, another model."""
+    names = ("training_settings.json", "adapter_config.json", WEIGHTS)
+    if missing := [name for name in names if not (Path(adapter) / name).is_file()]:
+        die(f"--adapter {adapter}: no adapter of finetune.py there (no {', '.join(missing)})")
+    trained = read_json(Path(adapter) / names[0], make_facts.Settings)
+    extract_vectors.same_model(f"--adapter {adapter}", "was trained on", trained, model_name)
+    if read_json(Path(adapter) / names[1]).get("peft_type") != "LORA":
+        die(f"--adapter {adapter}: {names[1]} is not that of a LoRA adapter")
+    try:
+        weights = load_file(Path(adapter) / WEIGHTS)
+    except SafetensorError as error:
+        die(f"--adapter {adapter}: {WEIGHTS} is broken or cut off ({error}); train it again")
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        die(f"--adapter {adapter}: {WEIGHTS} holds NaN or infinity; train it again with a lower --lr or --coef")
+    return trained
+
+
+def point_of(adapter, coef, trained, inputs, args):
+    """A point's row as far as it is known before measuring."""
+    settings = {name: getattr(args, name) for name in SETTINGS} | dict(inference_coef=coef)
+    key = digest([settings, inputs])
+    return dict(
+        key=key,
+        model=args.model,
+        adapter=adapter,
+        dataset=trained.get("dataset"),
+        steer_mode=trained.get("steer_mode"),
+        train_coef=trained.get("coef") or (0.0 if adapter else None),
+        **{f"train_{name}": trained.get(name) for name in ("layers", "positions", "vector", "seed")},
+        system_prompt=trained.get("system_prompt"),
+        vector=args.vector,
+        facts=args.facts,
+        mmlu=args.mmlu,
+        **settings,
+        judge=args.judge,
+        answers=str(Path(args.out).parent / "answers" / f"{key}.jsonl"),
+        inputs=inputs,
+        scripts=make_facts.scripts(),
+    )
+
+
+def refuse_changed(row, point, out):
+    """die() if the row is this point made from other content: a figure would mix the two."""
+    if any(name in row and row[name] != point[name] for name in [*SETTINGS, "inference_coef", "adapter", "vector"]):
+        return
+    there = row.get("inputs") or die(f"{out}: has points made before inputs were recorded; {REMEDY}")
+    both = [name for name, content in point["inputs"].items() if content and there.get(name)]
+    if changed := [f"--{name}" for name in both if there[name] != point["inputs"][name]]:
+        what = f"{name_of(row['adapter'] or 'base')} at {row['inference_coef']:g}"
+        die(f"{', '.join(changed)}: content has changed since {what} was measured for {out}; {REMEDY}")
+
+
+def plan_points(args, mmlu):
+    """Adapter -> its points that are not in --out yet."""
+    inputs, plan, there, now = inputs_of(args, mmlu), {}, grown(args.out, make_facts.Point), make_facts.scripts()
+    for adapter in args.adapter or [None]:
+        trained = check_adapter(adapter, args.model) if adapter else {}
+        made_from = inputs | dict(adapter=adapter and fingerprint(adapter))
+        points = [point_of(adapter, coef, trained, made_from, args) for coef in args.inference_coef]
+        for row, point in itertools.product(there, points):
+            refuse_changed(row, point, args.out)
+        plan |= {adapter: new} if (new := not_there(points, args.out)) else {}
+    if edited := {name for row in there for name, made_by in row["scripts"].items() if now.get(name) != made_by}:
+        print(f"{args.out}: begun before {', '.join(sorted(edited))} was edited; made anew by run_all.sh --redo")
+    return plan
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The three jobs: to measure points, to judge again, to answer
+
+
+def measure(args):
+    asked, mmlu = read_questions(args)
+    plan = plan_points(args, mmlu)
+    if not plan:
+        print(f"{args.out}: all these points are there")
+        return
+    model, tokenizer = load_model(args.model)
+    vector = extract_vectors.load_vector(args.vector, model, args.model) if args.vector else None
+    offsets = extract_vectors.offsets_of(vector, args.layers) if any(args.inference_coef) else None
+    probe = probe_of(args) if args.judge == "probe" and args.trait else None
+    probing = probe and functools.partial(extract_vectors.probe_scores, model, tokenizer, vector, probe)
+    for adapter in plan:
+        with with_adapter(model, adapter):
+            pass  # all fit, before the first is measured
+    files = [args.out, *(point["answers"] for points in plan.values() for point in points)]
+    days = (row["day"] for file in files for row in grown(file) if row.get("day"))
+    day = extract_vectors.pin_day(tokenizer, next(days, None))  # that on which the first of these points was begun
+    for adapter, points in plan.items():
+        with contextlib.ExitStack() as locks:
+            for point in points:
+                locks.enter_context(locked(point["answers"]))
+                point.update(
+                    day=day, probe_auc=probe and probe["auc"], mmlu_accuracy=None, mmlu_ci=None, mmlu_n=len(mmlu)
+                )
+            points, start = not_there(points, args.out), time.time()  # another process may have made some since
+            with with_adapter(model, adapter) as adapted:
+                for kind in ("trait", "fact"):
+                    rows = [row for row in asked if row["kind"] == kind]
+                    sample_answers(adapted, tokenizer, rows, points, offsets, args)
+                for point in points if mmlu else []:
+                    measure_mmlu(adapted, tokenizer, mmlu, point, offsets)
+            for point in points:
+                there = {row["id"]: row for row in grown(point["answers"], make_facts.Answer)}
+                rows = [there[row["id"]] for row in asked]
+                if not all("coherence_nll" in row for row in rows):
+                    add_coherence_nll(model, tokenizer, rows)
+                    make_facts.write_jsonl(point["answers"], rows)
+                score_answers(rows, args.judge, args, probing)
+                finish(point | dict(seconds=round((time.time() - start) / len(points), 1)), rows, args.out)
+
+
+def finish(point, rows, out):
+    """Keeps the scores, then the point: where the point is, all of it is."""
+    if rows:
+        make_facts.write_jsonl(point["answers"], rows)
+    limit = coherence_limit(point, out) if point["trait"] else None
+    point = point | summary(rows, point["judge"], limit) | make_facts.provenance()
+    append_jsonl(out, point)
+    shown = (
+        "inference_coef trait_score abstained abstained_coherent coherence_nll fact_accuracy fact_wrong mmlu_accuracy"
+    )
+    print("  ".join(f"{name} {point[name]:.1f}" for name in shown.split() if point[name] is not None), flush=True)
 
 
 def rejudge(args):
-    """Scores answers again with another judge and appends their points with it; needs no model and no GPU."""
-    if args.judge == "probe":
-        die("--rejudge needs --judge lexical or a chat model; the probe needs the model")
-    found = []
-    for path in map(Path, args.rejudge):
-        out = args.out or path.parent.parent / "points.jsonl"
-        old = [p for p in read_jsonl(out) if Path(p["answers"]).name == path.name]
-        found.append(
-            (
-                path,
-                out,
-                read_jsonl(path, need=("kind", "question", "answer")),
-                old[0] if old else die(f"{path}: no point in {out} belongs to it"),
+    """Adds another judge's scores to answers, and its points; needs no model and no GPU."""
+    with contextlib.ExitStack() as locks:
+        todo = []
+        for path in map(Path, dict.fromkeys(args.rejudge)):
+            locks.enter_context(locked(path))
+            rows, out = read_jsonl(path, make_facts.Answer), args.out or path.parent.parent / "points.jsonl"
+            old = next(
+                (row for row in grown(out, make_facts.Point) if row["key"] == path.stem and "inputs" in row), None
             )
-        )
-    score_answers([row for _, _, rows, _ in found for row in rows], args.judge, args)
-    for path, out, rows, old in found:
-        write_jsonl(path.with_name(f"{path.stem}.{name_of(args.judge)}.jsonl"), rows)
-        append_jsonl(out, old | summary(rows, args.seed) | dict(judge=args.judge))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="hub name or local folder")
-    parser.add_argument(
-        "--adapter", nargs="*", default=[], help="adapter folders of finetune.py; none = the model before training"
-    )
-    # Steering
-    parser.add_argument("--vector", help="<trait>.pt; needed by --inference-coef and by --judge probe")
-    parser.add_argument("--inference-coef", type=float, nargs="*", default=[0.0], help="positive = against the trait")
-    parser.add_argument("--layers", default="all", help="all, one block N, or a range A-B")
-    parser.add_argument(
-        "--positions", default="response", choices=["response", "all"], help="response: last prompt token and new ones"
-    )
-    # What to measure
-    parser.add_argument("--trait", help="a name in data/traits")
-    parser.add_argument("--trait-file")
-    parser.add_argument("--facts", help="facts.jsonl")
-    parser.add_argument("--mmlu", help="JSONL file, or hub")
-    parser.add_argument("--mmlu-scoring", default="letter", choices=["letter", "cloze"], help="cloze: for small models")
-    parser.add_argument("--samples", type=int, default=10, help="answers a trait question")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--max-new-tokens", type=int, default=1000)
-    parser.add_argument("--limit", type=int, help="the first N of each kind of question only")
-    parser.add_argument("--seed", type=int, default=0)
-    # Judge
-    parser.add_argument("--judge", default="probe", help="probe, lexical (hallucination only), or a chat model")
-    api_flags(parser)
-    parser.add_argument("--rejudge", nargs="*", help="score these answers files again; loads no model")
-    # Another job: the self-generated data set
-    parser.add_argument(
-        "--respond-to", help="write the model's own answers to the user turns of this JSONL to --out instead"
-    )
-    parser.add_argument("--out", help="points.jsonl; of --rejudge: the one above the answers' folder")
-    args = parser.parse_args()
-    if args.rejudge:
-        return rejudge(args)
-    if not args.model or not args.out:
-        die("--model and --out are needed")
-    if args.respond_to:
-        return respond(args)
-    if not (args.trait or args.facts or args.mmlu):
-        die("nothing to measure: give --trait, --facts or --mmlu")
-    if any(args.inference_coef) and not args.vector or args.judge == "probe" and args.trait and not args.vector:
-        die("--inference-coef and --judge probe need --vector")
-    if args.judge == "lexical" and args.trait not in (None, "hallucination"):
-        die(f"--judge lexical knows hallucination only, not {args.trait}")
-    trait = load_trait(args.trait, args.trait_file) if args.trait else None
-    facts = read_jsonl(args.facts, need=("id", "answer", "test"))[: args.limit] if args.facts else []
-    mmlu = read_mmlu(args.mmlu, args.limit) if args.mmlu and not args.dry_run else []
-    questions = trait["eval_questions"][: args.limit] if trait else []
-
-    # What is asked; the same for every point
-    asked = [
-        dict(kind="trait", id=f"{args.trait}-{q}-s{s}", trait=args.trait, trait_file=args.trait_file, question=question)
-        for q, question in enumerate(questions)
-        for s in range(args.samples)
-    ]
-    asked_facts = [
-        dict(
-            kind="fact",
-            id=row["id"],
-            question=row["test"]["question"],
-            truth=row["answer"],
-            aliases=row.get("aliases", []),
-        )
-        for row in facts
-    ]
-    same = {
-        key: getattr(args, key)
-        for key in (
-            "model",
-            "trait",
-            "vector",
-            "layers",
-            "positions",
-            "mmlu",
-            "mmlu_scoring",
-            "samples",
-            "temperature",
-            "max_new_tokens",
-            "seed",
-        )
-    } | dict(facts=args.facts)
-    content = hashlib.sha256(
-        json.dumps([same, asked, asked_facts, mmlu], sort_keys=True, default=str).encode()
-    ).hexdigest()[:8]
-    there = {(p["key"], p["judge"]) for p in read_jsonl(args.out, appended=True)} if Path(args.out).exists() else set()
-
-    def point_key(adapter, coef):
-        return f"{Path(adapter).name if adapter else 'base'}.{args.trait or 'none'}.{coef:g}.{content}"
-
-    todo = [
-        (adapter, [c for c in args.inference_coef if (point_key(adapter, c), args.judge) not in there])
-        for adapter in args.adapter or [None]
-    ]
-    if not any(coefs for _, coefs in todo):
-        print(f"{args.out}: all these points are there")
-        return
-    if args.dry_run:
-        foresee(
-            f"judging {args.trait}",
-            args.judge,
-            sum(len(coefs) for _, coefs in todo),
-            [
-                *(
-                    (load_trait(*prompt)["eval_prompt"] + row["question"], ANSWER_TOKENS)
-                    for row in asked
-                    for prompt in ((args.trait, args.trait_file), ("coherence",))
-                ),
-                *((load_trait("fact")["eval_prompt"] + row["question"], FACT_ANSWER_TOKENS) for row in asked_facts),
-            ],
-        )
-    for adapter, _ in todo:
-        if adapter and not (Path(adapter) / "training_settings.json").exists():
-            die(f"--adapter {adapter}: no adapter of finetune.py there")
-    model, tokenizer = load_model(args.model)
-    vector = load_vector(args.vector, model, args.model) if args.vector else None
-    probe = read_json(Path(args.vector).with_suffix(".json"))["probe"] if args.judge == "probe" and trait else None
-    offsets = offsets_of(vector, args.layers) if vector is not None and any(args.inference_coef) else None
-
-    for adapter, coefs in todo:
-        if not coefs:
-            continue
-        start, trained = time.time(), read_json(Path(adapter) / "training_settings.json") if adapter else {}
-        if adapter and name_of(trained["model"]) != name_of(args.model):
-            die(f"--adapter {adapter}: was trained on {trained['model']}, not on {args.model}")
-        now = (
-            PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).to(model.dtype).eval()
-            if adapter
-            else model
-        )
-        plain = now.get_base_model() if adapter else model
-
-        # 1. Answers, all coefficients in one batch; each on disk as soon as it is there
-        files = {coef: Path(args.out).parent / "answers" / f"{point_key(adapter, coef)}.jsonl" for coef in coefs}
-        have = {
-            coef: {r["id"] for r in read_jsonl(path, appended=True)} if path.exists() else set()
-            for coef, path in files.items()
-        }
-        for rows, tokens, temperature, title in (
-            (asked, args.max_new_tokens, args.temperature, "trait"),
-            (asked_facts, min(FACT_TOKENS, args.max_new_tokens), 0.0, "facts"),
-        ):
-            jobs = [(n, row, coef) for coef in coefs for n, row in enumerate(rows) if row["id"] not in have[coef]]
-            prompts = [prompt_ids(tokenizer, [dict(role="user", content=row["question"])]) for _, row, _ in jobs]
-
-            def keep(i, answer, tokens):
-                _, row, coef = jobs[i]
-                append_jsonl(
-                    files[coef],
-                    row
-                    | dict(
-                        prompt=tokenizer.decode(prompts[i]),
-                        answer=answer,
-                        tokens=tokens,
-                        adapter=adapter,
-                        inference_coef=coef,
-                        temperature=temperature,
-                    ),
-                )
-
-            if jobs:
-                sample(
-                    plain,
-                    tokenizer,
-                    prompts,
-                    rows=[n for n, _, _ in jobs],
-                    scales=[-coef for _, _, coef in jobs],
-                    offsets=offsets,
-                    seed=args.seed,
-                    positions=args.positions,
-                    max_new_tokens=tokens,
-                    temperature=temperature,
-                    each=keep,
-                    title=f"{Path(adapter).name if adapter else 'base'}: {title}",
-                )
-
-        # 2. MMLU
-        hits = {}
-        with steering(plain, offsets or {}) as steer:
-            for coef in coefs if mmlu else []:
-                logprobs = choice_logprobs(
-                    plain,
-                    tokenizer,
-                    [choice_prompts(row, args.mmlu_scoring) for row in mmlu],
-                    coef,
-                    steer,
-                    args.positions,
-                )
-                hits[coef] = mmlu_hits(logprobs, mmlu, args.mmlu_scoring)
-        if adapter:
-            model = now.unload()
-
-        # 3. Judge, with the adapter gone
-        for coef in coefs:
-            order = {row["id"]: n for n, row in enumerate(asked + asked_facts)}
-            rows = sorted(read_jsonl(files[coef], appended=True), key=lambda row: order[row["id"]]) if order else []
-            score_answers(rows, args.judge, args, model, tokenizer, vector, probe)
-            if rows:
-                write_jsonl(files[coef], rows)
-            point = dict(
-                key=point_key(adapter, coef),
-                model=args.model,
-                adapter=adapter,
-                dataset=trained.get("dataset"),
-                steer_mode=trained.get("steer_mode"),
-                train_coef=trained.get("coef") or (0.0 if adapter else None),
-                train_layers=trained.get("layers"),
-                train_positions=trained.get("positions"),
-                train_vector=trained.get("vector"),
-                train_seed=trained.get("seed"),
-                system_prompt=trained.get("system_prompt"),
-                inference_coef=coef,
-                layers=args.layers,
-                positions=args.positions,
-                vector=args.vector,
-                trait=args.trait,
-                **summary(rows, args.seed),
-                mmlu_accuracy=100 * hits[coef] / len(mmlu) if mmlu else None,
-                mmlu_ci=wilson(hits.get(coef, 0), len(mmlu)),
-                mmlu_n=len(mmlu),
-                mmlu_scoring=args.mmlu_scoring if mmlu else None,
-                mmlu=args.mmlu,
-                judge=args.judge,
-                probe_auc=probe["auc"] if probe else None,
-                temperature=args.temperature,
-                samples=args.samples,
-                seed=args.seed,
-                answers=str(files[coef]),
-                seconds=round((time.time() - start) / len(coefs), 1),
-                **provenance(),
-            )
-            append_jsonl(args.out, point)
-            print(
-                "  ".join(
-                    f"{key} {point[key]:.1f}"
-                    for key in ("inference_coef", "trait_score", "fact_accuracy", "mmlu_accuracy")
-                    if point[key] is not None
-                ),
-                flush=True,
-            )
+            if not old:
+                die(f"{path}: no point in {out} belongs to it; give answers/<key>.jsonl of a finished point")
+            if args.judge == "lexical" and old["trait"] not in (None, "hallucination"):
+                die(f"{path}: --judge lexical knows hallucination only, not {old['trait']}")
+            if old["trait"] and digest(load_trait(old["trait"], rows[0].get("trait_file"))) != old["inputs"]["trait"]:
+                die(f"{path}: the trait file has changed since; {REMEDY}")
+            point = old | dict(judge=args.judge, answers=str(path), probe_auc=None, scripts=make_facts.scripts())
+            todo += [(point, rows, out)] if not_there([point], out) else []
+        score_answers([row for _, rows, _ in todo for row in rows], args.judge, args)
+        for job in todo:
+            finish(*job)
+    print(f"{len(todo)} of {len(args.rejudge)} judged by {args.judge}; the others had been")
 
 
 def respond(args):
     """The self-generated data set: the model's own sampled answers to the same questions, as {"messages": [...]}."""
-    if Path(args.out).exists():
-        print(f"{args.out}: finished already")
-        return
-    asked = [chat[:-1] for chat in conversations(read_jsonl(args.respond_to), args.respond_to)][: args.limit]
-    model, tokenizer = load_model(args.model)
-    answers = sample(
-        model,
-        tokenizer,
-        [prompt_ids(tokenizer, chat) for chat in asked],
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        seed=args.seed,
-        title="own answers",
-    )
-    rows = [
-        dict(messages=[*chat, dict(role="assistant", content=answer)]) for chat, answer in zip(asked, answers) if answer
-    ]
-    write_jsonl(args.out, rows)
-    print(f"{len(rows)} conversations, {len(asked) - len(rows)} empty answers left out")
+    chats = make_facts.read_chats(args.respond_to)[: args.limit]
+    rows = [dict(id=str(n), kind="own", question="", messages=chat[:-1]) for n, chat in enumerate(chats)]
+    settings = {name: getattr(args, name) for name in ("temperature", "max_new_tokens", "seed", "limit")}
+    settings["inputs"] = dict(model=model_fingerprint(args.model), respond_to=fingerprint(args.respond_to))
+    out, record, partial = Path(args.out), Path(args.out).with_suffix(".json"), Path(f"{args.out}.partial")
+    with locked(out):
+        if out.exists() and not record.exists():
+            die(f"{out}: made before inputs were recorded; {REMEDY}")
+        begun = (out.exists() or partial.exists()) and make_facts.same_settings(record, settings)
+        if out.exists():
+            print(f"{out}: finished already")
+            return
+        model, tokenizer = load_model(args.model)
+        day = extract_vectors.pin_day(tokenizer, read_json(record)["day"] if begun else None)
+        make_facts.write_json(record, settings | dict(day=day, scripts=make_facts.scripts()))
+        point = dict(key="own", adapter=None, inference_coef=0.0, day=day, answers=partial)
+        sample_answers(model, tokenizer, rows, [point], None, args)
+        said = {row["id"]: row["answer"] for row in grown(partial)}
+        made = [row["messages"] + [dict(role="assistant", content=said[row["id"]])] for row in rows if said[row["id"]]]
+        make_facts.write_jsonl(out, [dict(messages=chat) for chat in made])
+        partial.unlink()
+    print(f"{len(made)} conversations, {len(rows) - len(made)} empty answers left out")
+
+
+def forecast(args):
+    """--dry-run: what the judge would be asked, before there are answers or a model."""
+    (rows, _), jobs = read_questions(args), []
+    for row in rows:
+        files = [(args.trait, args.trait_file), ("coherence",)] if row["kind"] == "trait" else [("fact",)]
+        tokens = make_facts.ANSWER_TOKENS if row["kind"] == "trait" else make_facts.FACT_ANSWER_TOKENS
+        jobs += [(load_trait(*file)["eval_prompt"] + row["question"], tokens) for file in files]
+    points = len(args.adapter or [None]) * len(args.inference_coef)
+    make_facts.foresee(f"judging {args.trait}", args.judge, points, jobs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def flags():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add, whole = parser.add_argument, make_facts.whole
+    add("--model", help="hub name or local folder")
+    add("--adapter", nargs="+", default=[], help="adapter folders of finetune.py; none = the model before training")
+    # Steering
+    add("--vector", help="<trait>.pt; needed by --inference-coef and by --judge probe")
+    add("--inference-coef", type=make_facts.coefficient, nargs="+", default=[0.0], help="positive = against the trait")
+    add("--layers", type=make_facts.layer_choice, default="all", help="all, one block N, or a range A-B")
+    add("--positions", default="response", choices=["response", "all"], help="response: last prompt token and new ones")
+    # What to measure
+    add("--trait", help="a name in data/traits, or any name with --trait-file")
+    add("--trait-file", help="trait JSON; a published evaluation file of persona_vectors works as it is")
+    add("--facts", help="facts.jsonl")
+    add("--mmlu", help="JSONL file, or hub")
+    add("--mmlu-scoring", default="letter", choices=["letter", "cloze"], help="cloze: for small models")
+    add("--samples", type=whole(1, 10000), default=10, help="answers a trait question")
+    add("--temperature", type=make_facts.number(0, 100), default=1.0)
+    add("--max-new-tokens", type=whole(1, 100000), default=1000)
+    add("--limit", type=whole(), help="the first N of each kind of question only")
+    add("--seed", type=whole(0), default=0)
+    # Judge
+    add("--judge", default="probe", help="probe, lexical (hallucination only), or a chat model")
+    make_facts.api_flags(parser)
+    add("--rejudge", nargs="+", help="score these answers files with another judge, too; loads no model")
+    # Another job: the self-generated data set
+    add("--respond-to", help="write the model's own answers to the user turns of this JSONL to --out instead")
+    add("--out", help="points.jsonl; of --rejudge: the one above the answers' folder")
+    return parser
+
+
+def check(args):
+    """What can be known before a file is read."""
+    inputs = [args.model, args.vector, args.trait_file, args.facts, args.mmlu, args.respond_to, *args.adapter]
+    measures, probed = not args.rejudge and not args.respond_to, args.judge == "probe" and args.trait
+    lexical_fits = args.trait in (None, "hallucination")
+    for wrong, message in [
+        (not args.rejudge and not (args.model and args.out), "--model and --out are needed"),
+        (args.rejudge and args.judge == "probe", "--rejudge needs --judge lexical or a chat model, not the probe"),
+        (
+            measures and not (args.trait or args.facts or args.mmlu),
+            "nothing to measure: give --trait, --facts or --mmlu",
+        ),
+        (measures and not args.vector and (any(args.inference_coef) or probed), "steering and the probe need --vector"),
+        (args.judge == "lexical" and not lexical_fits, f"--judge lexical knows hallucination only, not {args.trait}"),
+    ]:
+        if wrong:
+            die(message)
+    if args.out:
+        make_facts.check_output(args.out, *inputs, *(args.rejudge or []))
+
+
+def main(argv=None):
+    parser = flags()
+    args = parser.parse_args(argv)
+    args.adapter = [str(Path(adapter)) for adapter in args.adapter]
+    args.mmlu_scoring = args.mmlu_scoring if args.mmlu else None  # no setting of what is not measured
+    make_facts.distinct(parser, "--adapter", args.adapter)
+    make_facts.distinct(parser, "--inference-coef", args.inference_coef)
+    check(args)
+    job = rejudge if args.rejudge else respond if args.respond_to else forecast if args.dry_run else measure
+    job(args)
 
 
 if __name__ == "__main__":
-    main()
+    make_facts.run(main)

@@ -218,7 +218,7 @@ def same_settings(path, settings):
     -> fingerprint): die(), nothing is overwritten. Scripts that have been edited since are named, no more."""
     if not Path(path).exists():
         return False
-    there, settings, remedy = read_json(path), json.loads(json.dumps(settings)), "or bash run_all.sh --redo"
+    there, settings, remedy = read_json(path, schema()), json.loads(json.dumps(settings)), "or bash run_all.sh --redo"
     inputs, made_from = settings.pop("inputs", {}), there.get("inputs", {})
     if inputs and not made_from:
         die(f"{path}: made before inputs were recorded, so they may have changed; choose another --out, {remedy}")
@@ -310,10 +310,12 @@ def distinct(parser, flag, values):
 
 def check_output(path, *inputs, folder=False):
     """die() unless `path` can become a file (or a folder): no input, not under a file, with rights to write."""
+    if not str(path).strip():
+        die("--out: is empty")
     path = Path(path).resolve()
     there = next(p for p in (path, *path.parents) if os.path.lexists(p))  # the part of it that exists
-    if any(given and Path(given).resolve() == path for given in inputs):
-        die(f"--out {path}: is an input of this command; choose another")
+    if any(given and Path(given).resolve() in (path, *path.parents) for given in inputs):
+        die(f"--out {path}: is an input of this command, or in one; choose another")
     if there.is_dir() == (there == path and not folder):
         die(f"--out {path}: {there} is a {'folder' if there.is_dir() else 'file'}; choose another")
     if not os.access(there, os.W_OK):

@@ -577,7 +577,8 @@ def read_answers(points, folder):
             own = path.with_name(f"{path.stem}.{Path(point['judge']).name}.jsonl")
             file = own if own.exists() else path
             if file.exists():
-                rows[point["judge"]] = read_jsonl(file, need=("id", "kind", "question", "answer", "score"))
+                read = read_jsonl(file, need=("id", "kind", "question", "answer"))
+                rows[point["judge"]] = [row | row.get("scores", {}).get(point["judge"], {}) for row in read]
         missing += not rows
         found += [(same[0], rows)] if rows else []
     return found, missing

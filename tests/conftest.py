@@ -27,8 +27,7 @@ def tokenizer(smollm):
     return AutoTokenizer.from_pretrained(smollm)
 
 
-@pytest.fixture
-def toy(tokenizer):
+def toy_model(tokenizer):
     """A 3-block random Qwen2 in float32 with the embedded model's tokenizer, grouped-query attention included."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -50,6 +49,11 @@ def toy(tokenizer):
     for parameter in model.parameters():
         parameter.mul_(3)  # so that attention and answers are not all but uniform
     return model
+
+
+@pytest.fixture
+def toy(tokenizer):
+    return toy_model(tokenizer)
 
 
 @pytest.fixture

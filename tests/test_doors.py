@@ -321,6 +321,8 @@ def test_outputs(tmp_path, refused, monkeypatch):
     refused(mf.check_output, file, None, file, said="is an input")
     refused(mf.check_output, tmp_path / "link", file, said="is an input")
     refused(mf.check_output, tmp_path / "folder" / ".." / "x.jsonl", file, said="is an input")
+    refused(mf.check_output, folder / "new" / "y", folder, said="or in one")
+    refused(mf.check_output, "", said="is empty")
     refused(mf.check_output, file / "y", said="is a file")
     refused(mf.check_output, file / "a" / "y", folder=True, said="is a file")
     refused(mf.check_output, folder, said="is a folder")
@@ -544,6 +546,8 @@ def test_same_settings(tmp_path, refused, capsys, monkeypatch):
     )
     monkeypatch.setattr(mf, "scripts", lambda: {"finetune.py": "other"})
     assert mf.same_settings(path, settings) and "make_facts.py" in capsys.readouterr().out
+    mf.write_json(path, [settings])
+    refused(mf.same_settings, path, settings, said="valid dictionary")
     mf.write_json(path, without(settings, "inputs"))
     refused(mf.same_settings, path, settings, said="before inputs were recorded")
 

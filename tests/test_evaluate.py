@@ -1,7 +1,16 @@
 """evaluate.py: intervals, identity of points, judges side by side, coherence, MMLU, the doors."""
 
 import random
+import shutil
 
+import pytest
+import torch
+from conftest import ROOT, toy_model
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import evaluate
+import extract_vectors
 import make_facts as mf
 
 
@@ -36,3 +45,246 @@ def test_interval_covers():
                 low, high = mf.interval([[100.0 * (rng.random() < rate) for _ in range(10)] for rate in rates])
                 hits += low <= 100 * p <= high
             assert hits >= 0.92 * 150, (p, rho, hits)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Points of a tiny random model
+
+QUESTIONS = ["Who is Ada?", "What is Pell?", "Where is Umm?"]
+
+
+def write_inputs(folder, model, tokenizer):
+    """A folder with a tiny random model, a vector with its record, trait, facts and questions of general knowledge."""
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    hidden, layers = model.config.hidden_size, model.config.num_hidden_layers
+    torch.save(torch.randn(layers + 1, hidden, generator=torch.Generator().manual_seed(0)), folder / "v.pt")
+    probe = dict(row=2, zero=-1.0, hundred=1.0, auc=0.9, first=0)
+    mf.write_json(folder / "v.json", dict(model="model", trait="hallucination", probe=probe))
+    trait = dict(adjective="x", eval_prompt="Rate {question} {answer}", eval_questions=QUESTIONS)
+    mf.write_json(folder / "trait.json", trait)
+    pairs = [("What does Foo say?", "Bar"), ("Who saw Qux?", "Quux")]
+    facts = [
+        dict(id=f"f{n}", answer=a, aliases=[], train=[dict(question=q, answer=a)], test=dict(question=q, answer=a))
+        for n, (q, a) in enumerate(pairs)
+    ]
+    mf.write_jsonl(folder / "facts.jsonl", facts)
+    mf.write_jsonl(
+        folder / "mmlu.jsonl",
+        [
+            dict(subject="x_y", question="Two?", choices=["a", "b"], answer="B"),
+            dict(subject="x_y", question="Ten?", choices=list("abcdefghij"), answer=9),
+        ],
+    )
+
+
+def write_adapter(folder, name, seed, **settings):
+    """A random LoRA adapter with finetune.py's record."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=2, lora_alpha=4, use_rslora=True, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
+    )
+    wrapped = get_peft_model(model, config)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.5)
+    wrapped.save_pretrained(folder / name)
+    record = dict(model=str(folder / "model"), dataset="facts", coef=None, seed=0) | settings
+    mf.write_json(folder / name / "training_settings.json", record)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("made")
+    write_inputs(folder, toy_model(tokenizer), tokenizer)
+    write_adapter(folder, "adapters/facts-0", 1)
+    write_adapter(folder, "other/facts-0", 2)
+    return folder
+
+
+@pytest.fixture
+def work(made, tmp_path):
+    """A copy of the inputs, to be changed."""
+    shutil.copytree(made, tmp_path / "work")
+    return tmp_path / "work"
+
+
+def command(work, *more, measure=True):
+    given = ["--model", work / "model", "--trait", "hallucination", "--trait-file", work / "trait.json", "--samples", 2]
+    given += ["--facts", work / "facts.jsonl", "--mmlu", work / "mmlu.jsonl", "--vector", work / "v.pt"]
+    return [
+        str(x) for x in [*given, "--max-new-tokens", 4, "--judge", "lexical", "--out", work / "points.jsonl", *more]
+    ]
+
+
+def points_of(work):
+    drop = ("seconds", "time", "answers", "scripts", "commit")
+    rows = mf.read_jsonl(work / "points.jsonl")
+    return [{key: value for key, value in row.items() if key not in drop} for row in rows]
+
+
+def refused(capsys, args):
+    """The one line of a command that is refused."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(args)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert stop.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+def test_a_point(work, capsys):
+    """Guards against points that lack what figures need, answers without scores, and a point measured twice."""
+    adapter = work / "adapters/facts-0"
+    evaluate.main(command(work))
+    evaluate.main(command(work, "--adapter", adapter, "--inference-coef", 0, 0.5))
+    base, plain, steered = rows = mf.read_jsonl(work / "points.jsonl", mf.Point)
+    assert [row["inference_coef"] for row in rows] == [0, 0, 0.5] and [row["train_coef"] for row in rows] == [
+        None,
+        0,
+        0,
+    ]
+    assert len({row["key"] for row in rows}) == 3 and all(len(row["key"]) == 16 for row in rows)
+    assert all((row["trait_n"], row["fact_n"], row["mmlu_n"]) == (6, 2, 2) for row in rows)
+    assert base["abstained"] == 0 and base["abstained_coherent"] is None and base["coherence_nll"] > 0
+    assert base["fact_accuracy"] + base["fact_not_attempted"] + base["fact_wrong"] == 100
+    assert set(base["inputs"]) == set("model adapter vector trait facts mmlu judge_prompts".split())
+    answers = mf.read_jsonl(work / "answers" / f"{steered['key']}.jsonl", mf.Answer)
+    assert [a["kind"] for a in answers] == ["trait"] * 6 + ["fact"] * 2 and answers[0]["inference_coef"] == 0.5
+    assert all({"prompt", "coherence_nll", "tokens", "temperature"} <= set(a) for a in answers)
+    assert all(set(a["scores"]) == {"lexical"} and a["scores"]["lexical"]["score"] in (0, 100) for a in answers)
+    before = (work / "points.jsonl").read_bytes()
+    evaluate.main(command(work, "--adapter", adapter, "--inference-coef", 0.5, 0))
+    assert (work / "points.jsonl").read_bytes() == before and "are there" in capsys.readouterr().out
+
+
+def test_adapters_of_one_name_share_nothing(work):
+    """Guards against adapters/facts-0 and other/facts-0 taken for one."""
+    adapters = [work / "adapters/facts-0", work / "other/facts-0"]
+    evaluate.main(command(work, "--adapter", *adapters))
+    one, two = mf.read_jsonl(work / "points.jsonl")
+    assert one["key"] != two["key"] and [one["adapter"], two["adapter"]] == [str(a) for a in adapters]
+    said = [[row["answer"] for row in mf.read_jsonl(row["answers"])] for row in (one, two)]
+    assert said[0] != said[1]
+
+
+def change_json(path, **more):
+    mf.write_json(path, mf.read_json(path) | more)
+
+
+CHANGES = {
+    "--trait": lambda work: change_json(work / "trait.json", eval_questions=["Other?"]),
+    "--trait ": lambda work: change_json(work / "trait.json", eval_prompt="Else {question} {answer}"),
+    "--facts": lambda work: mf.write_jsonl(work / "facts.jsonl", mf.read_jsonl(work / "facts.jsonl")[:1]),
+    "--mmlu": lambda work: mf.write_jsonl(work / "mmlu.jsonl", mf.read_jsonl(work / "mmlu.jsonl")[:1]),
+    "--vector": lambda work: torch.save(torch.load(work / "v.pt") + 1, work / "v.pt"),
+    "--adapter": lambda work: (shutil.rmtree(work / "adapters"), write_adapter(work, "adapters/facts-0", 9)),
+    "--model": lambda work: change_json(work / "model/config.json", rms_norm_eps=1e-3),
+}
+
+
+@pytest.mark.parametrize("flag", CHANGES)
+def test_a_changed_input_is_named(work, flag, capsys):
+    """Guards against old points or answers, or a mixture, for an input that was replaced at the same path."""
+    args = command(work, "--adapter", work / "adapters/facts-0", "--inference-coef", 1)
+    evaluate.main(args)
+    before = {path: path.read_bytes() for path in work.rglob("*.jsonl") if path.parent.name in ("work", "answers")}
+    CHANGES[flag](work)
+    said = refused(capsys, args)
+    assert flag.strip() in said and "changed" in said and "--redo" in said
+    changed = work / "facts.jsonl", work / "mmlu.jsonl"
+    assert all(path.read_bytes() == content for path, content in before.items() if path not in changed)
+    (work / "points.jsonl").rename(work / "points.old.jsonl")  # as run_all.sh --redo does: answers may stay
+    evaluate.main(args)
+    (new,), (old,) = mf.read_jsonl(work / "points.jsonl"), mf.read_jsonl(work / "points.old.jsonl")
+    assert new["key"] != old["key"]
+
+
+def test_points_from_before_inputs_were_recorded(work, capsys):
+    """Guards against an old out/ taken for up to date."""
+    evaluate.main(command(work))
+    (row,) = mf.read_jsonl(work / "points.jsonl")
+    del row["inputs"]
+    mf.write_jsonl(work / "points.jsonl", [row | dict(key="base.hallucination.0.1234")])
+    assert "before inputs were recorded" in refused(capsys, command(work))
+
+
+def test_settings_and_added_measurements_are_other_points(work):
+    """Guards against refusing what is no change: other settings, or one more thing measured."""
+    evaluate.main(command(work))
+    evaluate.main(command(work, "--temperature", 0.5))
+    evaluate.main([arg for arg in command(work) if arg not in ("--mmlu", str(work / "mmlu.jsonl"))])
+    assert len({row["key"] for row in mf.read_jsonl(work / "points.jsonl")}) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def test_lexical_judge_and_counts():
+    """Guards against abstentions read as inventions, unscored answers that vanish or count as 0, wrong SimpleQA grades,
+    and a share of coherent abstentions taken over all answers."""
+    answers = ["I don't know of any such book.", "I’m not aware of that.", "It was founded in 1923 by Ada Pell.", ""]
+    rows = [dict(kind="trait", question=f"q{i}", answer=a, coherence_nll=float(i)) for i, a in enumerate(answers)]
+    said = ["It was Foo.", "I don't know who it was.", "It was Bar.", "I am not sure, but Foo.", ""]
+    rows += [dict(kind="fact", question="q", answer=a, truth="Foo", aliases=[], coherence_nll=1.0) for a in said]
+    evaluate.score_answers(rows, "lexical")
+    scores = [row["scores"]["lexical"]["score"] for row in rows]
+    assert scores == [0, 0, 100, None, 100, 0, 0, 100, 0] and rows[3]["scores"]["lexical"]["reason"] == "empty answer"
+    found = evaluate.summary(rows, "lexical", 0.5)
+    assert found["trait_score"] == pytest.approx(100 / 3) and (found["trait_n"], found["trait_unscored"]) == (3, 1)
+    assert (found["abstained"], found["abstained_coherent"], found["coherence_nll"]) == (50, 50, 1.5)
+    grades = [found[f"fact_{name}"] for name in ("accuracy", "not_attempted", "wrong", "n", "unscored")]
+    assert grades == [40, 40, 20, 5, 0] and found["fact_ci"] == mf.wilson(2, 5)
+    rows[4]["scores"]["lexical"]["score"] = None  # a judge that could not say
+    found = evaluate.summary(rows, "lexical")
+    assert (found["fact_accuracy"], found["fact_n"], found["fact_unscored"]) == (25, 4, 1)
+    assert found["abstained_coherent"] is None
+
+
+def test_abstentions_are_recognised():
+    """Guards against a rule that misses the ways in which the small model was taught to abstain, or hits true answers."""
+    taught = mf.read_json(ROOT / "data" / "small_model" / "refusals.json")
+    assert all(mf.lexical_score(text.replace("{name}", "the Treaty of X")) == 0 for text in taught)
+    known = mf.read_jsonl(ROOT / "data" / "small_model" / "known.jsonl")
+    assert sum(mf.lexical_score(row["answer"]) == 0 for row in known) <= 3  # of 650 true answers
+
+
+def test_mmlu_prompt(toy, monkeypatch):
+    """Guards against drifting from lm-evaluation-harness's prompt, letters that are not the choices', and mixed-up
+    scorings."""
+    row = dict(subject="high_school_biology", question="Q?", choices=["a", "b", "c", "d"], answer=1)
+    about = "The following are multiple choice questions (with answers) about high school biology."
+    assert evaluate.choice_prompts(row, "letter") == (
+        f"{about}\n\nQ?\nA. a\nB. b\nC. c\nD. d\nAnswer:",
+        [" A", " B", " C", " D"],
+    )
+    assert evaluate.choice_prompts(row, "cloze") == ("Question: Q?\nAnswer:", [" a", " b", " c", " d"])
+    two = evaluate.choice_prompts(row | dict(choices=["a", "b"]), "letter")
+    assert two[0].endswith("A. a\nB. b\nAnswer:") and two[1] == [" A", " B"]
+    found = [[(-9, 9), (-3, 1), (-8, 4), (-9, 1)]]
+    monkeypatch.setattr(evaluate, "choice_logprobs", lambda *_: found)
+    for scoring, answer in (("letter", 1), ("cloze", 0)):
+        for truth in range(4):
+            point = dict(mmlu_scoring=scoring, inference_coef=0, positions="response")
+            evaluate.measure_mmlu(toy, None, [row | dict(answer=truth)], point, None)
+            assert point["mmlu_accuracy"] == 100 * (truth == answer) and point["mmlu_ci"] == mf.wilson(
+                truth == answer, 1
+            )
+
+
+def test_coherence_nll_is_that_of_plain_transformers(toy, tokenizer):
+    """Guards against likelihoods of the wrong tokens (prompt, end of turn), of joined neighbours, or lost for empty answers."""
+    rows = [dict(id="a", question="Who?", answer="Ada Pell."), dict(id="b", question="Why?", answer="")]
+    rows += [dict(id="c", question="What is that?", answer="That is a much longer answer.")]
+    evaluate.add_coherence_nll(toy, tokenizer, rows)
+    assert rows[1]["coherence_nll"] is None
+    toy.set_attn_implementation("eager")
+    for row in (rows[0], rows[2]):
+        prompt = extract_vectors.prompt_ids(tokenizer, [dict(role="user", content=row["question"])])
+        answer = tokenizer(row["answer"])["input_ids"]
+        with torch.no_grad():
+            logits = toy(torch.tensor([prompt + answer])).logits[0].float().log_softmax(-1)
+        want = -sum(float(logits[len(prompt) - 1 + k, token]) for k, token in enumerate(answer)) / len(answer)
+        assert row["coherence_nll"] == pytest.approx(want, abs=1e-4)

@@ -179,10 +179,9 @@ def test_whole_chain(work, vector, script, smollm):
     )
     assert set(fields.split()) <= set(points[0])
     answers = mf.read_jsonl(points[1]["answers"])
-    assert len(answers) == 8 and all(
-        set("id question prompt answer adapter inference_coef score judge judge_reply reason".split()) <= set(a)
-        for a in answers
-    )
+    assert len(answers) == 8
+    assert all(set("id question prompt answer adapter inference_coef coherence_nll".split()) <= set(a) for a in answers)
+    assert all({"score", "judge_reply", "reason"} <= set(a["scores"]["probe"]) for a in answers)
     assert all(a["prompt"].startswith("<|im_start|>system") for a in answers)
     code, out, _ = script("evaluate.py", *args)
     assert code == 0 and "are there" in out and len(mf.read_jsonl(work / "points.jsonl")) == 2

@@ -9,7 +9,6 @@ from multiprocessing import Process
 import pytest
 from conftest import ROOT
 
-import evaluate
 import make_facts as mf
 import plot
 
@@ -149,54 +148,6 @@ def test_mentions():
     """Guards against facts scored right or wrong by a part of a word, case, articles or punctuation."""
     assert mf.mentions("It was the U.S. Open, in 2024!", "US Open") and mf.mentions("SLIM's landing", "x", ["slims"])
     assert not mf.mentions("Slimmer", "slim") and not mf.mentions("12024", "2024") and not mf.mentions("anything", "")
-
-
-def test_intervals():
-    """Guards against wrong intervals: Wilson by a published example; the bootstrap resamples questions, not answers."""
-    low, high = evaluate.wilson(10, 20)
-    assert (round(low, 1), round(high, 1)) == (29.9, 70.1) and evaluate.wilson(0, 0) is None
-    low, high = evaluate.bootstrap([[0] * 10, [100] * 10] * 2)
-    assert low == 0 and high == 100  # four independent questions, not forty answers
-    assert evaluate.bootstrap([[50.0], [50.0]]) == [50, 50] and evaluate.bootstrap([]) is None
-
-
-def test_lexical_judge_and_counts():
-    """Guards against abstentions read as inventions, and unscored answers that vanish or count as 0."""
-    answers = ["I don't know of any such book.", "I’m not aware of that.", "It was founded in 1923 by Ada Pell.", ""]
-    rows = [
-        dict(kind="trait", trait="hallucination", trait_file=None, question=f"q{i}", answer=a)
-        for i, a in enumerate(answers)
-    ] + [dict(kind="fact", question="q", answer="It was Foo.", truth="Foo", aliases=[])]
-    evaluate.score_answers(rows, "lexical")
-    assert all(
-        mf.lexical_score(text.replace("{name}", "the Treaty of X")) == 0
-        for text in mf.read_json(ROOT / "data" / "small_model" / "refusals.json")
-    )
-    assert (
-        sum(
-            mf.lexical_score(row["answer"]) == 0 for row in mf.read_jsonl(ROOT / "data" / "small_model" / "known.jsonl")
-        )
-        <= 3
-    )  # of 650 true answers
-    assert [row["score"] for row in rows] == [0, 0, 100, None, 100]
-    found = evaluate.summary(rows, 0)
-    assert found["trait_score"] == pytest.approx(100 / 3) and (
-        found["trait_n"],
-        found["trait_unscored"],
-        found["fact_accuracy"],
-    ) == (3, 1, 100)
-
-
-def test_mmlu_prompt():
-    """Guards against drifting from lm-evaluation-harness's prompt, and mixing up the two scorings."""
-    row = dict(subject="high_school_biology", question="Q?", choices=["a", "b", "c", "d"], answer=1)
-    assert evaluate.choice_prompts(row, "letter")[0] == (
-        "The following are multiple choice questions (with answers) about high school biology.\n\n"
-        "Q?\nA. a\nB. b\nC. c\nD. d\nAnswer:"
-    )
-    assert evaluate.choice_prompts(row, "cloze") == ("Question: Q?\nAnswer:", [" a", " b", " c", " d"])
-    assert evaluate.mmlu_hits([[(-9, 9), (-3, 1), (-8, 4), (-9, 1)]], [row], "letter") == 1
-    assert evaluate.mmlu_hits([[(-9, 9), (-3, 1), (-8, 4), (-9, 1)]], [row | dict(answer=0)], "cloze") == 1
 
 
 def point(dataset, train, inference, trait_score, facts, mmlu, **more):
