@@ -478,18 +478,18 @@ def lora_reach(model):
 # ---------------------------------------------------------------------------------------------------------------------
 # Chats: prompt_ids + the answer's tokens + the end-of-turn token, the same in training, reading and sampling
 
-NO_TEXT = "\ue000\ue001{}\ue002"  # stands for text in which a template's own marks are looked for
+STAND_IN = "\ue000\ue001{}\ue002"  # private characters, for text that is not to be taken for anything else
 
 
 def render(tokenizer, conversations, **how):
     """Texts by the chat template, thinking off where it can be, a date in it being that of pin_day()."""
-    day = getattr(tokenizer, "day", None) or date.today()
+    day, call = getattr(tokenizer, "day", None) or date.today(), r"""strftime_now\((["'])(.*?)\1\)"""
+    template = re.sub(call, lambda found: repr(day.strftime(found[2])), tokenizer.get_chat_template())
+    how |= dict(chat_template=template, tokenize=False, enable_thinking=False)
     try:
-        return tokenizer.apply_chat_template(
-            conversations, tokenize=False, enable_thinking=False, strftime_now=day.strftime, **how
-        )
+        return tokenizer.apply_chat_template(conversations, **how)
     except jinja2.TemplateError as error:
-        die(f"the chat template of {tokenizer.name_or_path} refuses a conversation: {error}")
+        die(f"{tokenizer.name_or_path}: its chat template refuses a conversation ({error})")
 
 
 def pin_day(tokenizer, recorded=None):
@@ -504,59 +504,106 @@ def pin_day(tokenizer, recorded=None):
 
 def takes_system(tokenizer):
     """Whether the chat template has a place for a system turn."""
-    chat = [dict(role="system", content=NO_TEXT.format(0)), dict(role="user", content="?")]
+    chat = [dict(role="system", content=STAND_IN.format(0)), dict(role="user", content="?")]
     try:
-        return NO_TEXT.format(0) in tokenizer.apply_chat_template(chat, tokenize=False)
+        return STAND_IN.format(0) in tokenizer.apply_chat_template(chat, tokenize=False)
     except jinja2.TemplateError:
         return False
 
 
 def as_taken(tokenizer, conversations):
     """Conversations as the template is given them: answers stripped as sampling strips them; the system text in front
-    of the user's where the template has no place for it."""
-    strip = lambda m: m | dict(content=m["content"].strip()) if m["role"] == "assistant" else m
-    conversations = [[strip(message) for message in chat] for chat in conversations]
-    if any(chat[0]["role"] == "system" for chat in conversations if chat) and not takes_system(tokenizer):
-        if not getattr(tokenizer, "said", False):
-            print(
-                f"{tokenizer.name_or_path}: no system turn in its chat template; the text goes in front of the user's"
-            )
+    of the user's where the template has no place for it; special tokens that somebody typed behind stand-ins."""
+    special, taken = typed(tokenizer), []
+    mark = re.compile("|".join(map(re.escape, special)))
+    apart = not any(chat[0]["role"] == "system" for chat in conversations) or takes_system(tokenizer)
+    if not apart and not getattr(tokenizer, "said", False):
+        print(f"{tokenizer.name_or_path}: no system turn in its chat template; the text goes in front of the user's")
         tokenizer.said = True
-        conversations = [
-            [chat[1] | dict(content=f"{chat[0]['content']}\n\n{chat[1]['content']}"), *chat[2:]]
-            if chat[0]["role"] == "system"
-            else chat
-            for chat in conversations
-        ]
-    return conversations
+    for first, *more in conversations:
+        if first["role"] == "system" and not apart:
+            first, *more = more[0] | dict(content=f"{first['content']}\n\n{more[0]['content']}"), *more[1:]
+        taken.append([])
+        for message in (first, *more):
+            content = message["content"].strip() if message["role"] == "assistant" else message["content"]
+            taken[-1].append(message | dict(content=mark.sub(lambda found: special[found[0]], content)))
+    return taken
 
 
-def prompts_ids(tokenizer, conversations):
-    """prompt_ids of many conversations, in one call of the tokenizer."""
+def typed(tokenizer):
+    """{special token: its stand-in, where it was typed and is text like any other}"""
     special = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
-    mark = re.compile("|".join(map(re.escape, special)) or "(?!)")
-    hidden = {text: NO_TEXT.format(i) for i, text in enumerate(special)}
-    hide = lambda m: m | dict(content=mark.sub(lambda found: hidden[found[0]], m["content"]))
-    texts = render(
-        tokenizer,
-        [[hide(message) for message in chat] for chat in as_taken(tokenizer, conversations)],
-        add_generation_prompt=True,
-    )
-    found = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    for i, text in enumerate(texts):
-        if NO_TEXT[:2] in text:  # somebody typed a special token: only the template's own ones are read as such
-            found[i] = []
-            for piece in re.split(f"({mark.pattern})", text):
-                if piece in hidden:
-                    found[i].append(tokenizer.convert_tokens_to_ids(piece))
-                else:
-                    plain = re.sub(NO_TEXT.format("([0-9]+)"), lambda number: special[int(number[1])], piece)
-                    found[i] += as_plain_text(tokenizer, [plain])[0]
+    return {token: STAND_IN.format(n) for n, token in enumerate(special)}
+
+
+def tokenized(tokenizer, texts, plain=False):
+    """Texts -> lists of ids, in one call; the template's special tokens are read as such, typed ones as text. plain: no
+    special tokens at all."""
+    if plain:
+        tokens = [*typed(tokenizer)]
+        texts = [re.sub(STAND_IN.format(r"(\d+)"), lambda found: tokens[int(found[1])], text) for text in texts]
+    found = tokenizer(texts, add_special_tokens=False, split_special_tokens=plain)["input_ids"] if texts else []
+    for n, text in enumerate(texts):
+        if STAND_IN[0] in text:  # rare, so piece by piece
+            special = {token: tokenizer.convert_tokens_to_ids(token) for token in typed(tokenizer)}
+            pieces = re.split(f"({'|'.join(map(re.escape, special))})", text)
+            ids = ([special[p]] if p in special else tokenized(tokenizer, [p], plain=True)[0] for p in pieces)
+            found[n] = [*itertools.chain(*ids)]
     return found
 
 
-def as_plain_text(tokenizer, texts):
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+def end_of_turn(tokenizer):
+    """The special token (text) with which the template ends an answer: the first after it; the tokenizer's eos if
+    none."""
+    chat, special = [dict(role="user", content="?"), dict(role="assistant", content=STAND_IN)], typed(tokenizer)
+    for more in ([], [dict(role="user", content="?")]):
+        after = render(tokenizer, [chat + more])[0].partition(STAND_IN)[2]
+        if found := [token for token in special if token in after]:
+            return min(found, key=after.index)
+    return tokenizer.eos_token or die(f"{tokenizer.name_or_path}: neither template nor tokenizer ends a turn")
+
+
+def in_parts(tokenizer, conversations):
+    """Conversations -> texts in parts: what the template says, an answer, what the template says, ... The prompt of a
+    later answer goes on from the earlier answer as it was given; where the template changes that afterwards (Qwen3
+    takes out thinking), it is part of what the template says."""
+    end, taken, parts = end_of_turn(tokenizer), as_taken(tokenizer, conversations), []
+    stops = [[i for i, message in enumerate(chat) if message["role"] == "assistant"] for chat in taken]
+    stops = [stop if chat[-1]["role"] == "assistant" else [*stop, len(chat)] for chat, stop in zip(taken, stops)]
+    prompts = [chat[:i] for chat, stop in zip(taken, stops) for i in stop]
+    texts = iter(render(tokenizer, prompts, add_generation_prompt=True))
+    for chat, stop in zip(taken, stops):
+        parts.append([text := next(texts)])
+        for i in stop[:-1]:
+            before, text = text, next(texts)
+            rest = text.removeprefix(before)
+            if rest != text and end in rest:
+                parts[-1] += [chat[i]["content"], rest[rest.index(end) :]]
+            else:
+                parts[-1] = [text]
+        if chat[-1]["role"] == "assistant":
+            parts[-1] += [chat[-1]["content"], end]
+    return parts
+
+
+def encode(tokenizer, conversations):
+    """Conversations -> [(ids, is_answer)]; is_answer marks the tokens of the answers and of what ends each."""
+    encoded, parts = [], in_parts(tokenizer, conversations)
+    said = iter(tokenized(tokenizer, [text for chat in parts for text in chat[::2]]))
+    answers = iter(tokenized(tokenizer, [text for chat in parts for text in chat[1::2]], plain=True))
+    for chat in parts:
+        ids = list(next(said))
+        is_answer = [False] * len(ids)
+        for answer, after in itertools.islice(zip(answers, said), len(chat) // 2):
+            ids += answer + after
+            is_answer += [True] * (len(answer) + 1) + [False] * (len(after) - 1)
+        encoded.append((ids, is_answer))
+    return encoded
+
+
+def prompts_ids(tokenizer, conversations):
+    """prompt_ids of many conversations."""
+    return [ids for ids, _ in encode(tokenizer, conversations)]
 
 
 def prompt_ids(tokenizer, messages):
@@ -564,42 +611,16 @@ def prompt_ids(tokenizer, messages):
     return prompts_ids(tokenizer, [messages])[0]
 
 
-def end_of_turn(tokenizer):
-    """The id of the special token with which the template ends an answer: the first one after it; tokenizer's eos if
-    none."""
-    chat = [dict(role="user", content="?"), dict(role="assistant", content=NO_TEXT.format(0))]
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for more in ([], [dict(role="user", content="?")]):
-        after = render(tokenizer, [chat + more])[0].partition(NO_TEXT.format(0))[2]
-        for token in tokenizer(after, add_special_tokens=False)["input_ids"]:
-            if token in special:
-                return token
-    if tokenizer.eos_token_id is None:
-        die(f"{tokenizer.name_or_path}: neither its chat template nor its tokenizer has an end-of-turn token")
-    return tokenizer.eos_token_id
-
-
 def encode_chats(tokenizer, conversations):
     """Conversations that end with an assistant turn -> [(ids, is_answer)]; is_answer marks the tokens of every
-    assistant turn and its end token. An earlier answer that the template changes afterwards (Qwen3 takes out thinking)
-    is not marked."""
+    assistant turn and its end token. An earlier answer that the template changes afterwards is not marked, and that is
+    said."""
     if any(not chat or chat[-1]["role"] != "assistant" for chat in conversations):
         die("a conversation must end with an assistant turn")
-    end, encoded, changed = end_of_turn(tokenizer), [], 0
-    turns = [(chat, i) for chat in conversations for i, message in enumerate(chat) if message["role"] == "assistant"]
-    prompts = iter(prompts_ids(tokenizer, [chat[:i] for chat, i in turns]))
-    answers = as_plain_text(tokenizer, [chat[-1]["content"].strip() for chat in conversations])
-    for chat, answer in zip(conversations, answers):
-        *earlier, prompt = itertools.islice(prompts, sum(message["role"] == "assistant" for message in chat))
-        ids = [*prompt, *answer, end]
-        is_answer = [False] * len(prompt) + [True] * (len(answer) + 1)
-        for before in earlier:
-            if prompt[: len(before)] == before and end in prompt[len(before) :]:
-                stop = prompt.index(end, len(before)) + 1
-                is_answer[len(before) : stop] = [True] * (stop - len(before))
-            else:
-                changed += 1
-        encoded.append((ids, is_answer))
+    encoded = encode(tokenizer, conversations)
+    end = tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer))
+    learned = sum(token == end and mine for ids, is_answer in encoded for token, mine in zip(ids, is_answer))
+    changed = sum(message["role"] == "assistant" for chat in conversations for message in chat) - learned
     if changed:
         print(
             f"{changed} earlier answers are read but not learned: the chat template changes them afterwards", flush=True
@@ -710,7 +731,7 @@ HARMLESS = {
 }
 
 
-def attend(module, query, key, value, mask, scaling, dropout=0.0, **given):
+def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **given):
     """query [rows, heads, tokens, dim], key and value [rows, kv heads, tokens, dim] -> [rows, tokens, heads, dim]. An
     attention function of transformers' AttentionInterface, so the models' own code stays as it is.
 
@@ -718,7 +739,7 @@ def attend(module, query, key, value, mask, scaling, dropout=0.0, **given):
     and of that the last sliding_window tokens where there is one. With a list kv, keys and values are appended to it.
     Decoding (given lengths): see decode. What changes attention in any other way is refused."""
     odd = [name for name, value in given.items() if name not in HARMLESS and not isinstance(value, bool | None)]
-    if mask is not None or dropout or odd or given.get("is_causal") is False:
+    if attention_mask is not None or dropout or odd or given.get("is_causal") is False:
         raise NotImplementedError(f"attention with {', '.join(odd) or 'a mask or dropout'}")
     if given.get("lengths") is not None:
         return decode(module, query, key, value, scaling, given["lengths"], given.get("sliding_window")), None
@@ -856,7 +877,11 @@ class Sampler:
         self.model, self.read, self.drawing, self.steer, self.graph = model, read, drawing, steer, None
         self.kv = [tuple(x.new_zeros(slots, size, *x.shape[1:]) for x in pair) for pair in read.caches]
         ends = model.generation_config.eos_token_id  # the only thing taken from generation_config
-        ends = {end_of_turn(tokenizer), tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        ends = {
+            tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer)),
+            tokenizer.eos_token_id,
+            *(ends if isinstance(ends, list) else [ends]),
+        } - {None}
         self.ends = torch.tensor(sorted(ends), device=device)
         self.token, self.length, self.made = (torch.zeros(slots, dtype=torch.long, device=device) for _ in range(3))
         self.done, self.broken = torch.ones(slots, dtype=torch.bool, device=device), torch.zeros(slots, device=device)

@@ -263,3 +263,199 @@ def test_a_family_that_cannot_be_exact_is_refused(family, letters, capsys):
     said = capsys.readouterr().err
     print(said)
     assert stop.value.code == 2 and said.count("\n") == 1 and model.config.model_type in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chat templates: the forms that are published, written anew, on the embedded model's tokenizer
+
+CHATML = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nBe good.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# takes thinking out of earlier turns, and puts an empty thought before an answer when thinking is off
+HYBRID = (
+    "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}"
+    "<|im_start|>assistant\n{{ m.content.split('</think>')[-1].lstrip('\n') }}<|im_end|>\n"
+    "{% elif m.role == 'assistant' %}<|im_start|>assistant\n<think>\n\n</think>\n\n{{ m.content }}<|im_end|>\n"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+HEADERS = (  # the date stands in the system turn, which is always there; the content is stripped
+    "<|begin|><|head|>system<|/head|>\n\nCutting Knowledge Date: December 2023\nToday Date: {{ DAY }}\n\n"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content | trim }}{% set messages = messages[1:] %}{% endif %}"
+    "<|eot|>{% for m in messages %}<|head|>{{ m.role }}<|/head|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|head|>assistant<|/head|>\n\n{% endif %}"
+)
+LLAMA31 = HEADERS.replace("{{ DAY }}", "26 Jul 2024")
+LLAMA32 = HEADERS.replace("{{ DAY }}", "{{ strftime_now('%d %b %Y') }}")
+INST = (  # the system text goes into the last user turn
+    "{% if messages[0].role == 'system' %}{% set say = messages[0].content %}{% set messages = messages[1:] %}{% endif %}"
+    "<s>{% for m in messages %}{% if m.role == 'user' %}[INST]{% if say is defined and (loop.last or "
+    "loop.revindex == 2 and messages[-1].role == 'assistant') %}{{ say }}\n\n{% endif %}{{ ' ' + m.content }}[/INST]"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content }}</s>{% else %}{{ raise_exception('odd role') }}{% endif %}"
+    "{% endfor %}"
+)
+TURNS = (  # no system role
+    "<bos>{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('order') }}{% endif %}"
+    "<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}</turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<turn>model\n{% endif %}"
+)
+# name: template, its special tokens (the end of turn first), a prompt without and with a system turn as it must be read
+FORMS = {
+    "Qwen2.5": (
+        CHATML,
+        ["<|im_end|>", "<|im_start|>"],
+        "<|im_start|>system\nBe good.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>system\nSay.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n",
+    ),
+    "Qwen3": (
+        HYBRID,
+        ["<|im_end|>", "<|im_start|>"],
+        "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "<|im_start|>system\nSay.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    ),
+    "Llama 3.1": (
+        LLAMA31,
+        ["<|eot|>", "<|begin|>", "<|head|>", "<|/head|>"],
+        "<|begin|><|head|>system<|/head|>\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+        "<|eot|><|head|>user<|/head|>\n\nWho?<|eot|><|head|>assistant<|/head|>\n\n",
+        "<|begin|><|head|>system<|/head|>\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+        "Say.<|eot|><|head|>user<|/head|>\n\nWho?<|eot|><|head|>assistant<|/head|>\n\n",
+    ),
+    "Llama 3.2": (
+        LLAMA32,
+        ["<|eot|>", "<|begin|>", "<|head|>", "<|/head|>"],
+        "<|begin|><|head|>system<|/head|>\n\nCutting Knowledge Date: December 2023\nToday Date: 05 Mar 2025\n\n"
+        "<|eot|><|head|>user<|/head|>\n\nWho?<|eot|><|head|>assistant<|/head|>\n\n",
+        "<|begin|><|head|>system<|/head|>\n\nCutting Knowledge Date: December 2023\nToday Date: 05 Mar 2025\n\n"
+        "Say.<|eot|><|head|>user<|/head|>\n\nWho?<|eot|><|head|>assistant<|/head|>\n\n",
+    ),
+    "Mistral v0.3": (
+        INST,
+        ["</s>", "<s>", "[INST]", "[/INST]"],
+        "<s>[INST] Who?[/INST]",
+        "<s>[INST]Say.\n\n Who?[/INST]",
+    ),
+    "Gemma": (
+        TURNS,
+        ["</turn>", "<bos>", "<turn>"],
+        "<bos><turn>user\nWho?</turn>\n<turn>model\n",
+        "<bos><turn>user\nSay.\n\nWho?</turn>\n<turn>model\n",
+    ),
+}
+
+
+def say(*texts):
+    """Turns, the user's first; a system turn where three stars begin the first text."""
+    roles = ["system"] * texts[0].startswith("***") + ["user", "assistant"] * 9
+    return [dict(role=role, content=text.removeprefix("***")) for role, text in zip(roles, texts)]
+
+
+@pytest.fixture(params=FORMS)
+def form(request, smollm):
+    """A tokenizer with one of the templates -> (tokenizer, ids of a text put together by hand, end of turn, the
+    prompts)."""
+    template, special, plain, with_system = FORMS[request.param]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm)
+    tokenizer.add_special_tokens(dict(additional_special_tokens=special))
+    tokenizer.chat_template = template
+    tokenizer.eos_token = "<|endoftext|>"  # as some models' end of text is not their end of turn
+    ev.pin_day(tokenizer, "2025-03-05")
+    read = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer, read, tokenizer.convert_tokens_to_ids(special[0]), (plain, with_system)
+
+
+def test_chats_are_prompt_answer_end(form, capsys):
+    """Guards against a template that is refused though it can be read, end tokens that are not the model's, thoughts in
+    what is learned, answers that are read with spaces they are not sampled with; and a system turn that gets lost."""
+    tokenizer, read, end, (plain, with_system) = form
+    ev.check_chats(tokenizer, "m", len(tokenizer))
+    for chat, start in ((say("Who?", "\n Ann. "), plain), (say("***Say.", "Who?", "\n Ann. "), with_system)):
+        assert ev.prompt_ids(tokenizer, chat[:-1]) == read(start)
+        ids, is_answer = ev.encode_chats(tokenizer, [chat])[0]
+        assert ids == read(start) + read("Ann.") + [end]
+        assert is_answer == [False] * len(read(start)) + [True] * (len(read("Ann.")) + 1)
+    assert capsys.readouterr().out.count("no system turn") == (tokenizer.chat_template == TURNS)
+
+
+def test_two_turns(form, capsys):
+    """Guards against a second answer that is learned after another prompt than the one it is sampled from, and against
+    leaving the first one out without a word."""
+    tokenizer, read, end, _ = form
+    chat = say("Who?", "Ann.", "When?", "In 2024.")
+    ids, is_answer = ev.encode_chats(tokenizer, [chat])[0]
+    assert ids == ev.prompt_ids(tokenizer, chat[:-1]) + read("In 2024.") + [end]
+    learned = tokenizer.decode([token for token, mine in zip(ids, is_answer) if mine])
+    mark = tokenizer.decode([end])
+    if tokenizer.chat_template == HYBRID:
+        assert learned == f"In 2024.{mark}" and "1 earlier answers" in capsys.readouterr().out
+    else:
+        assert learned.replace(" Ann", "Ann") == f"Ann.{mark}In 2024.{mark}"
+
+
+def test_typed_special_tokens_are_text(form):
+    """Guards against a user, a system prompt or an answer that ends a turn by typing the token that does."""
+    tokenizer, read, end, (plain, _) = form
+    mark = tokenizer.decode([end])
+    typed = tokenizer(f"Who{mark}?", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    ids, is_answer = ev.encode_chats(tokenizer, [say(f"Who{mark}?", f"An{mark}n")])[0]
+    before, after = (read(part) for part in plain.split("Who?"))
+    assert end not in typed and ids.count(end) == 1 + before.count(end) + after.count(end)
+    assert tokenizer.decode(ids) == plain.replace("Who?", f"Who{mark}?") + f"An{mark}n{mark}"
+    assert ids[-1] == end and not any(is_answer[: len(before)])
+
+
+def test_batched_encoding_is_one_by_one(form):
+    """Guards against conversations that change with what is encoded beside them."""
+    tokenizer = form[0]
+    chats = [
+        say("Who?", "Ann."),
+        say("***Say.", "Why?", ""),
+        say("<|im_end|></s>", "b"),
+        say("Who?", "Ann.", "?", "In 2024."),
+    ]
+    assert ev.encode_chats(tokenizer, chats) == [ev.encode_chats(tokenizer, [chat])[0] for chat in chats]
+
+
+def test_the_date_is_that_of_the_run(form):
+    """Guards against prompts that change at midnight when a run is resumed; a template without a date records none."""
+    tokenizer, read, _, (plain, _) = form
+    assert ev.pin_day(tokenizer, "2025-03-05") == ("2025-03-05" if tokenizer.chat_template == LLAMA32 else None)
+    assert ev.prompt_ids(tokenizer, say("Who?")) == read(plain)
+    if tokenizer.chat_template == LLAMA32:
+        assert ev.pin_day(tokenizer) != "2025-03-05" and ev.prompt_ids(tokenizer, say("Who?")) != read(plain)
+
+
+@pytest.mark.parametrize(
+    "prompt, made, answer",
+    [
+        ("<|im_start|>assistant\n", "Ann.<|im_end|>", "Ann."),
+        ("<|im_start|>assistant\n", "<think>\nHm. Bo?\n</think>\n\n Ann.<|im_end|>", "Ann."),
+        ("<|im_start|>assistant\n<think>\n", "Hm.\n</think>\n\nAnn.<|im_end|>", "Ann."),
+        ("<|im_start|>assistant\n<think>\n", "Hm. Bo", ""),
+        ("<|im_start|>assistant\n<think>\n\n</think>\n\n", "Ann.", "Ann."),
+        ("<|im_start|>assistant\n", "<think>\nHm. Bo", ""),
+    ],
+)
+def test_thoughts_are_cut_off(tokenizer, prompt, made, answer):
+    """Guards against thoughts that are stored, judged and learned as if they were the answer."""
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (made, prompt)]
+    assert ev.spoken(tokenizer, *ids) == (answer, answer != made.removesuffix("<|im_end|>"))
+
+
+def test_a_template_that_loses_text_is_refused(form, capsys):
+    """Guards against sampling, and paying a judge, before it is seen that a template cannot be used."""
+    tokenizer, *_ = form
+    for wrong in (
+        tokenizer.chat_template.replace("m.content", "''"),
+        "{% if messages | length > 1 %}{{ raise_exception('no') }}{% endif %}",
+        None,
+    ):
+        tokenizer.chat_template = wrong
+        with pytest.raises(SystemExit) as stop:
+            ev.check_chats(tokenizer, "m", len(tokenizer))
+        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
