@@ -1,5 +1,5 @@
-"""Families of chat models, tiny and random in float32: what the scripts compute is what plain transformers computes with
-eager attention, one conversation at a time, with hooks written here. What cannot be exact is refused at loading."""
+"""Families of chat models, tiny and random in float32: what the scripts compute is what plain transformers computes
+with eager attention, one conversation at a time, with hooks written here. What cannot be exact is refused at loading."""
 
 import contextlib
 import copy
@@ -291,15 +291,16 @@ HEADERS = (  # the date stands in the system turn, which is always there; the co
 LLAMA31 = HEADERS.replace("{{ DAY }}", "26 Jul 2024")
 LLAMA32 = HEADERS.replace("{{ DAY }}", "{{ strftime_now('%d %b %Y') }}")
 INST = (  # the system text goes into the last user turn
-    "{% if messages[0].role == 'system' %}{% set say = messages[0].content %}{% set messages = messages[1:] %}{% endif %}"
-    "<s>{% for m in messages %}{% if m.role == 'user' %}[INST]{% if say is defined and (loop.last or "
+    "{% if messages[0].role == 'system' %}{% set say = messages[0].content %}{% set messages = messages[1:] %}"
+    "{% endif %}<s>{% for m in messages %}{% if m.role == 'user' %}[INST]{% if say is defined and (loop.last or "
     "loop.revindex == 2 and messages[-1].role == 'assistant') %}{{ say }}\n\n{% endif %}{{ ' ' + m.content }}[/INST]"
     "{% elif m.role == 'assistant' %}{{ ' ' + m.content }}</s>{% else %}{{ raise_exception('odd role') }}{% endif %}"
     "{% endfor %}"
 )
 TURNS = (  # no system role
     "<bos>{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('order') }}{% endif %}"
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('order') }}{% endif %}"
     "<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}</turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<turn>model\n{% endif %}"
 )
