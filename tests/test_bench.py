@@ -1,34 +1,69 @@
-"""The bench at tiny size on the CPU, where its numbers mean nothing."""
+"""The bench at tiny size on the CPU, where its numbers mean nothing, and the tables in tests/README.md."""
 
 import json
-import subprocess
-import sys
+import os
+from unittest.mock import patch
 
+import bench
+import pytest
 from conftest import ROOT
 
 
-def bench(only, change="pass"):
-    code = f"import sys; sys.path.insert(0, 'tests'); sys.argv[1:] = ['--shape', 'tiny', '--device', 'cpu', '--only', {only!r}]; import bench; {change}; bench.main()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout, done.stderr
-    return done.returncode, {row["name"]: row for row in json.loads(done.stdout.splitlines()[-1])["table"]}, done.stdout
+@pytest.fixture
+def run(smollm, tmp_path, monkeypatch):
+    """Runs the bench at tiny size -> (exit code, {name: row of the record})."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    record = tmp_path / "bench.jsonl"
+
+    def run(only, *flags):
+        tiny = ["--shape", "tiny", "--device", "cpu", "--tokenizer", str(smollm), "--folder", str(tmp_path)]
+        code = bench.main([*tiny, "--record", str(record), "--only", only, *flags])
+        return code, {row["name"]: row for row in map(json.loads, record.read_text().splitlines())}
+
+    return run
 
 
-def test_bench_trains(smollm):
-    """Guards against a bench that no longer fits the scripts' training, or cannot go on to a sweep's next point."""
-    code, rows, _ = bench("16 facts, steered")
-    assert code == 0 and set(rows) == {
-        "training: 16 facts, steered",
-        "training: 16 facts, steered: next point, same process",
-    }
+def test_speed(run, tmp_path, capsys):
+    """Guards against a bench that no longer fits the scripts' commands, that one failing row ends, or that hides it."""
+    with patch.object(bench, "stock_reading", None):
+        wanted = "^finetune.py$|^evaluate.py|plain loop|loading|stock: facts, 1 x 16 padded$|^stock: reading, 32"
+        code, rows = run(wanted)
+    assert code == 1 and "TypeError" in rows["stock: reading, 32 at a time"]["error"]
+    step, made = rows["training: facts, steered"], rows["sampling: coefficients"]["tokens"]
+    assert rows["finetune.py"]["steps"] == 2 and rows["finetune.py"]["adapters"] == 2 and step["seconds"] > 0
+    assert 9 * 20 < made <= 9 * 20 * 5 and rows["sampling: facts"]["tokens"] <= 4  # answers may end early
+    assert rows["reading: MMLU"]["tokens"] > 100
+    found = capsys.readouterr().out
+    table = [line.split(" | ") for line in found.splitlines() if line.startswith("| ")]
+    assert len(table) == 11  # the head and ten rows
+    times = rows["stock: facts, 1 x 16 padded"]["seconds"] / step["seconds"]
+    assert table[1][2].endswith(f"**{times:.1f} x** (1 x 16 padded)") and table[1][3] == ""  # 8 x 2 was not measured
+    assert "Failed: stock: reading, 32 at a time: TypeError" in found
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- speed: written by bench.py -->\nold\n<!-- end of speed -->\nb\n", encoding="utf-8")
+    bench.main(["--record", str(tmp_path / "bench.jsonl"), "--write", str(readme)])
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("a\n") and text.endswith("-->\nb\n") and "old" not in text and "| MMLU, 2" in text
 
 
-def test_failing_row(smollm):
-    """Guards against a bench that one failing row ends, or that hides it."""
-    code, rows, out = bench("reading", "bench.answer_means = None")
-    assert (
-        code == 1
-        and rows["reading: MMLU, 2 prompts"]["tokens_s"] > 0
-        and "TypeError" in rows["reading: 2 answers of 200 tokens"]["error"]
-    )
-    assert "| reading: 2 answers of 200 tokens | **failed** |" in out
+def test_memory(run, smollm, tmp_path):
+    """Guards against commands of the memory table that the scripts no longer take, and a table without their peaks."""
+    code, rows = run("respond-to", "--memory", "22.5")
+    assert code == 0 and rows["evaluate.py --respond-to"]["cap"] == 22.5
+    with patch.object(bench.Bench, "record"):
+        args = bench.flags().parse_args(["--shape", "tiny", "--tokenizer", str(smollm), "--memory", "22.5"])
+        commands = bench.memory_commands(bench.Bench(args, tmp_path, "memory 22.5"))
+    for script, flags in commands.values():
+        script.flags().parse_args(list(map(str, flags)))
+    about = dict(gpu="X", shape="tiny", run="now")
+    runs = {22.5: dict(about=about, a=dict(cap=22.5, gib=20.04)), 38.0: dict(about=about, a=dict(error="Out"))}
+    assert "| a | 20.0 | Out |" in bench.memory_table(runs)
+
+
+def test_readme_names_every_family():
+    """Guards against a table of families that says other than what tests/test_families.py tries."""
+    families = pytest.importorskip("test_families")
+    lines = (ROOT / "tests" / "README.md").read_text(encoding="utf-8").splitlines()
+    for names, start in ((families.WORK, "| exact"), (families.REFUSED, "| refused")):
+        told = "; ".join(line.split(" | ")[1].strip(" |") for line in lines if line.startswith(start))
+        assert sorted(told.split("; ")) == sorted(names), start
