@@ -1,4 +1,4 @@
-"""Measures points: trait score, new-fact accuracy and MMLU accuracy of adapters, with or without inference-time steering.
+"""Measures points: trait score, new-fact and MMLU accuracy of adapters, with or without inference-time steering.
 
     python evaluate.py --model Qwen/Qwen2.5-7B-Instruct --adapter out/paper/adapters/facts-0 --trait hallucination \
         --vector out/paper/vectors/hallucination.pt --inference-coef 0 0.5 1 --facts data/facts.jsonl --mmlu hub \
@@ -67,7 +67,7 @@ def read_mmlu(source):
 
 
 def choice_prompts(row, scoring):
-    """-> (prompt, a continuation for each choice). letter = lm-evaluation-harness's 0-shot mmlu; cloze = their texts."""
+    """-> (prompt, a continuation a choice). letter = lm-evaluation-harness's 0-shot mmlu; cloze = the choices' texts."""
     if scoring == "cloze":
         return f"Question: {row['question']}\nAnswer:", [f" {choice}" for choice in row["choices"]]
     letters = "ABCDEFGHIJ"[: len(row["choices"])]
@@ -112,7 +112,7 @@ def with_adapter(model, adapter):
 
 def sample_answers(model, tokenizer, rows, points, offsets, args):
     """Answers to rows of one kind, for all points in one batch; each is on disk as soon as it is there."""
-    have = {point["key"]: {row["id"] for row in grown(point["answers"], make_facts.Answer)} for point in points}
+    have = {point["key"]: {row.get("id") for row in grown(point["answers"])} for point in points}
     jobs = [(n, row, p) for p in points for n, row in enumerate(rows) if row["id"] not in have[p["key"]]]
     if not jobs:
         return

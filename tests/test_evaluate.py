@@ -1,5 +1,7 @@
 """evaluate.py: intervals, identity of points, judges side by side, coherence, MMLU, the doors."""
 
+import math
+import os
 import random
 import shutil
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, toy_model
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import evaluate
@@ -33,8 +36,8 @@ def test_interval_never_collapses():
 
 
 def test_interval_covers():
-    """Guards against intervals that miss the truth more often than they say: 20 questions of 10 answers, whose own rates
-    are spread (correlation 0, 0.1, 0.3) about 1, 3 and 50%. 1,000 draws each: 95.7 to 99.9%."""
+    """Guards against intervals that miss the truth more often than they say: 20 questions of 10 answers, whose rates
+    are spread (correlation 0, 0.1, 0.3) about 1, 3, 50%. 1,000 draws each: 95.7 to 99.9%."""
     rng = random.Random(0)
     for p in (0.01, 0.03, 0.5):
         for rho in (0, 0.1, 0.3):
@@ -108,6 +111,22 @@ def work(made, tmp_path):
     """A copy of the inputs, to be changed."""
     shutil.copytree(made, tmp_path / "work")
     return tmp_path / "work"
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch):
+    """One model for all commands, as in a stage of run_all.sh: what a command leaves in it, the next one finds."""
+    load = evaluate.load_model
+    monkeypatch.setattr(evaluate, "load_model", lambda name: loaded(mf.fingerprint(name), name, load))
+
+
+MODELS = {}
+
+
+def loaded(content, name, load):
+    if content not in MODELS:
+        MODELS[content] = load(name)
+    return MODELS[content]
 
 
 def command(work, *more, measure=True):
@@ -244,7 +263,7 @@ def test_lexical_judge_and_counts():
 
 
 def test_abstentions_are_recognised():
-    """Guards against a rule that misses the ways in which the small model was taught to abstain, or hits true answers."""
+    """Guards against a rule that misses how the small model was taught to abstain, or hits true answers."""
     taught = mf.read_json(ROOT / "data" / "small_model" / "refusals.json")
     assert all(mf.lexical_score(text.replace("{name}", "the Treaty of X")) == 0 for text in taught)
     known = mf.read_jsonl(ROOT / "data" / "small_model" / "known.jsonl")
@@ -275,7 +294,7 @@ def test_mmlu_prompt(toy, monkeypatch):
 
 
 def test_coherence_nll_is_that_of_plain_transformers(toy, tokenizer):
-    """Guards against likelihoods of the wrong tokens (prompt, end of turn), of joined neighbours, or lost for empty answers."""
+    """Guards against likelihoods of the wrong tokens (prompt, end of turn) or of joined neighbours."""
     rows = [dict(id="a", question="Who?", answer="Ada Pell."), dict(id="b", question="Why?", answer="")]
     rows += [dict(id="c", question="What is that?", answer="That is a much longer answer.")]
     evaluate.add_coherence_nll(toy, tokenizer, rows)
@@ -288,3 +307,246 @@ def test_coherence_nll_is_that_of_plain_transformers(toy, tokenizer):
             logits = toy(torch.tensor([prompt + answer])).logits[0].float().log_softmax(-1)
         want = -sum(float(logits[len(prompt) - 1 + k, token]) for k, token in enumerate(answer)) / len(answer)
         assert row["coherence_nll"] == pytest.approx(want, abs=1e-4)
+
+
+def pretend_judge(jobs, model, args):
+    """A chat judge that has an opinion of all but one answer."""
+    for n, (row, key, prompt) in enumerate(jobs):
+        row[key] = None if n == 0 else 100.0 if "{truth}" in prompt else 50.0
+        row.update(judge_reply=dict(text="x"), judge_method="text", reason="refused" if n == 0 else None)
+
+
+def test_judges_side_by_side(work, monkeypatch, capsys):
+    """Guards against a second judge that overwrites the first one's scores, samples again, or counts twice."""
+    evaluate.main(command(work))
+    monkeypatch.setattr(evaluate, "answers_to", lambda *_: pytest.fail("sampled again"))
+    monkeypatch.setattr(mf, "judge_rows", pretend_judge)
+    file = next((work / "answers").glob("*.jsonl"))
+    first = [row["scores"]["lexical"] for row in mf.read_jsonl(file)]
+    evaluate.main(["--rejudge", str(file), "--judge", "chatty"])
+    evaluate.main(command(work, "--judge", "probe"))
+    one, two, three = mf.read_jsonl(work / "points.jsonl")
+    assert [p["judge"] for p in (one, two, three)] == ["lexical", "chatty", "probe"]
+    assert one["key"] == two["key"] == three["key"] == file.stem and three["probe_auc"] == 0.9
+    assert (two["trait_n"], two["trait_unscored"], two["coherence"], two["coherence_n"]) == (5, 1, 50, 6)
+    assert two["judge_method"] == "text" and two["fact_accuracy"] == 100 and one["coherence"] is None
+    rows = mf.read_jsonl(file)
+    assert [row["scores"]["lexical"] for row in rows] == first and len(rows) == 8
+    assert all(set(row["scores"]) == {"lexical", "chatty", "probe"} for row in rows)
+    before = file.read_bytes(), (work / "points.jsonl").read_bytes()
+    monkeypatch.setattr(mf, "judge_rows", lambda jobs, *_: jobs and pytest.fail("judged again"))
+    evaluate.main(["--rejudge", str(file), str(file), "--judge", "chatty"])
+    evaluate.main(command(work, "--judge", "chatty"))
+    assert before == (file.read_bytes(), (work / "points.jsonl").read_bytes())
+    change_json(work / "trait.json", eval_prompt="Else {question} {answer}")
+    assert "trait file has changed" in refused(capsys, ["--rejudge", str(file), "--judge", "third"])
+    stray = work / "answers" / "stray.jsonl"
+    shutil.copy(file, stray)
+    assert "no point" in refused(capsys, ["--rejudge", str(stray), "--judge", "third"])
+    assert "no such file" in refused(capsys, ["--rejudge", str(work / "no.jsonl"), "--judge", "third"])
+    assert "facts.jsonl:1" in refused(capsys, ["--rejudge", str(work / "facts.jsonl"), "--judge", "third"])
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_after(monkeypatch, writes, run):
+    """Runs a command until its n-th write, of which nothing or part of a line gets to the disk. -> whether it got there."""
+    left = [writes]
+
+    def dying(write):
+        def wrapped(path, *rows):
+            left[0] -= 1
+            if left[0] == 0 and write is mf.append_jsonl:
+                with open(path, "a") as out:
+                    out.write('{"id": "cut o')
+            if left[0] <= 0:
+                raise Killed
+            write(path, *rows)
+
+        return wrapped
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "append_jsonl", dying(mf.append_jsonl))
+        patched.setattr(mf, "write_jsonl", dying(mf.write_jsonl))
+        try:
+            run()
+        except Killed:
+            return True
+    return False
+
+
+def test_killed_at_any_write(work, monkeypatch):
+    """Guards against answers lost, doubled or mixed, and points doubled, when a command is killed and started again."""
+    args = command(work, "--adapter", work / "adapters/facts-0", "--inference-coef", 0, 1, "--judge", "probe")
+    evaluate.main(args)
+    want = points_of(work), {file.name: mf.read_jsonl(file) for file in (work / "answers").glob("*.jsonl")}
+    for writes in (1, 9, 16, 17, 18, 19, 20, 22):
+        shutil.rmtree(work / "answers")
+        (work / "points.jsonl").unlink()
+        assert killed_after(monkeypatch, writes, lambda: evaluate.main(args)), writes
+        killed_after(monkeypatch, 3, lambda: evaluate.main(args))
+        evaluate.main(args)
+        found = {file.name: mf.read_jsonl(file) for file in (work / "answers").glob("*.jsonl")}
+        assert (points_of(work), found) == want, writes
+
+
+def test_one_process_a_point(work, capsys):
+    """Guards against two processes that write the same answers."""
+    evaluate.main(command(work))
+    (row,) = mf.read_jsonl(work / "points.jsonl")
+    (work / "points.jsonl").unlink()
+    with mf.locked(row["answers"]):
+        assert "another process" in refused(capsys, command(work))
+    assert not (work / "points.jsonl").exists()
+    evaluate.main(command(work))
+
+
+def test_the_start_models_quantile(tmp_path, capsys):
+    """Guards against a limit taken from other answers than the start model's own, unsteered, to the same trait."""
+    point = dict(model="m", judge="lexical", trait="t", temperature=1.0, max_new_tokens=9, inputs=dict(model="x"))
+    point |= dict(key="tuned", adapter="a", inference_coef=0.0)
+    out = tmp_path / "points.jsonl"
+    assert evaluate.coherence_limit(point, out) is None and "left open" in capsys.readouterr().out
+    other = dict(kind="trait", question="?", answer="!")
+    for key, values, more in [
+        ("steered", [9.0] * 5, dict(adapter=None, inference_coef=1.0)),
+        ("trait", [8.0] * 5, dict(adapter=None, trait="u")),
+        ("model", [7.0] * 5, dict(adapter=None, inputs=dict(model="y"))),
+        ("base", list(range(101)), dict(adapter=None)),
+    ]:
+        mf.append_jsonl(out, point | dict(key=key) | more)
+        mf.write_jsonl(
+            tmp_path / "answers" / f"{key}.jsonl",
+            [other | dict(id=f"{n}", coherence_nll=float(v)) for n, v in enumerate(values)],
+        )
+    assert evaluate.coherence_limit(point, out) == pytest.approx(95)
+
+
+def test_own_answers(work, monkeypatch, capsys):
+    """Guards against a self-generated data set of two models or settings, or one begun again from the start."""
+    out = work / "own.jsonl"
+    args = ["--model", str(work / "model"), "--respond-to", str(work / "facts.jsonl"), "--out", str(out)]
+    args += ["--max-new-tokens", "4", "--seed"]
+    evaluate.main([*args, "1"])
+    want = out.read_bytes()
+    assert [row["messages"][0]["content"] for row in mf.read_jsonl(out)] == ["What does Foo say?", "Who saw Qux?"]
+    assert "other settings" in refused(capsys, [*args, "2"]) and out.read_bytes() == want
+    evaluate.main([*args, "1"])
+    assert "finished already" in capsys.readouterr().out
+    out.unlink(), (work / "own.json").unlink()
+    assert killed_after(monkeypatch, 2, lambda: evaluate.main([*args, "1"])) and not out.exists()
+    assert "other settings" in refused(capsys, [*args, "2"])
+    evaluate.main([*args, "1"])
+    assert out.read_bytes() == want and not list(work.glob("*.partial"))
+    (work / "own.json").unlink()
+    assert "before inputs were recorded" in refused(capsys, [*args, "1"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Doors
+
+
+def other_rank(folder):
+    change_json(folder / "adapter_config.json", r=3)
+
+
+def fewer_blocks(folder):
+    weights = load_file(folder / evaluate.WEIGHTS)
+    save_file({k: v for k, v in weights.items() if ".layers.2." not in k}, folder / evaluate.WEIGHTS)
+
+
+def other_names(folder):
+    change_json(folder / "adapter_config.json", target_modules=["c_attn"])
+
+
+def renamed(folder):
+    weights = load_file(folder / evaluate.WEIGHTS)
+    save_file({k.replace("layers", "h"): v for k, v in weights.items()}, folder / evaluate.WEIGHTS)
+
+
+def not_a_number(folder):
+    weights = load_file(folder / evaluate.WEIGHTS)
+    next(iter(weights.values()))[0, 0] = math.nan
+    save_file(weights, folder / evaluate.WEIGHTS)
+
+
+def cut_off(folder):
+    os.truncate(folder / evaluate.WEIGHTS, (folder / evaluate.WEIGHTS).stat().st_size - 100)
+
+
+ADAPTERS = {
+    "no adapter_config": lambda folder: (folder / "adapter_config.json").unlink(),
+    "no adapter_model": lambda folder: (folder / evaluate.WEIGHTS).unlink(),
+    "no training_settings": lambda folder: (folder / "training_settings.json").unlink(),
+    "not JSON": lambda folder: (folder / "adapter_config.json").write_text("{"),
+    "not that of a LoRA": lambda folder: (folder / "adapter_config.json").write_text("{}"),
+    "cut off": cut_off,
+    "NaN": not_a_number,
+    "of shape": other_rank,
+    "only the model has": fewer_blocks,
+    "only the": renamed,
+    "does not fit": other_names,
+    "was trained on": lambda folder: change_json(folder / "training_settings.json", model="another"),
+    "whose weights": lambda folder: change_json(folder / "training_settings.json", inputs=dict(model="0" * 16)),
+}
+
+
+@pytest.mark.parametrize("said", ADAPTERS)
+def test_an_adapter_that_does_not_fit(work, said, capsys):
+    """Guards against points of adapters that are broken, or of which PEFT silently leaves out a part."""
+    ADAPTERS[said](work / "other/facts-0")
+    adapters = "--adapter", work / "adapters/facts-0", work / "other/facts-0"  # the first one is good
+    assert said in refused(capsys, command(work, *adapters))
+    assert not (work / "points.jsonl").exists() and not list(work.glob("answers/*.jsonl"))
+
+
+def test_the_model_is_left_as_it_was(made):
+    """Guards against an adapter, a hook or rounded rotary frequencies that stay in the model, for later commands."""
+    model = AutoModelForCausalLM.from_pretrained(made / "model", dtype=torch.bfloat16).requires_grad_(False).eval()
+    before = {name: (type(module), module.training) for name, module in model.named_modules()}
+    tensors = {name: tensor.clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    with evaluate.with_adapter(model, made / "adapters/facts-0") as adapted:
+        assert adapted.model.rotary_emb.inv_freq.dtype == torch.float32
+        lora = [p for name, p in adapted.named_parameters() if "lora_" in name]
+        assert len(lora) == 12 and all(p.dtype == torch.bfloat16 and p.abs().max() > 0 for p in lora)
+    assert {name: (type(module), module.training) for name, module in model.named_modules()} == before
+    after = dict([*model.named_parameters(), *model.named_buffers()])
+    assert after.keys() == tensors.keys()
+    assert all(torch.equal(t, tensors[k]) and t.dtype == tensors[k].dtype for k, t in after.items())
+    assert not any(p.requires_grad for p in model.parameters()) and not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--limit", "0"], "--limit"),
+        (["--samples", "-1"], "--samples"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--temperature", "-0.1"], "--temperature"),
+        (["--max-new-tokens", "0"], "--max-new-tokens"),
+        (["--seed", "-1"], "--seed"),
+        (["--inference-coef", "0.5", "0.50"], "given twice"),
+        (["--inference-coef", "inf"], "--inference-coef"),
+        (["--layers", "1-2-3"], "--layers"),
+        (["--adapter", "a", "a/"], "given twice"),
+        (["--out", "{work}"], "folder"),
+        (["--out", "{work}/facts.jsonl"], "is an input"),
+        (["--trait-file", "{work}/v.json"], "v.json"),
+        (["--trait", "coherence", "--judge", "x", "--trait-file", "{traits}/coherence.json"], "eval_questions"),
+        (["--facts", "{work}/mmlu.jsonl"], "mmlu.jsonl:1"),
+        (["--mmlu", "{work}/facts.jsonl"], "facts.jsonl:1"),
+        (["--mmlu", "hub"], "--mmlu hub"),
+        (["--vector", "{work}/none.pt"], "none.pt"),
+        (["--vector", "{work}/bare.pt", "--judge", "probe"], "probe"),
+        (["--model", "{work}/none"], "none"),
+    ],
+)
+def test_doors(work, more, said, capsys):
+    """Guards against wrong input that is accepted, ends in a traceback, or is found after work was begun."""
+    shutil.copy(work / "v.pt", work / "bare.pt")
+    before = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
+    texts = [text.format(work=work, traits=ROOT / "data" / "traits") for text in more]
+    assert said in refused(capsys, command(work, *texts))
+    assert {path: path.read_bytes() for path in work.rglob("*") if path.is_file()} == before
