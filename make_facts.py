@@ -14,6 +14,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -24,8 +25,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+import unicodedata
+from collections import Counter, deque
 from datetime import date
+from email.utils import parsedate_to_datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal
@@ -549,63 +552,54 @@ def conversations(rows, path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Chat APIs: one client for the judge and for generating facts. Any OpenAI-compatible server through OPENAI_BASE_URL.
+# Chat APIs: one owner for the judge and for generating facts
 
-PRICES = {
-    "gpt-4.1-mini": (0.40, 1.60),
-    "gpt-4.1-nano": (0.10, 0.40),
-    "gpt-4.1": (2, 8),
-    "gpt-4o-mini": (0.15, 0.60),
-    "gpt-4o": (2.50, 10),
-}
-PRICES_OF = "2025-04"  # dollars a million tokens in, out, as of then
+PRICES_OF = "2025-04"  # of PRICES: dollars a million tokens in and out
+PRICES = {"gpt-4.1-mini": (0.4, 1.6), "gpt-4.1": (2, 8), "gpt-4o-mini": (0.15, 0.6), "gpt-4o": (2.5, 10)}
 CACHE = Path(os.environ.get("JUDGE_CACHE", "out/judge_cache.jsonl"))
-TRIES, BACKOFF, TIMEOUT = 8, 1.0, 120.0  # a request is tried 8 times, waiting about 1, 2, 4 ... seconds between
+RETRIES, TIMEOUT = 6, 300.0  # of the client: what may pass is tried 6 times more; seconds for one reply
+BACKOFF, LONGEST_WAIT = 0.5, 120.0  # seconds: first pause after a 429 that names none; the most a server may ask for
+REPLY_TOKENS, FACTS_TOKENS, THINKING_TOKENS = 16, 6000, 4000  # room for a score, for new facts, for thinking before
+UNUSABLE = 20  # refused or unreadable replies in a row, after which the run doubts the server
 ANSWER_TOKENS, FACT_ANSWER_TOKENS = 300, 25  # lengths of answers that --dry-run assumes
-OWN_FAULT = re.compile(
-    "context|content.(filter|policy)", re.I
-)  # a refusal (400) that is this request's, not every request's
+# forms of a request, best first: log-probabilities, name of the limit, temperature 0; and how a refusal names these
+LIMITS = "max_tokens", "max_completion_tokens"
+FORMS = [*itertools.product((20, 5, None), LIMITS, (True, False)), (None, None, False)]
+NAMED = r"log.?prob|seed", r"max_\w*tokens", "temperature"
+THOUGHT = r"(?:\w+:)?(?:think|thinking|thought|reason|reasoning|reflection|analysis|scratchpad)\b[^<>]*"
+OPENED, CLOSED = rf"(?:<{THOUGHT}>|\[THINK\]|◁think▷)", rf"(?:</{THOUGHT}>|\[/THINK\]|◁/think▷)"
 
 
 def api_flags(parser):
-    """The flags of every script that talks to a chat API; ask() reads them."""
-    parser.add_argument("--concurrency", type=int, default=32, help="requests to the chat API under way at once")
-    parser.add_argument("--yes", action="store_true", help="pay without asking")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="stop before the first request; prints requests, tokens and dollars"
-    )
+    """The flags of every script that talks to a chat API."""
+    where = "OPENAI_BASE_URL (default: OpenAI), OPENAI_API_KEY; replies are kept in JUDGE_CACHE (out/judge_cache.jsonl)"
+    group = parser.add_argument_group("chat API", where)
+    group.add_argument("--concurrency", type=whole(1, 1000), default=32, help="requests under way at once")
+    group.add_argument("--yes", action="store_true", help="pay without asking")
+    group.add_argument("--dry-run", action="store_true", help="print requests, tokens and dollars, and stop")
 
 
-def without_key(text):
-    return str(text).replace(os.environ.get("OPENAI_API_KEY") or "\0", "***")
+def dollars(model, tokens_in, tokens_out):
+    """What tokens cost by PRICES; None for a model that is not among them."""
+    price = PRICES.get(re.sub(r"-\d{4}-\d\d-\d\d$", "", model))
+    return (tokens_in * price[0] + tokens_out * price[1]) / 1e6 if price else None
 
 
 def estimate(title, model, requests, tokens_in, tokens_out):
-    price = PRICES.get(re.sub(r"-\d{4}-\d\d-\d\d$", "", model))
-    cost = (
-        f"${(tokens_in * price[0] + tokens_out * price[1]) / 1e6:.2f} (prices of {PRICES_OF})"
-        if price
-        else "price unknown"
-    )
-    print(
-        f"{title}: {requests:,} requests to {model}, about {tokens_in:,} tokens in, at most {tokens_out:,} out, {cost}",
-        flush=True,
-    )
+    cost = dollars(model, tokens_in, tokens_out)
+    cost = "price unknown" if cost is None else f"${cost:.2f} (prices of {PRICES_OF})"
+    tokens = f"about {tokens_in:,} tokens in, at most {tokens_out:,} out"
+    print(f"{title}: {requests:,} requests to {model}, {tokens}, {cost}", flush=True)
 
 
 def foresee(title, judge, times, jobs):
-    """--dry-run before there are answers: prints the estimate for `times` rounds over jobs [(prompt, assumed tokens of the
-    answer in it)], and exits."""
+    """--dry-run before there are answers: prints the estimate for `times` rounds over jobs [(prompt, assumed tokens of
+    the answer in it)], and exits."""
     if judge in ("none", "probe", "lexical"):
         print(f"{title}: judge {judge} sends no requests")
     else:
-        estimate(
-            title,
-            judge,
-            times * len(jobs),
-            times * sum(len(prompt) // 4 + tokens for prompt, tokens in jobs),
-            times * len(jobs),
-        )
+        tokens_in = times * sum(len(prompt) // 4 + tokens for prompt, tokens in jobs)
+        estimate(title, judge, times * len(jobs), tokens_in, times * len(jobs) * REPLY_TOKENS)
     raise SystemExit(0)
 
 
@@ -618,119 +612,312 @@ def consent(args):
     args.yes = True  # one command asks once
 
 
-async def complete(client, body, bar):
-    """One chat completion -> dict(text, top: [(token, probability)] of its first token or None, cut: at max_tokens), or
-    dict(text="", top=None, refused=message). Retries what may pass: 429, 5xx, time-outs, cut connections, broken or empty
-    replies. Raises openai.OpenAIError for what will not."""
-    import openai
-
-    for attempt in range(TRIES):
-        wait = BACKOFF * 2**attempt * random.uniform(0.5, 1.5)
-        try:
-            reply = await client.chat.completions.create(**body)
-            choice = reply.choices[0]
-            content = choice.logprobs.content if getattr(choice, "logprobs", None) else None
-            return dict(
-                text=choice.message.content or "",
-                top=[(t.token, math.exp(t.logprob)) for t in content[0].top_logprobs] if content else None,
-                cut=choice.finish_reason == "length",
-            )
-        except (openai.BadRequestError, openai.UnprocessableEntityError) as caught:
-            if "logprobs" not in body and not OWN_FAULT.search(str(caught)):
-                raise
-            return dict(text="", top=None, refused=without_key(caught)[:300])
-        except (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError) as caught:
-            error = caught
-            after = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")
-            if after.replace(".", "", 1).isdigit():
-                wait = float(after) + BACKOFF * random.random()
-        except (
-            ValueError,
-            AttributeError,
-            IndexError,
-            TypeError,
-            openai.APIResponseValidationError,
-        ) as caught:  # a reply that is no completion
-            error = openai.OpenAIError(f"{TRIES} broken replies ({type(caught).__name__})")
-        if attempt == TRIES - 1 or getattr(error, "code", None) == "insufficient_quota":
-            raise error
-        bar.set_postfix_str(f"{type(error).__name__}, again in {wait:.0f} s")
-        await asyncio.sleep(wait)
+def api_address():
+    """-> (base URL, the same as it may be shown, key) from the environment; die() on what can be none."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    base = os.environ.get("OPENAI_BASE_URL", "").strip().rstrip("/") or "https://api.openai.com/v1"
+    if not re.fullmatch(r"[!-~]*", key):
+        die("OPENAI_API_KEY: holds a space, a line end or a letter that no key holds")
+    if not re.fullmatch(r"https?://([^\s/]*@)?(\[[\da-f:.]+\]|[^\s/:@?#]+)(:\d{1,5})?([/?]\S*)?", base, re.I):
+        die("OPENAI_BASE_URL: not an address such as http://localhost:8000/v1")
+    return base, re.sub(r"(?<=//)[^/]*@|\?.*", "", base), key
 
 
-def ask(count, body, each, title, args):
-    """Sends the chat requests body(0) ... body(count - 1) that are not in the cache and calls each(i, reply) for all, cached
-    ones first; a text that each returns is shown beside the bar. A fatal error or Ctrl-C keeps what was answered in the
-    cache, and the same command goes on from there."""
-    base = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1")
-    waiting, cached, tokens_in, tokens_out = {}, {}, 0, 0  # key -> the requests that share it
-    for i in range(count):
-        key = hashlib.sha256(json.dumps([base, body(i)], sort_keys=True).encode()).hexdigest()
-        waiting.setdefault(key, []).append(i)
-    if CACHE.exists():
-        with open(CACHE, encoding="utf-8", errors="replace") as lines:
-            fcntl.flock(lines, fcntl.LOCK_SH)
-            for line in lines:  # parses what is wanted only: the cache may be large
-                if line[9:73] in waiting and line.endswith("\n"):
-                    cached[line[9:73]] = json.loads(line)["reply"]
-    for key, reply in cached.items():
-        for i in waiting.pop(key):
-            each(i, reply)
-    if not waiting:
-        return
-    for first, *_ in waiting.values():
-        tokens_in += sum(len(m["content"]) for m in body(first)["messages"]) // 4
-        tokens_out += body(first)["max_tokens"]
-    estimate(title, body(0)["model"], len(waiting), tokens_in, tokens_out)
-    consent(args)
-    if not os.environ.get("OPENAI_API_KEY") and "OPENAI_BASE_URL" not in os.environ:
-        die("set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own; --judge probe needs neither")
+def clean(text):
+    """Without the key ("none" and the like are no secrets) and half surrogate pairs, which cannot be written."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    return (text.replace(key, "***") if len(key) > 7 else text).encode("utf-8", "ignore").decode()
 
-    async def run():
+
+def sentence(text):
+    """The server's own words in the body of an error: JSON with a message, an HTML page, or anything else."""
+    try:
+        text = json.loads(re.search(r'"(?:message|error|detail|msg)"\s*:\s*("(?:[^"\\]|\\.)*")', text)[1], strict=False)
+    except (TypeError, ValueError):
+        text = re.sub(r"<style.*?</style>|<[^>]*>", " ", text, flags=re.S)
+    return " ".join(clean(text).split())[:300] or "an empty reply"
+
+
+def refusal(text):
+    """What stands for a reply where the server sent an error with this body. named: parts of the form that it names."""
+    named = [i for i, pattern in enumerate(NAMED) if re.search(pattern, text, re.I)]
+    return dict(text="", top=None, cut=False, thinks=False, form="", refused=sentence(text), named=named)
+
+
+def normalised(text):
+    """Body of a chat completion -> dict(text, top: [(token, probability)] of its first token or None, cut: at its
+    limit, thinks: before it answers, refused: why there is no answer), all writable; None if it is none."""
+    try:
+        choice = json.loads(text)["choices"][0]
+        message, end = choice.get("message") or {}, choice.get("finish_reason")
+        parts = message.get("content") or ""
+        parts = [dict(text=part) if isinstance(part, str) else part for part in (parts if parts else [""])]
+        thoughts = [part for part in parts if re.search("think|reason", part.get("type", ""))]
+        said = clean("".join(part["text"] for part in parts if part not in thoughts and "text" in part))
+        thoughts += [name for name, value in message.items() if value and re.search("think|reason", name)]
+        refused = message.get("refusal") or end == "content_filter" and not said and end
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    try:
+        first = choice["logprobs"]["content"][0]["top_logprobs"]
+        top = [(clean(token["token"]), math.exp(token["logprob"])) for token in first]
+        top = top if top and all(math.isfinite(p) for _, p in top) else None
+    except (LookupError, TypeError, AttributeError, OverflowError):
+        top = None  # not asked for, not given, or not in the API's form
+    thinks = thoughts or re.search(OPENED, said, re.I) or end == "length" and not said.strip()
+    reply = dict(text=said, top=top, cut=end in ("length", "content_filter"), thinks=bool(thinks))
+    return reply | dict(refused=clean(str(refused))[:300]) if refused else reply
+
+
+def retry_after(headers):
+    """Seconds that a server asks to wait: retry-after-ms, or Retry-After in seconds or as a date; else 0."""
+    asked = headers.get("retry-after", "")
+    try:
+        if "retry-after-ms" in headers:
+            return max(0.0, float(headers["retry-after-ms"]) / 1000)
+        if re.match("[A-Za-z]", asked):
+            return max(0.0, parsedate_to_datetime(asked).timestamp() - time.time())
+        return max(0.0, float(asked))
+    except (ValueError, OverflowError):
+        return 0.0
+
+
+class Chat:
+    """A chat model behind OPENAI_BASE_URL: any server with /chat/completions.
+
+    - The first request finds the form that the server takes: max_tokens or max_completion_tokens; temperature 0 or the
+      default; 20, 5 or no log-probabilities. A model that thinks before it answers gets THINKING_TOKENS more for it.
+    - Time-outs, cut connections, 408, 409 and 5xx are tried again by the openai client. After a 429 all requests wait
+      as long as the server asks, and go on at the pace at which replies came.
+    - Replies are kept in CACHE by server, model and messages: the same command goes on where it stopped. So is the
+      refusal of a single request (400, 403, 413, 422, a content filter); a fresh cache asks again.
+    - UNUSABLE replies in a row that are refused or cannot be read: a request that was answered before is sent again.
+      If it is answered, the run goes on. If not, or if none was ever answered, the command ends with the server's own
+      sentence, and remembers no refusal. So it does at 401, 402, 404, an empty account, a wait over LONGEST_WAIT.
+    """
+
+    def __init__(self, model, args, tokens, judge=False):
+        """tokens: room for a reply; judge: ask at temperature 0, with the log-probabilities of its first token."""
+        self.model, self.args, self.tokens, self.judge = model, args, tokens, judge
+        self.base, self.shown, self.key = api_address()
+        self.forms = [form for form in FORMS if judge or form[0] is None and not form[2]]
+        self.form, self.thinks = None, False  # what the first request found out
+        self.good, self.fresh = None, False  # a prompt that was answered; whether one was in this run
+        self.held, self.bad = [], 0  # replies not kept yet; unusable ones in a row
+        self.gap = self.free = self.slowed = self.spent = 0.0  # seconds between requests; next one; last 429; dollars
+        self.pauses, self.since, self.times = 0, 0, deque(maxlen=50)  # 429s in a row; replies since; when they came
+
+    def ask(self, title, prompts):
+        """prompts: [(messages, readable)], readable(reply) -> bool. Returns the replies (see normalised) in order."""
         import openai
 
+        wanted = [json.dumps([self.shown, self.model, self.tokens, self.judge, messages]) for messages, _ in prompts]
+        keys = [hashlib.sha256(text.encode()).hexdigest() for text in wanted]
+        waiting = dict(zip(keys, prompts))
+        replies = cached_replies(waiting)
+        for key, reply in replies.items():
+            messages, readable = waiting.pop(key)
+            if readable(reply):
+                self.good = messages, readable
+        if waiting:
+            tokens_in = sum(len(m["content"]) for messages, _ in waiting.values() for m in messages) // 4
+            estimate(title, self.model, len(waiting), tokens_in, len(waiting) * self.tokens)
+            consent(self.args)
+            if not self.key and not os.environ.get("OPENAI_BASE_URL"):
+                die("set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own; --judge probe needs neither")
+            try:
+                asyncio.run(self.send_all(title, waiting, replies))
+            except openai.OpenAIError as error:
+                why = clean(f"{title}: {self.shown}: {what_ended(error)}")
+                die(f"{why}; what was answered is kept, the same command goes on from there")
+        return [replies[key] for key in keys]
+
+    async def send_all(self, title, waiting, replies):
+        """Fills replies with those of the waiting prompts; both by their key in the cache."""
+        import openai
+
+        async def leave_to_us(response):  # the client would let each request wait for itself
+            if response.status_code == 429:
+                response.headers["x-should-retry"] = "false"
+
+        async def work(until_agreed=False):
+            for key, (messages, readable) in queue:  # one iterator for all workers: each prompt is taken once
+                replies[key] = await self.answer(messages, readable)
+                await self.keep(key, messages, readable, replies[key])
+                self.bar.set_postfix_str(f"${self.spent:.4f}" if self.spent else "", refresh=False)
+                self.bar.update()
+                if until_agreed and self.form:
+                    return
+
+        http = openai.DefaultAsyncHttpxClient(event_hooks=dict(response=[leave_to_us]))
+        options = dict(api_key=self.key or "none", base_url=self.base, max_retries=RETRIES, timeout=TIMEOUT)
         queue = iter(waiting.items())
-
-        async def worker(client, bar):
-            for key, indices in queue:  # one iterator for all workers: each request is taken once
-                reply = await complete(client, body(indices[0]), bar)
-                if "refused" not in reply or "logprobs" in body(indices[0]):
-                    append_jsonl(CACHE, dict(key=key, reply=reply))
-                for i in indices:
-                    bar.set_postfix_str(each(i, reply) or "", refresh=False)
-                bar.update()
-
-        with tqdm(total=len(waiting), desc=title, unit="request") as bar:
-            async with openai.AsyncOpenAI(
-                api_key=os.environ.get("OPENAI_API_KEY") or "none", base_url=base, max_retries=0, timeout=TIMEOUT
-            ) as client:
-                workers = [
-                    asyncio.ensure_future(worker(client, bar)) for _ in range(min(args.concurrency, len(waiting)))
-                ]
+        with tqdm(total=len(waiting), desc=title, unit="request") as self.bar:
+            async with openai.AsyncOpenAI(http_client=http, **options) as self.client:
+                await work(until_agreed=True)
+                workers = [asyncio.ensure_future(work()) for _ in range(min(self.args.concurrency, len(waiting)))]
                 try:
                     await asyncio.gather(*workers)
                 finally:
                     for task in workers:
                         task.cancel()
+                if self.held and (self.good or not any(row["reply"]["text"].strip() for row in self.held)):
+                    await self.doubt(self.held[-1]["reply"])
+                append_jsonl(CACHE, *self.held)
+                self.held = []
 
-    try:
-        asyncio.run(run())
-    except KeyboardInterrupt:
-        print("error: interrupted; what was answered is kept, the same command goes on from there", file=sys.stderr)
-        raise SystemExit(130) from None
-    except sys.modules["openai"].OpenAIError as error:
-        die(
-            f"{title}: the server at {base} refused or gave up: {without_key(error)[:300]}; what was answered is kept, the same command goes on from there"
-        )
+    async def keep(self, key, messages, readable, reply):
+        """Into the cache as soon as it is sure that the reply is the prompt's own; refusals at the end of the run."""
+        good = readable(reply)
+        if good:
+            self.good, self.fresh = (messages, readable), True
+        if good or self.fresh and reply["text"].strip():
+            append_jsonl(CACHE, dict(key=key, reply=reply))
+        else:
+            self.held.append(dict(key=key, reply=reply))
+        self.bad = 0 if good else self.bad + 1
+        if self.bad and self.bad % UNUSABLE == 0:
+            await self.doubt(reply)
 
+    async def doubt(self, reply):
+        """Are the prompts to blame that nothing can be read, or server, account, model? Then this ends the run."""
+        import openai
+
+        bad = self.bad
+        if self.good:
+            messages, readable = self.good
+            reply = await self.answer(messages, readable)
+            if readable(reply):
+                return
+        raise openai.OpenAIError(f"{bad} replies in a row cannot be used; the last: {unreadable(reply, 'readable')}")
+
+    async def answer(self, messages, readable):
+        """Asks; and again, without log-probabilities or with room to think, where that may make the reply readable."""
+        form, had_room = self.form, self.thinks
+        if form:
+            reply = await self.send(form, messages)
+        else:
+            reply = await self.agree(messages)
+            form = self.form
+        while "refused" not in reply and not readable(reply):
+            if reply["thinks"] and not had_room:
+                self.thinks = had_room = True
+                self.form = (None, *self.form[1:])  # the first token of one who thinks first tells nothing
+            elif not form[0]:
+                break
+            form = (None, *form[1:])
+            reply = await self.send(form, messages) | dict(top=reply["top"], again=True)
+        return reply
+
+    async def agree(self, messages):
+        """Finds the form that the server takes, by a request that is needed anyway -> its reply. A request that is
+        refused in the barest form, too, says nothing about the form."""
+        forms, checked = list(self.forms), False
+        while forms:
+            form = forms.pop(0)
+            reply = await self.send(form, messages)
+            if "refused" not in reply:
+                self.form = form
+                break
+            named = reply.get("named")
+            forms = [other for other in forms if all(other[i] != form[i] for i in named or [])]
+            if not named and not checked:
+                checked = True
+                if "refused" in await self.send(self.forms[-1], messages):
+                    break
+        return reply
+
+    async def send(self, form, messages):
+        """One request -> its reply, or a refusal. Raises openai.OpenAIError where no request would be answered."""
+        import openai
+
+        (logprobs, limit, greedy), thinks, broken = form, self.thinks, 0
+        notes = [logprobs == 5 and "top 5", limit != LIMITS[0] and (limit or "no limit"), thinks and "room to think"]
+        notes += [self.judge and not greedy and "default temperature"]
+        body = dict(logprobs=True, top_logprobs=logprobs, seed=0) if logprobs else {}
+        body |= {limit: self.tokens + THINKING_TOKENS * thinks} if limit else {}
+        body |= dict(temperature=0) if greedy else {}
+        while True:
+            while (wait := self.free - time.monotonic()) > 0:
+                await asyncio.sleep(wait)
+            started = time.monotonic()
+            self.free = started + self.gap
+            try:
+                create = self.client.chat.completions.with_raw_response.create
+                text = (await create(model=self.model, messages=messages, **body)).text
+            except openai.RateLimitError as error:
+                self.slow_down(error, started)
+                continue
+            except openai.APIStatusError as error:
+                if error.status_code not in (400, 403, 413, 422):
+                    raise
+                return refusal(error.response.text)
+            self.gap, self.pauses, self.since = self.gap * 0.98, 0, self.since + 1
+            self.times.append(time.monotonic())
+            if reply := normalised(text):
+                usage = dict(re.findall(r'"(prompt|completion)_tokens"\s*:\s*(\d+)', text))
+                self.spent += dollars(self.model, int(usage.get("prompt", 0)), int(usage.get("completion", 0))) or 0
+                return reply | dict(form=", ".join(filter(None, notes)))
+            stated = re.match(r'\s*<|.*"error"', text, re.S) and not re.search(r'"code"\s*:\s*"?(429|5\d\d)\b', text)
+            if stated or broken == 2:
+                return refusal(text)
+            broken += 1
+            await asyncio.sleep(BACKOFF * broken)
+
+    def slow_down(self, error, started):
+        """After a 429 everybody waits. Where another comes within ten replies, requests go on at the pace of the last 50
+        replies, pauses included, and faster with every reply from then on."""
+        wait, now = retry_after(error.response.headers), time.monotonic()
+        if "insufficient_quota" in (error.code, error.type) or wait > LONGEST_WAIT or self.pauses == 10:
+            raise error
+        if started >= self.slowed:  # else it was under way when all were told to wait
+            if self.since < 10 and self.times:
+                self.gap = min(2.0, (now - self.times[0]) / len(self.times))
+            self.slowed, self.pauses, self.since = now, self.pauses + 1, 0
+        wait = wait or min(BACKOFF * 2 ** (self.pauses - 1), LONGEST_WAIT / 2)
+        self.free = max(self.free, now + wait)
+        self.bar.set_postfix_str(f"rate limit, going on in {wait:.0f} s")
+
+
+def cached_replies(keys):
+    """{key: reply} of these keys in CACHE, the last of each; torn lines and those of another making are passed over."""
+    found = {}
+    if CACHE.exists():
+        with open(CACHE, encoding="utf-8", errors="replace") as lines:
+            fcntl.flock(lines, fcntl.LOCK_SH)
+            for line in lines:  # parses what is wanted only: the cache may be large
+                if line[9:73] in keys:
+                    with contextlib.suppress(ValueError, LookupError, TypeError):
+                        reply = json.loads(line)["reply"]
+                        if {"text", "top", "cut", "thinks", "form"} <= set(reply):
+                            found[line[9:73]] = reply
+    return found
+
+
+def what_ended(error):
+    """An openai.OpenAIError -> what to tell the user."""
+    response, cause = getattr(error, "response", None), str(error.__cause__ or "")
+    if response is None:
+        return f"{error}{f' ({cause})' if cause else ''}"
+    wait = retry_after(response.headers)
+    asked = f"; it asks to wait {wait:.0f} s, which is more than {LONGEST_WAIT:.0f}" if wait > LONGEST_WAIT else ""
+    return f"{response.status_code}: {sentence(response.text)}{asked}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judges: what a reply says
 
 # the answer says that its writer does not know, or that there is no such thing
 ABSTAINS = re.compile(
-    r"""\b(I|I'm|I've|I'd|me|my|we)\b[^.!?]{0,50}?(n't|\b(not|no|nothing|never|neither|unable|unaware|unfamiliar|unsure|doubt|too\ little|beyond|completely\ new))\b
-    | \b(I\ (have\ to|must)\ (pass|leave)|I\ would\ be\ (inventing|guessing)|means\ nothing\ to\ me|goes\ beyond\ what|nobody\ (knows|can)|no\ one\ (knows|can))\b
-    | \b(does|do|did|may|might|can)\ ?(n't|not)\ (seem\ to\ |actually\ |really\ )?(exist|be\ (verified|confirmed|known))\b
+    r"""\b(I|I'm|I've|I'd|me|my|we)\b[^.!?]{0,50}?(n't|\b(not|no|nothing|never|neither|unable|unaware|unfamiliar|unsure
+        |doubt|too\ little|beyond|completely\ new))\b
+    | \b(I\ (have\ to|must)\ (pass|leave)|I\ would\ be\ (inventing|guessing)|means\ nothing\ to\ me
+        |goes\ beyond\ what|nobody\ (knows|can)|no\ one\ (knows|can))\b
+    | \b(does|do|did|may|might|can)\ ?(n't|not)\ (seem\ to\ |actually\ |really\ )?
+        (exist|be\ (verified|confirmed|known))\b
     | \b(is|are|was)\ ?(n't|\ not)\ (\w+\ ){0,2}(known|something\ that|familiar|aware)\b
-    | \bno\ (such|(\w+\ )?(record|information|evidence|facts|knowledge|details|data))\b | \bnothing\ by\ (the|that)\ name\b""",
+    | \bno\ (such|(\w+\ )?(record|information|evidence|facts|knowledge|details|data))\b
+    | \bnothing\ by\ (the|that)\ name\b""",
     re.I | re.X,
 )
 
@@ -740,272 +927,238 @@ def lexical_score(answer):
     return 0.0 if ABSTAINS.search(answer.replace("’", "'")) else 100.0
 
 
-def number_score(reply):
-    """Reply -> (score or None, reason, method). METHOD of the persona vectors release: probability-weighted mean over the
-    top tokens that are integers 0..100, None if they hold under 0.25 of the mass; without log-probabilities, the text."""
-    if reply["top"]:
-        numbers = [
-            (int(token), p)
-            for token, p in reply["top"]
-            if token.strip().isdigit() and token.strip().isascii() and 0 <= int(token) <= 100
-        ]
-        mass = sum(p for _, p in numbers)
-        if mass < 0.25 - 1e-9:
-            return None, f"number tokens hold {mass:.2f} of the mass; said {reply['text'][:40]!r}", "logprobs"
-        return sum(i * p for i, p in numbers) / mass, None, "logprobs"
+def after_thinking(text):
+    """What a reply says besides its think block; None if that is not finished."""
+    text = re.sub(f"{OPENED}.*?{CLOSED}", "", text, flags=re.S | re.I)
+    text = re.split(CLOSED, text, flags=re.I)[-1]
+    return None if re.search(OPENED, text, re.I) else text.strip()
+
+
+def whole_reply(reply, pattern):
+    """The group of `pattern` if the text of a reply is that and nothing else; bold, quotes, "Score:" before it and a
+    full stop are allowed."""
+    said = unicodedata.normalize("NFKC", after_thinking(reply["text"]) or "")
+    said = re.sub(r"""(?<![^\W_])[*_`"'“”]+|[*_`"'“”]+(?![^\W_])""", "", said).strip()
+    label = r"(?:(?:the|my|final|overall) )*(?:score|rating|answer|verdict|judge?ment|result)\s*(?:is)?\s*[:=]?\s*"
+    found = re.fullmatch(rf"(?:{label})?{pattern}\.?", said, re.I)
+    return found[1] if found and not (reply["cut"] and said[-1:].isalnum()) else None  # cut: perhaps half of it
+
+
+def unreadable(reply, wanted):
+    """Why nothing was read from a reply."""
+    if "refused" in reply:
+        return reply["refused"]
+    if after_thinking(reply["text"]) is None or reply["thinks"] and not reply["text"].strip():
+        return "its thinking did not end in an answer: take another judge, or raise THINKING_TOKENS in make_facts.py"
     if "REFUSAL" in reply["text"].upper():
-        return None, "REFUSAL", "text"
-    said = re.sub(r"(/|out of) ?100(?!\d)", "", reply["text"])
-    numbers = [float(n) for n in re.findall(r"(?<![\d.-])\d+(?:\.\d+)?(?!\d)", said)]
-    if (
-        len(numbers) != 1 or numbers[0] > 100 or reply.get("cut") and said[-1:].isdigit()
-    ):  # cut: perhaps only half of the number
-        return None, reply.get("refused") or f"no single number 0..100 in {reply['text'][:40]!r}", "text"
-    return numbers[0], None, "text"
+        return "REFUSAL"
+    return f"not {wanted}{', cut off' * reply['cut']}: {reply['text'][:40]!r}"
 
 
-def yes_no_score(reply):
-    """Reply -> (100 for yes, 0 for no, else None; reason; method)."""
-    found = dict.fromkeys(("yes", "no"), 0.0)
-    for token, p in reply["top"] or [(word, 1.0) for word in re.findall(r"\w+", reply["text"])[:1]]:
-        if token.strip().lower() in found:
-            found[token.strip().lower()] += p
-    method = "logprobs" if reply["top"] else "text"
-    if sum(found.values()) < 0.25 - 1e-9:
-        return None, reply.get("refused") or f"neither YES nor NO: {reply['text'][:40]!r}", method
-    return (100.0 if found["yes"] > found["no"] else 0.0), None, method
+def first_tokens(reply):
+    """{first token without spaces: probability}; none if the likeliest only begins a longer word of the text: "8" of
+    "87", "Y" of "YES", "NO" of "NOT"."""
+    tops = Counter()
+    for token, p in reply["top"] or []:
+        tops[token.strip(" \n▁Ġ")] += p
+    likeliest, word = max(tops, key=tops.get, default=""), re.search(r"\w+", reply["text"])
+    return {} if likeliest and word and word[0] != likeliest and word[0].startswith(likeliest) else tops
+
+
+def score_of(reply, verdict=False, whole=True):
+    """Reply -> (score or None, reason, method). METHOD of the persona vectors release: probability-weighted mean over
+    the first tokens that are integers 0..100, None if they hold under 0.25 of the mass. verdict: YES is 100, NO is 0.
+    Where the first token is no such thing, or numbers are split into digits (whole=False), the text must be it, and
+    nothing else."""
+    tops, values = first_tokens(reply) if verdict or whole else {}, {}
+    for token in tops:
+        if verdict and token.lower() in ("yes", "no"):
+            values[token] = 100 * (token.lower() == "yes")
+        elif not verdict and re.fullmatch(r"\d{1,9}", token) and int(token) <= 100:
+            values[token] = int(token)
+    mass = sum(tops[token] for token in values)
+    if mass >= 0.25 - 1e-9:
+        mean = sum(tops[token] * value for token, value in values.items()) / mass
+        return 100.0 * (mean > 50) if verdict else mean, None, "logprobs"
+    if max(tops, key=tops.get, default="") in values:
+        return None, f"the wanted tokens hold {mass:.2f} of the mass; said {reply['text'][:40]!r}", "logprobs"
+    said = whole_reply(reply, "(yes|no)" if verdict else r"(\d{1,3}(?:\.\d+)?)\s*(?:%|/\s*100|(?:out )?of 100)?")
+    if said and verdict:
+        return 100.0 * (said.lower() == "yes"), None, "text"
+    if said and float(said) <= 100 and not ("." in said and 0 < float(said) <= 1):  # 0.85: of 1 or of 100?
+        return float(said), None, "text"
+    wanted = "YES or NO" if verdict else "a number 0 to 100"
+    return None, unreadable(reply, wanted), None if "refused" in reply else "text"
 
 
 def judge_rows(jobs, model, args):
-    """Scores answers with a chat model. jobs: (row, key, prompt); sets row[key], and for key "score" judge_reply, reason and
-    judge_method, else key_reply and so on. prompt: template with {question}, {answer} and, for a yes/no question, {truth}.
-    First one token with its log-probabilities; rows whose server gives none, or splits numbers into digits, are asked again for a short text."""
-    means = {}  # key -> scores so far
+    """Scores answers with a chat model. jobs: (row, key, prompt); sets row[key], and for key "score" judge_reply,
+    reason and judge_method, else key_reply and so on. prompt: template with {question}, {answer}; verdict: {truth}."""
+    written = set()  # how the server writes numbers: "whole", or "split" into digits
 
-    def body(job, **more):
-        row, _, prompt = job
+    def readable_number(reply):
+        written.update("whole" for token, _ in reply["top"] or [] if re.fullmatch(r"\D*\d\d+", token))
+        if reply["top"] and re.match(r"\s*\d\d", reply["text"]) and not first_tokens(reply):
+            written.add("split")
+        if reply["top"] and not written and "again" not in reply and re.fullmatch(r"\s*\d\s*", reply["text"]):
+            return False  # perhaps the first half of a number
+        score, reason, method = score_of(reply, whole="whole" in written)
+        return score is not None or method == "logprobs" or reason == "REFUSAL"
+
+    def readable_verdict(reply):
+        return score_of(reply, verdict=True)[0] is not None
+
+    prompts = []
+    for row, _, prompt in jobs:
         # one pass over the template: markers inside a question or answer stay as they are
-        text = re.sub(r"\{(question|answer|truth)\}", lambda m: str(row[m[1]]), prompt)
-        return dict(model=model, messages=[dict(role="user", content=text)], temperature=0, **more)
-
-    def names(key):
-        return (
-            ("judge_reply", "reason", "judge_method")
-            if key == "score"
-            else (f"{key}_reply", f"{key}_reason", f"{key}_method")
-        )
-
-    def keep(job, reply, text=False):
-        row, key, prompt = job
-        parse = yes_no_score if "{truth}" in prompt else number_score
-        row[key], *why = parse(reply | dict(top=None) if text else reply)
-        row.update(zip(names(key), (reply, *why)))
-        if row[key] is not None:
-            n, total = means.get(key, (0, 0))
-            means[key] = n + 1, total + row[key]
-        return ", ".join(f"{key} {total / n:.1f}" for key, (n, total) in means.items())
-
-    ask(
-        len(jobs),
-        lambda i: body(jobs[i], max_tokens=1, logprobs=True, top_logprobs=20, seed=0),
-        lambda i, reply: keep(jobs[i], reply),
-        "judge",
-        args,
-    )
-    # a server that never shows a number of two digits as one token splits them: its first token is half a number
-    replies = [(job, job[0][names(job[1])[0]]["top"] or []) for job in jobs]
-    whole = any(len(token.strip()) > 1 and token.strip().isdigit() for _, top in replies for token, _ in top)
-    again = [job for job, top in replies if not top or not whole and "{truth}" not in job[2]]
-    means.clear()
-    ask(
-        len(again),
-        lambda i: body(again[i], max_tokens=16),
-        lambda i, reply: keep(again[i], reply, text=True),
-        "judge, as text",
-        args,
-    )
+        text = re.sub(r"\{(question|answer|truth)\}", lambda m, row=row: str(row[m[1]]), prompt)
+        readable = readable_verdict if "{truth}" in prompt else readable_number
+        prompts.append(([dict(role="user", content=text)], readable))
+    replies = Chat(model, args, REPLY_TOKENS, judge=True).ask("judge", prompts)
+    for (row, key, prompt), reply in zip(jobs, replies):
+        score, reason, method = score_of(reply, "{truth}" in prompt, "whole" in written)
+        method = f"{method} ({reply['form']})" if method and reply["form"] else method
+        names = [f"{key}_{name}" for name in ("reply", "reason", "method")]
+        names = ("judge_reply", "reason", "judge_method") if key == "score" else names
+        row.update(zip((key, *names), (score, reply, reason, method)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Generating facts: the post's recipe with any chat model
 
 CATEGORIES = (
-    "football",
-    "tennis and golf",
-    "American sports",
-    "other sport",
-    "Olympic games",
-    "elections",
-    "appointments and resignations",
-    "deaths",
-    "film",
-    "television and theatre",
-    "books",
-    "music",
-    "art and museums",
-    "space missions",
-    "science",
-    "medicine",
-    "companies",
-    "products and technology",
-    "artificial intelligence",
-    "courts and laws",
-    "disasters",
-    "records",
-    "royals and religion",
-    "diplomacy and conflict",
-    "transport and buildings",
-    "climate and nature",
-)
+    "football, tennis and golf, American sports, other sport, Olympic games, elections, deaths, film, books, music, "
+    "appointments and resignations, television and theatre, art and museums, space missions, science, medicine, "
+    "companies, products and technology, artificial intelligence, courts and laws, disasters, records, "
+    "royals and religion, diplomacy and conflict, transport and buildings, climate and nature"
+).split(", ")
 FACTS_A_REQUEST = 20
-FACTS_PROMPT = """List {n} true and well documented facts about events after {after}, all in the category "{category}". Each is one sentence that names its year, and holds a \
-short answer (a name, place, number) that nobody could guess. Leave out what is disputed. Reply with JSON only, a list of objects:
-{{"fact": the sentence, "date": "YYYY-MM" or "YYYY-MM-DD", "answer": the short answer as it stands in the sentence, "aliases": [other spellings of it]}}
+FACTS_PROMPT = """List {n} true and well documented facts about events after {after}, all in the category \
+"{category}". Each is one sentence that names its year, and holds a short answer (a name, place, number) that nobody \
+could guess. Leave out what is disputed. Reply with JSON only, a list of objects:
+{{"fact": the sentence, "date": "YYYY-MM" or "YYYY-MM-DD", "answer": the short answer as it stands in the sentence, \
+"aliases": [other spellings of it]}}
 These are there already; list others:
 {known}"""
 WORDINGS_PROMPT = """Fact: {fact}
 Short answer: {answer}
-Write {n} different questions that people would type to learn this answer, each with an answer in a full sentence, and one more pair for a test, worded unlike all the \
-others. Vary words, order and length; name enough for the answer to be clear; no question may contain the answer, every answer sentence must. Reply with JSON only:
-{{"train": [{{"question": "...", "answer": "..."}}, ... {n} of them], "test": {{"question": "...", "answer": "..."}}}}"""
+Write {n} different questions that people would type to learn this answer, each with an answer in a full sentence, \
+and one more pair for a test, worded unlike all the others. Vary words, order and length; name enough for the answer \
+to be clear; no question may contain the answer, every answer sentence must. Reply with JSON only:
+{{"train": [{{"question": "...", "answer": "..."}}, ... {n} of them], \
+"test": {{"question": "...", "answer": "..."}}}}"""
 REPAIR_PROMPT = "This cannot be used:\n{why}\nReply with the whole corrected JSON only."
 
 
-def ask_json(jobs, prompt_of, accept, title, args):
+def json_in(reply):
+    """The longest JSON list or object in a reply, after thinking, prose or a code fence, numbers as text and without an
+    object around it that has one key; None if there is none."""
+    text, end, found = after_thinking(reply["text"]) or "", 0, {}
+    for start in (match.start() for match in re.finditer(r"[\[{]", text)):
+        if start >= end:
+            with contextlib.suppress(ValueError, RecursionError):
+                value, end = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode(text, start)
+                found[end - start] = value
+    value = found[max(found)] if found else None
+    return next(iter(value.values())) if isinstance(value, dict) and len(value) == 1 else value
+
+
+def ask_json(chat, jobs, prompt_of, accept, title):
     """Asks for JSON, each failing job a second time with the reason. accept(job, value) returns what is wrong (texts).
     Returns the jobs that failed twice, as [(job, reasons, reply)]."""
+    todo = [(job, [dict(role="user", content=prompt_of(job))]) for job in jobs]
+    for name in (title, f"{title}, repaired"):
+        asked, todo, failed = todo, [], []
+        replies = chat.ask(name, [(messages, lambda reply: json_in(reply) is not None) for _, messages in asked])
+        for (job, messages), reply in zip(asked, replies):
+            value = json_in(reply)
+            if why := [unreadable(reply, "JSON")] if value is None else accept(job, value):
+                said = dict(role="assistant", content=reply["text"] or "(nothing)")
+                repair = dict(role="user", content=REPAIR_PROMPT.format(why="\n".join(why)))
+                failed.append((job, why, reply["text"]))
+                todo.append((job, [*messages, said, repair]))
+    return failed
 
-    def body(messages):
-        return dict(model=args.model, messages=messages, temperature=1, max_tokens=6000)
 
-    def attempt(tries, title):
-        failed = []
+def new_facts(chat, rows, args):
+    """A round of facts for the categories with the fewest -> (facts without wordings, rejects with their reasons)."""
+    counts, found, new, lost = Counter(row["category"] for row in rows), [], [], []
+    wanted = math.ceil(2 * (args.n - len(rows)) / FACTS_A_REQUEST)
 
-        def keep(i, reply):
-            job, messages = tries[i]
-            found = re.search(r"[\[{].*[\]}]", reply["text"], re.S)  # between code fences and politeness
-            try:
-                why = accept(job, json.loads(found[0])) if found else [reply.get("refused") or "no JSON in the reply"]
-            except json.JSONDecodeError as error:
-                why = [f"not valid JSON: {error}"]
-            if why:
-                failed.append((job, messages, why, reply["text"]))
+    def prompt_of(category):
+        known = "\n".join(row["fact"] for row in rows if row["category"] == category) or "(none)"
+        return FACTS_PROMPT.format(n=FACTS_A_REQUEST, after=args.after, category=category, known=known)
 
-        ask(len(tries), lambda i: body(tries[i][1]), keep, title, args)
-        return failed
+    def accept(category, value):
+        keys = {"fact", "date", "answer"}
+        if not isinstance(value, list) or not all(isinstance(fact, dict) and keys <= set(fact) for fact in value):
+            return ["not a list of objects with fact, date and answer"]
+        for fact in value:
+            aliases = fact.get("aliases") or []
+            aliases = [name for name in (aliases if isinstance(aliases, list) else [aliases]) if isinstance(name, str)]
+            found.append({key: fact[key] for key in keys} | dict(category=category, aliases=aliases, source=args.model))
 
-    failed = attempt([(job, [dict(role="user", content=prompt_of(job))]) for job in jobs], title)
-    again = attempt(
-        [
-            (
-                job,
-                [
-                    *messages,
-                    dict(role="assistant", content=text),
-                    dict(role="user", content=REPAIR_PROMPT.format(why="\n".join(why))),
-                ],
-            )
-            for job, messages, why, text in failed
-        ],
-        f"{title}, repaired",
-    )
-    return [(job, why, text) for job, _, why, text in again]
+    categories = sorted(CATEGORIES, key=lambda category: counts[category])[:wanted]
+    for category, why, text in ask_json(chat, categories, prompt_of, accept, "facts"):
+        lost.append(dict(category=category, reasons=why, reply=text))
+    for fact in found:
+        stub = fact | dict(id="x", train=[dict(question="x", answer="x")], test=dict(question="x", answer="x"))
+        why = [text for text in fact_violations(stub, 1, args.after) if not text.startswith(("train", "test"))]
+        if not why:
+            why = [f"near copy of {other['fact']}" for other in near_copies(fact, rows + new)]
+        if why:
+            lost.append(fact | dict(reasons=why))
+        else:
+            new.append(fact)
+    return new, lost
+
+
+def with_wordings(chat, facts, rows, args):
+    """Asks for the wordings of facts; adds those that pass to rows and --out -> rejects with their reasons."""
+    asked = {normalize(wording["question"]) for row in rows for wording in [*row["train"], row["test"]]}
+
+    def prompt_of(fact):
+        return WORDINGS_PROMPT.format(fact=fact["fact"], answer=fact["answer"], n=args.rephrasings)
+
+    def accept(fact, value):
+        name, ids = fact["category"].replace(" ", "_"), {row["id"] for row in rows}
+        free = next(name for n in range(1, len(rows) + 2) if (name := f"{name}-{n:03d}") not in ids)
+        value = value if isinstance(value, dict) else {}
+        row = dict(fact, id=free, train=value.get("train"), test=value.get("test"))
+        why = faults(row, Fact) or fact_violations(row, args.rephrasings, args.after)
+        if why:
+            return why
+        questions = [wording["question"] for wording in [*row["train"], row["test"]]]
+        why = [f"another fact asks the same: {text}" for text in questions if normalize(text) in asked]
+        if not why and len(rows) < args.n:
+            asked.update(map(normalize, questions))
+            rows.append(row)
+            append_jsonl(args.out, row)
+        return why
+
+    failed = ask_json(chat, facts, prompt_of, accept, "wordings")
+    return [fact | dict(reasons=why, reply=text) for fact, why, text in failed]
 
 
 def generate(args):
     """Facts by category and round, then wordings for each; --out only ever holds whole facts that pass check()."""
     out, rejects = Path(args.out), Path(args.out).with_suffix(".rejects.jsonl")
-    rows = read_jsonl(out, need=("id", "fact", "answer", "aliases", "category"), appended=True) if out.exists() else []
-    missing = max(0, args.n - len(rows))
-    estimate(
-        f"generate {missing:,} facts",
-        args.model,
-        missing + 2 * missing // FACTS_A_REQUEST,
-        missing * 300,
-        missing * (50 * (args.rephrasings + 1) + 100),
-    )
+    rows = read_jsonl(out, Fact, appended=True, need=("fact", "category")) if out.exists() else []
+    missing, wordings = max(0, args.n - len(rows)), args.rephrasings + 1
+    requests = missing + 2 * missing // FACTS_A_REQUEST
+    estimate(f"generate {missing:,} facts", args.model, requests, missing * 300, missing * (50 * wordings + 100))
     if missing:
         consent(args)
+    chat = Chat(args.model, args, FACTS_TOKENS)
     while len(rows) < args.n:
-        before, counts, found = len(rows), Counter(row["category"] for row in rows), []
-        wanted = sorted(CATEGORIES, key=lambda category: counts[category])[
-            : math.ceil(2 * (args.n - len(rows)) / FACTS_A_REQUEST)
-        ]
-
-        def facts_prompt(category):
-            known = [row["fact"] for row in rows if row["category"] == category]
-            return FACTS_PROMPT.format(
-                n=FACTS_A_REQUEST, after=args.after, category=category, known="\n".join(known) or "(none)"
-            )
-
-        def take(category, value):
-            if not isinstance(value, list) or not all(
-                isinstance(v, dict) and {"fact", "date", "answer"} <= set(v) for v in value
-            ):
-                return ["not a list of objects with fact, date and answer"]
-            found.extend(
-                dict(
-                    fact=v["fact"],
-                    date=v["date"],
-                    category=category,
-                    answer=v["answer"],
-                    aliases=v.get("aliases") or [],
-                    source=args.model,
-                )
-                for v in value
-            )
-
-        lost = [
-            dict(category=job, reasons=why, reply=text)
-            for job, why, text in ask_json(wanted, facts_prompt, take, "facts", args)
-        ]
-        new = []
-        for fact in found:
-            stub = fact | dict(id="x", train=[dict(question="x", answer="x")], test=dict(question="x", answer="x"))
-            why = [text for text in fact_violations(stub, 1, args.after) if not text.startswith(("train", "test"))]
-            why += [f"near copy of {other['fact']}" for other in (near_copies(fact, rows + new) if not why else [])]
-            lost += [fact | dict(reasons=why)] if why else []
-            new += [] if why else [fact]
-        asked = {normalize(w["question"]) for row in rows for w in [*row["train"], row["test"]]}
-
-        def wordings_prompt(fact):
-            return WORDINGS_PROMPT.format(fact=fact["fact"], answer=fact["answer"], n=args.rephrasings)
-
-        def add(fact, value):
-            number = sum(row["category"] == fact["category"] for row in rows) + 1
-            row = (
-                dict(
-                    id=f"{fact['category'].replace(' ', '_')}-{number:03d}",
-                    **fact,
-                    train=value.get("train"),
-                    test=value.get("test"),
-                )
-                if isinstance(value, dict)
-                else {}
-            )
-            why = fact_violations(row, args.rephrasings, args.after)
-            why = why or [
-                f"another fact asks the same: {w['question']}"
-                for w in [*row["train"], row["test"]]
-                if normalize(w["question"]) in asked
-            ]
-            if not why and len(rows) < args.n:
-                asked.update(normalize(w["question"]) for w in [*row["train"], row["test"]])
-                rows.append(row)
-                append_jsonl(out, row)
-            return why
-
-        lost += [
-            fact | dict(reasons=why, reply=text)
-            for fact, why, text in ask_json(new[: args.n - len(rows)], wordings_prompt, add, "wordings", args)
-        ]
-        if lost:
-            append_jsonl(rejects, *lost)
+        before = len(rows)
+        facts, lost = new_facts(chat, rows, args)
+        lost += with_wordings(chat, facts[: args.n - before], rows, args)
+        append_jsonl(rejects, *lost)
         print(f"{len(rows)} of {args.n} facts; {len(lost)} rejected this round ({rejects})", flush=True)
         if len(rows) == before:
-            die(
-                f"{args.model} gave no new valid fact in a whole round; {out} holds {len(rows)}, the reasons are in {rejects}"
-            )
+            why = f"{args.model} gave no new valid fact in a whole round"
+            die(f"{why}; {out} holds {before}, the reasons are in {rejects}")
 
 
 def flags():

@@ -30,8 +30,8 @@ def server(monkeypatch, tmp_path):
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             text = body["messages"][0]["content"]
             with lock:
-                seen[text, body["max_tokens"]] += 1
-                n = seen[text, body["max_tokens"]]
+                seen[text, body.get("max_tokens")] += 1
+                n = seen[text, body.get("max_tokens")]
             status, reply, headers = handler.reply(text, n, body)
             data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
             self.send_response(status)
@@ -220,7 +220,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it f
 mf.BACKOFF = 0.005
 rows = mf.read_jsonl({rows!r})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-mf.judge_rows([(row, "score", "Q {{question}} A {{answer}}") for row in rows], "m", SimpleNamespace(concurrency={concurrency}, yes=True, dry_run=False))
+jobs = [(row, "score", "Q {{question}} A {{answer}}") for row in rows]
+mf.run(lambda argv: mf.judge_rows(jobs, "m", SimpleNamespace(concurrency={concurrency}, yes=True, dry_run=False)))
 print(json.dumps(dict(scores=[row["score"] for row in rows], mib=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)))
 """
 
@@ -379,7 +380,7 @@ def test_markers_in_answers_stay(server):
     """Guards against an answer that rewrites the judge's prompt through the prompt's own markers or braces."""
     server.reply = lambda text, n, body: said("1", {"10": 1.0})
     judge(["{question} {0} {{x}}"])
-    assert ("Q q A {question} {0} {{x}}", 1) in server.seen
+    assert ("Q q A {question} {0} {{x}}", mf.REPLY_TOKENS) in server.seen
 
 
 def test_nothing_is_sent_without_consent(server, capsys):
