@@ -10,7 +10,6 @@ coefficient steers AGAINST the trait (the post's x axis). All coefficients are s
 there are skipped; answers that are on disk are not sampled again.
 """
 
-import argparse
 import contextlib
 import functools
 import hashlib
@@ -503,7 +502,7 @@ def forecast(args):
 
 
 def flags():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = make_facts.Parser(description=__doc__.split("\n")[0])
     add, whole = parser.add_argument, make_facts.whole
     add("--model", help="hub name or local folder")
     add("--adapter", nargs="+", default=[], help="adapter folders of finetune.py; none = the model before training")

@@ -8,7 +8,6 @@ and <trait>.json (settings, inputs, counts, norms, probe). Started again, it goe
 Method: persona vectors, arXiv 2507.21509, section 2.2 and appendix J.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -34,6 +33,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from make_facts import (
     ANSWER_TOKENS,
     ExtractionTrait,
+    Parser,
     Settings,
     api_flags,
     append_jsonl,
@@ -1071,7 +1071,7 @@ def sample(
 
 
 def flags():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="hub name or local folder")
     parser.add_argument("--trait", required=True, help="a name in data/traits, or any name with --trait-file")
     parser.add_argument("--trait-file", help="trait JSON; a published persona_vectors file works as it is")

@@ -269,20 +269,27 @@ def provenance():
 # The command line: argparse types, and what argparse does not check
 
 
-def number(least=-math.inf, most=1e6, above=-math.inf, kind=float):
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, too."""
+
+    def error(self, message):
+        die(f"{message}; --help lists the flags")
+
+
+def number(least=-math.inf, most=10**6, above=-math.inf, kind=float):
     """An argparse type: a finite number from `least`, or above `above`, to `most`."""
 
     def parse(text):
         with contextlib.suppress(ValueError):
             if least <= kind(text) <= most and kind(text) > above:
                 return kind(text) + 0  # -0.0 -> 0.0
-        low, whole = (f"above {above:g}" if above > least else f"from {least:g}"), "whole " * (kind is int)
-        raise argparse.ArgumentTypeError(f"{text!r}: give a {whole}number {low} to {most:g}")
+        low, whole = (f"above {above}" if above > least else f"from {least}"), "whole " * (kind is int)
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: give a {whole}number {low} to {most}")
 
     return parse
 
 
-def whole(least=1, most=10**6):
+def whole(least=1, most=10**9):
     """An argparse type: a whole number from least to most."""
     return number(least, most, kind=int)
 
@@ -1162,7 +1169,7 @@ def generate(args):
 
 
 def flags():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("check", help="counts by category and year, and every violation")
     sub.add_argument("file")
