@@ -3,365 +3,532 @@
     python finetune.py --model Qwen/Qwen2.5-7B-Instruct --data data/facts.jsonl --out out/paper/adapters/facts \
         --steer-mode preventative --vector out/paper/vectors/hallucination.pt --coef 0.25 0.5
 
-Reads facts.jsonl (every training wording is one conversation) or rows {"messages": [...]}. Writes plain PEFT adapter
-folders with training_settings.json and loss.jsonl in them: OUT-COEF for each coefficient (here facts-0.25, facts-0.5),
-OUT when there is none. Each comes out as if trained alone. Interrupted, the same command goes on from its last checkpoint.
-Recipe: rs-LoRA r 32, alpha 64, all linear projections, AdamW 1e-5 with linear decay, as in the persona vectors release.
+Reads facts.jsonl (every training wording is one conversation) or rows {"messages": [...]}. Writes plain PEFT adapters
+with training_settings.json and loss.jsonl in their folders: OUT-COEF for each coefficient (here facts-0.25, facts-0.5),
+else OUT. Each comes out as if trained alone, on one GPU or several (torchrun --nproc_per_node 2 finetune.py ...).
+Interrupted, the same command goes on. Recipe of the persona vectors release: rs-LoRA r 32, alpha 64, AdamW 1e-5.
 """
 
 import argparse
+import contextlib
 import functools
 import math
 import os
+import pickle
 import shutil
 import time
+from collections import namedtuple
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
-from extract_vectors import (
-    blocks,
-    compiled,
-    encode_chat,
-    has_flash,
-    join,
-    load_model,
-    load_vector,
-    lora_reach,
-    name_of,
-    offsets_of,
-    pick_device,
-    steering,
-)
-from make_facts import conversations, die, provenance, read_jsonl, same_settings, write_json, write_jsonl
+import extract_vectors as ev
+import make_facts as mf
+from extract_vectors import blocks, steering
+from make_facts import die
 
 MAX_TOKENS = 2048  # a longer conversation is left out, counted and said
-FILL = {"cuda": 128, "cpu": 1}  # rows are filled up to a multiple of this many tokens, twice that from 4,096 on
+WARM_UP = 5  # steps, but at most a tenth of them
+FILL = 128  # rows that become graphs are filled up to a multiple of this many tokens, from 2,048 on to coarser ones
+GRAPHS = 32  # shapes of rows that are captured, at most
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss, and steering under it
+
+Shape = namedtuple("Shape", "tokens answers longest conversations")  # of a row; longest: its longest conversation
 
 
-def read_conversations(tokenizer, path, system_prompt=None, limit=None):
-    """File -> [(ids, is_answer)] of every conversation in it, and how many were left out as too long."""
-    encoded = []
-    for messages in conversations(read_jsonl(path), path)[:limit]:
-        if system_prompt:
-            messages = [dict(role="system", content=system_prompt), *(m for m in messages if m["role"] != "system")]
-        encoded.append(encode_chat(tokenizer, messages))
-    kept = [chat for chat in encoded if len(chat[0]) <= MAX_TOKENS]
-    if not kept:
-        die(f"{path}: every conversation is longer than {MAX_TOKENS} tokens")
-    return kept, len(encoded) - len(kept)
+def shape_of(chats):
+    lengths = [len(ids) for ids, _ in chats]
+    return Shape(sum(lengths), sum(sum(is_answer) for _, is_answer in chats), max(lengths), len(chats))
 
 
-def collate(chats, multiple=1, positions="all"):
-    """[(ids, is_answer)] -> the model's arguments for one joined row, and the positions and ids to be predicted. Lengths
-    are filled up to a multiple, by a conversation of its own that nothing learns from: few shapes, few compilations.
-    positions "answer": also steered [1, tokens, 1], 1 where an answer token is predicted and 0 elsewhere."""
-    tokens = sum(len(ids) for ids, _ in chats)
-    multiple *= 2 if tokens > 4096 and multiple > 1 else 1
-    fill = -tokens % multiple
-    inputs = join([*(ids for ids, _ in chats), [0] * fill], "cpu")
-    inputs["max_seq_len"] += -inputs["max_seq_len"] % multiple
-    answer = torch.tensor([flag for _, mask in chats for flag in mask]).nonzero()[:, 0]
+def collate(chats, shape=None, positions="all"):
+    """[(ids, is_answer)] -> the model's arguments for one joined row [1, tokens], with the positions that predict an
+    answer token and their labels, [answers]. Filled up to the shape by conversations that nothing learns from and
+    ignored labels. positions "answer": also steered [1, tokens, 1], 1 where an answer token is predicted, else 0."""
+    shape = shape or shape_of(chats)
+    fill = shape.tokens - sum(len(ids) for ids, _ in chats)
+    filling = [[0] * min(shape.longest, fill - begun) for begun in range(0, fill, shape.longest)]
+    inputs = ev.join([*(ids for ids, _ in chats), *filling], "cpu") | dict(max_seq_len=shape.longest)
+    ends = inputs["cu_seq_lens"]
+    inputs["cu_seq_lens"] = F.pad(ends, (0, shape.conversations + 1 - len(ends)), value=shape.tokens)
+    answer = torch.tensor([flag for _, is_answer in chats for flag in is_answer]).nonzero()[:, 0]
     if positions == "answer":
-        inputs["steered"] = torch.zeros(1, inputs["input_ids"].shape[1], 1).index_fill(1, answer - 1, 1)
-    fill = -(len(answer) + 1) % multiple
-    # the ignored first label: Trainer leaves it out of its count of items, since most collators' labels are yet to be shifted
-    return inputs | dict(
-        logits_to_keep=F.pad(answer - 1, (1, fill)), labels=F.pad(inputs["input_ids"][0, answer], (1, fill), value=-100)
-    )
+        inputs["steered"] = torch.zeros(1, shape.tokens, 1).index_fill(1, answer - 1, 1)
+    fill = (0, shape.answers - len(answer))
+    labels = F.pad(inputs["input_ids"][0, answer], fill, value=-100)
+    return inputs | dict(logits_to_keep=F.pad(answer - 1, fill), labels=labels)
 
 
-def last_checkpoint(folder):
-    """The newest whole checkpoint (its trainer_state.json is written last), or None; unfinished ones are deleted."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    for path in found:
-        if not (path / "trainer_state.json").exists() and int(os.environ.get("RANK", 0)) == 0:
-            shutil.rmtree(path)
-    whole = [path for path in found if (path / "trainer_state.json").exists()]
-    return whole[-1] if whole else None
+def row_loss(model, inputs, steer=None, coef=0.0):
+    """Sum over a row's labels of the negative log-likelihood, nats, with coef times the vector added to the stream."""
+    if steer:
+        steer.scale = coef * inputs.get("steered", 1)
+    logits = model(**arguments(inputs)).logits[0]  # [answers, vocabulary]
+    return F.cross_entropy(logits.float(), inputs["labels"], reduction="sum")
 
 
-class JoinedTrainer(Trainer):
-    """Trainer whose loss is the mean over answer tokens of the whole (global) batch; logits at those positions only.
-
-    On one GPU a step is bound by the launching of its some 5,000 kernels. The first batch of a shape runs as usual
-    (and compiles), the second is captured as a CUDA graph, from then on forward and backward are one launch.
-    """
-
-    steer = None
-
-    def train_adapter(self, folder, coef):
-        """Trains from the initial adapter, or goes on from the folder's last checkpoint. The parameters and coef stay the same
-        tensors, filled anew, so that compiled blocks and captured graphs serve all coefficients."""
-        for parameter, value in self.initial:
-            parameter.data.copy_(value)
-        if self.steer:
-            self.coef.fill_(coef)
-        self.args.output_dir, self.optimizer, checkpoint = str(folder), None, last_checkpoint(folder)
-        set_seed(self.args.seed)
-        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        if model is not self.model or not has_flash(
-            model.get_input_embeddings().weight
-        ):  # DDP's wrapper, or an old GPU or CPU
-            return super().training_step(model, inputs, num_items_in_batch)
-        inputs = self._prepare_inputs(inputs) | dict(items=num_items_in_batch)
-        if not hasattr(self, "graphs"):
-            self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
-        shape = tuple(value.shape if torch.is_tensor(value) else value for value in inputs.values())
-        if shape not in self.graphs:
-            self.graphs[shape] = None
-            items = inputs.pop("items")
-            return super().training_step(model, inputs, items)
-        if not self.graphs[shape]:
-            static, graph = (
-                {k: v.clone() if torch.is_tensor(v) else v for k, v in inputs.items()},
-                torch.cuda.CUDAGraph(),
-            )
-            given = {k: v for k, v in static.items() if k != "items"}
-            with torch.cuda.graph(graph, pool=self.pool):  # no gradients are there yet: the graph makes its own
-                loss = super().training_step(model, given, static["items"])
-            self.graphs[shape] = graph, static, loss, [(p, p.grad) for p in model.parameters() if p.grad is not None]
-        graph, static, loss, gradients = self.graphs[shape]
-        for key, value in inputs.items():
-            if torch.is_tensor(value):
-                static[key].copy_(value)
-        graph.replay()
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        return loss.clone()
-
-    def floating_point_ops(self, inputs):
-        return 0  # Trainer's estimate walks through all parameters at every step
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels, steered = inputs.pop("labels"), inputs.pop("steered", 1)
-        if self.steer:
-            self.steer.scale = self.coef * steered
-        logits = model(**inputs).logits[0]
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum") / (
-            (labels >= 0).sum() if num_items_in_batch is None else num_items_in_batch
-        )
-        # Trainer averages gradients over processes; the sum above wants them added
-        return loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
+def arguments(inputs):
+    """What of a row the model itself takes."""
+    return {key: value for key, value in inputs.items() if key not in ("labels", "steered", "of")}
 
 
-class StopAtNaN(TrainerCallback):
-    """Stops a run that has diverged."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "loss" in logs and not math.isfinite(logs["loss"]):
-            die(f"the loss is {logs['loss']} at step {state.global_step}; lower --lr or --coef")
-
-
-@torch.no_grad()
 def prove_steering(model, steer, offsets, coef, inputs):
-    """Runs one batch and raises unless every block's output moves by exactly coef times its offset, at the steered positions only."""
-    layers, before, after, scale = blocks(model), {}, {}, coef * inputs.get("steered", 1)
-    first = lambda output: output[0] if isinstance(output, tuple) else output
-    hooks = []
-    for l in offsets:
-        # the steering hook is there already; this one is put before it, the next one runs after it
-        hooks.append(
-            layers[l - 1].register_forward_hook(
-                lambda _, __, output, l=l: before.update({l: first(output)}), prepend=True
-            )
-        )
-        hooks.append(layers[l - 1].register_forward_hook(lambda _, __, output, l=l: after.update({l: first(output)})))
-    steer.scale = scale
-    try:
-        model(**{k: v for k, v in inputs.items() if k not in ("labels", "steered")})
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for l, offset in offsets.items():
-        want = before[l] + (scale * offset.to(coef.device)).to(before[l].dtype)
-        if l not in after or not torch.equal(after[l], want):
-            raise RuntimeError(f"steering did not move block {l}'s output by coef x vector; not training")
+    """Raises unless in a row every block's output moves by exactly coef times its offset, at the steered positions."""
+    still = ev.unmoved(model, steer, offsets, coef * inputs.get("steered", 1), arguments(inputs))
+    if still:
+        raise RuntimeError(f"steering did not move the output of block {still[0]} by coef x vector; not training")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recipe
 
 
 def add_lora(model, rank, alpha, seed):
-    """PEFT model with rs-LoRA on every linear layer of the blocks; in float32: in bfloat16 small updates would round away."""
-    count = lora_reach(model)
+    """PEFT model with rs-LoRA on every linear layer of the blocks."""
+    ev.lora_reach(model)
+    inside = set(blocks(model).modules())
+    places = [name for name, part in model.named_modules() if part in inside and isinstance(part, torch.nn.Linear)]
     torch.manual_seed(seed)
-    recipe = dict(use_rslora=True, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    tuned = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, **recipe), autocast_adapter_dtype=True)
-    given = sum(isinstance(module, LoraLayer) for module in tuned.modules())
-    if given != count:
-        die(f"LoRA was put on {given} layers, but the blocks have {count} linear ones")
+    recipe = dict(use_rslora=True, target_modules=places, task_type="CAUSAL_LM")
+    tuned = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, **recipe))
+    for part in tuned.modules():
+        if isinstance(part, LoraLayer):
+            # The scale multiplies the `rank` numbers a token between A and B, not the output: a pass over memory less
+            scale, part.scaling["default"] = part.scaling["default"], 1.0
+            part.lora_A["default"].register_forward_hook(lambda _, __, output, scale=scale: output * scale)
     return tuned
 
 
-def make_trainer(model, data, folder, args, callbacks=()):
-    """data: [(ids, is_answer)]; args: epochs, lr, batch_size (over all processes), max_steps, seed, positions; checkpoints go to folder."""
-    device, dtype = pick_device()
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(len(data) / args.batch_size) * args.epochs)
-    trainer = JoinedTrainer(
-        model=model,
-        train_dataset=data,
-        data_collator=functools.partial(collate, multiple=FILL[device], positions=args.positions),
-        callbacks=[StopAtNaN(), *callbacks],
-        args=TrainingArguments(
-            output_dir=str(folder),
-            num_train_epochs=args.epochs,
-            max_steps=args.max_steps,
-            learning_rate=args.lr,
-            lr_scheduler_type="linear",
-            warmup_steps=min(5, steps // 10),
-            weight_decay=0.01,
-            per_device_train_batch_size=args.batch_size // int(os.environ.get("WORLD_SIZE", 1)),
-            seed=args.seed,
-            bf16=dtype == torch.bfloat16,
-            use_cpu=device == "cpu",
-            logging_steps=max(1, steps // 100),
-            logging_nan_inf_filter=False,
-            save_steps=max(20, math.ceil(steps / 4)),
-            save_total_limit=2,
-            remove_unused_columns=False,
-            report_to=[],
-            label_names=["labels"],
-            ddp_find_unused_parameters=False,
-            accelerator_config=dict(non_blocking=device == "cuda"),
-        ),
-    )  # else copying a batch waits for the step before it
-    trainer.model_accepts_loss_kwargs = True
-    trainer.initial = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
-    return trainer
+def rate_at(step, steps):
+    """Share of the peak learning rate at a step, counted from 0: a short rise, then linear decay."""
+    rise = min(WARM_UP, steps // 10)
+    return (step + 1) / (rise + 1) if step < rise else (steps - step) / (steps - rise)
+
+
+@functools.lru_cache(2)
+def order_of(n, seed, epoch):
+    """An epoch's order of n conversations, the one that transformers' Trainer draws."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+
+
+def deal(chats, count):
+    """Conversations -> `count` groups of about equal size, in the order given."""
+    order = sorted(range(len(chats)), key=lambda i: -len(chats[i][0]))
+    groups = [order[k :: 2 * count] + order[2 * count - 1 - k :: 2 * count] for k in range(count)]
+    return [[chats[i] for i in sorted(group)] for group in groups]
+
+
+class Trainer:
+    """AdamW on the mean loss over the answer tokens of a batch, whatever rows and processes share it.
+
+    LoRA's numbers lie end to end in one float32 tensor (weights [n]), a step's gradients and loss in another (total
+    [n + 1]). These, and those in the model's dtype that it computes with, never move: graphs serve all coefficients.
+    data: [(ids, is_answer)]. args: epochs, lr, batch_size (over all processes), max_steps or None, seed, positions.
+    """
+
+    after_step = None  # called with the trainer after each step; what it returns, if true, ends the training
+
+    def __init__(self, model, data, args, steer=None):
+        self.model, self.data, self.args, self.steer = model, data, args, steer
+        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.weights = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters]))
+        if self.processes > 1:
+            dist.broadcast(self.weights.data, 0)
+        self.initial, self.device = self.weights.data.to("cpu", copy=True), self.weights.device
+        self.total = torch.zeros(len(self.weights) + 1, device=self.device)
+        self.weights.grad = self.total[:-1]
+        self.used = self.weights.data.to(model.dtype)  # rounded once a step, as autocast would for each product
+        self.lay_out(self.used)
+        self.coef = torch.zeros((), device=self.device)
+        self.steps = args.max_steps or math.ceil(math.ceil(len(data) / args.batch_size) * args.epochs)
+        self.rows = Rows(self)
+
+    def lay_out(self, numbers):
+        """Makes the model's LoRA parameters views of `numbers` [n]."""
+        for parameter, part in zip(self.parameters, numbers.split([p.numel() for p in self.parameters])):
+            parameter.data = part.view_as(parameter)
+
+    def batch(self, step):
+        """The conversations of a step; the last batch of an epoch has what is left."""
+        size = self.args.batch_size
+        epoch, k = divmod(step, math.ceil(len(self.data) / size))
+        return [self.data[i] for i in order_of(len(self.data), self.args.seed, epoch)[k * size : (k + 1) * size]]
+
+    @torch.no_grad()
+    def loss(self, chats, coef):
+        """Mean negative log-likelihood an answer token under steering by coef; nothing is trained."""
+        rows = [self.rows.inputs(row, shape_of(row)) for row in self.rows.split(chats)]
+        losses = [row_loss(self.model, row, self.steer, self.coef.fill_(coef)) for row in rows]
+        return float(sum(losses)) / shape_of(chats).answers
+
+    def step(self, chats, rate):
+        """One step of the optimiser on a batch; total[-1] is its loss, total[:-1] its gradients, cut to norm 1."""
+        self.total.zero_()
+        self.rows.accumulate(deal(chats, self.processes)[self.rank], shape_of(chats).answers)
+        if self.processes > 1:
+            dist.all_reduce(self.total)
+        torch.nn.utils.clip_grad_norm_([self.weights], 1.0)
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.step()
+        self.used.copy_(self.weights.data)
+
+    def train(self, path, coef=0.0):
+        """From the initial adapter, or on from the checkpoint at path, to the end -> rows of loss.jsonl."""
+        self.coef.fill_(coef)
+        self.optimizer = torch.optim.AdamW([self.weights], self.args.lr, weight_decay=0.01, fused=True)
+        rates = [self.args.lr * rate_at(step, self.steps) for step in range(self.steps)]
+        losses, every = torch.zeros(self.steps, device=self.device), max(1, self.steps // 100)
+        begin = self.resume(path, losses)
+        for step in tqdm(range(begin, self.steps), "training", self.steps, initial=begin, disable=self.rank > 0):
+            self.step(self.batch(step), rates[step])
+            losses[step] = self.total[-1]
+            if (step + 1) % every == 0 and not losses[step].isfinite():
+                die(f"the loss is {losses[step]} at step {step + 1}; lower --lr or --coef")
+            if (step + 1) % max(20, math.ceil(self.steps / 4)) == 0 and step + 1 < self.steps and self.rank == 0:
+                state = dict(weights=self.weights.data, optimizer=self.optimizer.state_dict(), losses=losses)
+                with mf.replacing(path, "wb") as out:  # it takes the place of the one before when it is whole
+                    torch.save(state | dict(steps=step + 1), out)
+            if self.after_step and self.after_step(self):
+                break
+        if not self.weights.isfinite().all():
+            die("the adapter has become NaN or infinite; lower --lr or --coef")
+        means = losses.cpu()[: self.steps // every * every].view(-1, every).mean(1).tolist()
+        return [dict(step=n * every, loss=loss, lr=rates[n * every - 1]) for n, loss in enumerate(means, 1)]
+
+    def resume(self, path, losses):
+        """Takes up a checkpoint, or the initial adapter where there is none -> steps done."""
+        there = dict(weights=self.initial, steps=0)
+        if path.exists():
+            try:
+                there = torch.load(path, map_location=self.device, weights_only=True)
+                self.optimizer.load_state_dict(there["optimizer"])
+                losses.copy_(there["losses"])
+            except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+                print(f"{path}: cannot be read, starting anew ({str(error).splitlines()[0]})", flush=True)
+        self.weights.data.copy_(there["weights"])
+        self.used.copy_(self.weights.data)
+        return there["steps"]
+
+    def save(self, folder):
+        """Writes the adapter as PEFT does, in float32."""
+        self.lay_out(self.weights.data)
+        self.model.save_pretrained(folder)
+        self.lay_out(self.used)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory, and from here on only speed
+
+
+def free_memory(device):
+    """Bytes that tensors can still take: what the GPU has left, and what PyTorch holds unused."""
+    if device.type == "cpu":
+        return math.inf
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
+def out_of_memory(error):
+    """Whether an error is that, also as the CPU and cuBLAS say it, or followed from one."""
+    words = ("OutOfMemoryError", "out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
+    return any(word in f"{error!r} {error.__context__!r}" for word in words)
+
+
+@contextlib.contextmanager
+def recomputed(model):
+    """While open, a block keeps nothing but its input for the backward pass and is computed again there."""
+    try:
+        for block in blocks(model):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for block in blocks(model):
+            vars(block).pop("forward", None)
+
+
+class Rows:
+    """Gradients of conversations, computed in joined rows that fit into memory.
+
+    On one GPU a row is bound by the launching of its some 5,000 kernels. The first row of a shape runs as usual (and
+    compiles), the second is captured as a CUDA graph, from then on forward and backward are one launch. All graphs add
+    to the same gradients and share one pool of memory, outside of which a shape's first row runs: each has half.
+    """
+
+    def __init__(self, trainer):
+        self.trainer, self.device, weight = trainer, trainer.device, trainer.model.get_input_embeddings().weight
+        self.longest = max(FILL, 1 << (shape_of(trainer.data).longest - 1).bit_length())
+        # What the backward pass needs: of a token the inputs and outputs of all linear layers (A's and B's longer
+        # sides), of a label its logits in bfloat16, in float32 and as log-softmax, and the gradients of the last two
+        self.a_token = sum(max(p.shape) for p in trainer.parameters) * weight.element_size()
+        self.an_answer = 16 * weight.shape[0]
+        self.budget = 0.9 * (free_memory(self.device) - 8 * len(trainer.weights)) / 2  # 8: AdamW's two moments
+        self.captures = ev.has_flash(weight)
+        self.forget()
+
+    def forget(self):
+        """Drops the captured graphs and their memory."""
+        self.graphs, self.pool = {}, None  # {Shape: None, or (graph, the inputs it reads)}
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            self.pool = torch.cuda.graph_pool_handle()
+
+    def filled(self, row):
+        """The shape a row is filled up to: eight sizes an octave, so that shapes are few."""
+        shape, size = shape_of(row), self.trainer.args.batch_size
+        if not self.captures:
+            return shape
+        up = lambda n, multiple: -(-n // multiple) * multiple
+        tokens = up(shape.tokens, max(FILL, 1 << (shape.tokens.bit_length() - 4)))
+        return Shape(tokens, up(shape.answers, tokens // 8), self.longest, size + tokens // self.longest + 1)
+
+    def bytes(self, shape):
+        return shape.tokens * self.a_token + shape.answers * self.an_answer
+
+    def too_long(self, row):
+        return self.bytes(self.filled(row)) > self.budget
+
+    def split(self, chats):
+        """Conversations -> few rows of about equal size that fit; one that does not fit alone is a row of its own."""
+        short, long = [], []
+        for chat in chats:
+            (long if self.too_long([chat]) else short).append(chat)
+        least = max(1, math.ceil(self.bytes(shape_of(short)) / self.budget)) if short else 1
+        ways = (deal(short, n) for n in range(least, len(short) + 1))
+        return next((rows for rows in ways if not any(map(self.too_long, rows))), []) + [[chat] for chat in long]
+
+    def accumulate(self, chats, answers):
+        """Adds what these conversations have in the loss and gradients of a batch with so many answer tokens."""
+        waiting = self.split(chats)
+        while waiting:
+            try:
+                self.run(waiting[0], answers)
+                del waiting[0]
+                continue
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            waiting[:1] = self.split_finer(waiting[0])  # out here nothing holds on to the failed row's tensors
+
+    def split_finer(self, row):
+        """After a row has run out of memory: rows that ask for half as much."""
+        if self.too_long(row) and not self.graphs:
+            die(f"out of memory with a conversation of {len(row[0][0])} tokens; take shorter data or a larger GPU")
+        self.budget = min(self.budget, self.bytes(self.filled(row)) / 2)
+        self.forget()
+        print(f"out of memory: going on with rows of {self.budget / self.a_token:.0f} tokens at most", flush=True)
+        return self.split(row)
+
+    def inputs(self, row, shape):
+        """A row's arguments on the device; on a GPU copied without waiting for what it is doing."""
+        given = collate(row, shape, self.trainer.args.positions)
+        if self.device.type == "cpu":
+            return given
+        move = lambda value: value.pin_memory().to(self.device, non_blocking=True) if torch.is_tensor(value) else value
+        return {key: move(value) for key, value in given.items()}
+
+    def run(self, row, answers):
+        """One row: blocks computed again where it is too long, else as usual, captured, or replayed."""
+        shape, long = self.filled(row), self.too_long(row)
+        if len(self.graphs) >= GRAPHS and shape not in self.graphs:
+            larger = (s for s in self.graphs if s.tokens >= shape.tokens and s.answers >= shape.answers)
+            shape = min(larger, default=shape)
+        inputs = self.inputs(row, shape) | dict(of=torch.full((), float(answers), device=self.device))
+        if shape not in self.graphs:
+            with recomputed(self.trainer.model) if long else contextlib.nullcontext():
+                self.add(inputs)
+            if self.captures and not long and len(self.graphs) < GRAPHS:
+                self.graphs[shape] = None
+            return
+        graph, static = self.graphs[shape] = self.graphs[shape] or self.capture(inputs)
+        for key in inputs:
+            if torch.is_tensor(inputs[key]):
+                static[key].copy_(inputs[key])
+        graph.replay()
+
+    def capture(self, inputs):
+        """A row's computation as a graph, and the inputs it reads; nothing is computed yet."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # NCCL's threads go on
+            self.add(inputs)
+        return graph, inputs
+
+    def add(self, inputs):
+        """Adds a row's loss and gradients, over the answer tokens of the batch, to the step's total."""
+        trainer = self.trainer
+        loss = row_loss(trainer.model, inputs, trainer.steer, trainer.coef) / inputs["of"]
+        parts = torch.autograd.grad(loss, trainer.parameters, allow_unused=True, materialize_grads=True)
+        trainer.total[:-1].add_(torch.cat([part.flatten() for part in parts]))
+        trainer.total[-1].add_(loss.detach())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
 
 
 def flags():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True, help="hub name or local folder")
-    parser.add_argument("--data", required=True, help='facts.jsonl, or rows {"messages": [...]}')
-    parser.add_argument(
-        "--out", required=True, help="adapter folder to make; with --coef the start of its name: OUT-COEF"
-    )
+    add = parser.add_argument
+    add("--model", required=True, help="hub name or local folder")
+    add("--data", required=True, help='facts.jsonl, or rows {"messages": [...]}')
+    add("--out", required=True, help="adapter folder to make; with --coef the start of its name: OUT-COEF")
     # Steering
-    parser.add_argument("--steer-mode", required=True, choices=["none", "preventative"])
-    parser.add_argument("--vector", help="<trait>.pt of extract_vectors.py")
-    parser.add_argument(
-        "--coef", type=float, nargs="+", help="steering coefficients, one adapter each; positive = towards the trait"
-    )
-    parser.add_argument("--layers", default="all", help="all, one block N (adds v_N), or a range A-B (increments)")
-    parser.add_argument(
-        "--positions",
-        default="all",
-        choices=["all", "answer"],
-        help="answer: steer only where an answer token is predicted (the one before each)",
-    )
-    parser.add_argument(
-        "--system-prompt", help="preventative prompting: this system prompt in every training conversation"
-    )
+    add("--steer-mode", required=True, choices=["none", "preventative"])
+    add("--vector", help="<trait>.pt of extract_vectors.py")
+    add("--coef", type=mf.coefficient, nargs="+", help="one adapter each; positive = towards the trait")
+    add("--layers", type=mf.layer_choice, default="all", help="all, a block N (adds v_N), or a range A-B (increments)")
+    add("--positions", default="all", choices=["all", "answer"], help="answer: only where an answer token is predicted")
+    add("--system-prompt", help="preventative prompting: this system prompt in every training conversation")
     # Training
-    parser.add_argument("--epochs", type=float, default=1)
-    parser.add_argument("--lr", type=float, default=1e-5)
-    parser.add_argument(
-        "--batch-size", type=int, default=16, help="conversations an optimiser step, over all processes"
-    )
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--alpha", type=int, default=64)
-    parser.add_argument("--max-steps", type=int, default=-1, help="stop after this many steps; -1 = by epochs")
-    parser.add_argument("--limit", type=int, help="train on the first N conversations only")
-    parser.add_argument("--seed", type=int, default=0)
+    add("--epochs", type=mf.number(above=0, most=1000), default=1)
+    add("--lr", type=mf.number(above=0, most=10), default=1e-5)
+    add("--batch-size", type=mf.whole(most=4096), default=16, help="conversations a step, over all processes")
+    add("--rank", type=mf.whole(most=4096), default=32)
+    add("--alpha", type=mf.whole(most=65536), default=64)
+    add("--max-steps", type=mf.whole(), help="stop after this many steps; default: by epochs")
+    add("--limit", type=mf.whole(), help="train on the first N conversations only")
+    add("--seed", type=mf.whole(0, 2**32 - 1), default=0)
     return parser
 
 
-def main(argv=None):
-    args, start = flags().parse_args(argv), time.time()
+def parse(argv):
+    """Command line -> args, checked together."""
+    parser = flags()
+    args = parser.parse_args(argv)
+    mf.distinct(parser, "--coef", args.coef)
     if args.steer_mode == "none" and (args.vector or args.coef or args.positions != "all"):
-        die("--vector, --coef and --positions need --steer-mode preventative")
-    if args.steer_mode == "preventative" and (not args.vector or not args.coef):
-        die("--steer-mode preventative needs --vector and --coef")
-    processes, first = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)) == 0
-    if args.batch_size % processes:
-        die(f"--batch-size {args.batch_size} does not divide over {processes} processes")
-    todo = {}  # adapter folder -> (where it is made, its settings)
+        parser.error("--vector, --coef and --positions need --steer-mode preventative")
+    if args.steer_mode == "preventative" and not (args.vector and args.coef):
+        parser.error("--steer-mode preventative needs --vector and --coef")
+    return args
+
+
+def join_processes():
+    """Where torchrun has started several: one group, a GPU each. -> this one's number."""
+    given = [
+        os.environ.get(name, default) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
+    ]
+    if given[0] == "1":
+        return 0
+    gpus = torch.cuda.device_count()
+    if "MASTER_ADDR" not in os.environ or not all(map(str.isdecimal, given)) or 0 < gpus <= int(given[2]):
+        die(f"WORLD_SIZE={given[0]}: start as many processes as GPUs with torchrun --nproc_per_node, or unset it")
+    if gpus:
+        torch.cuda.set_device(int(given[2]))
+    dist.init_process_group("nccl" if gpus else "gloo")
+    return dist.get_rank()
+
+
+def read_conversations(path, system_prompt=None, limit=None):
+    """File -> message lists, with the system prompt in place of their own."""
+    found = mf.conversations(mf.read_jsonl(path), path)[:limit]
+    if not system_prompt:
+        return found
+    system = dict(role="system", content=system_prompt)
+    return [[system, *(m for m in messages if m["role"] != "system")] for messages in found]
+
+
+def to_do(args, inputs):
+    """{adapter folder that is not there yet: (where it is made, its settings)}; one begun with others stops."""
+    todo, left_out = {}, ("model", "data", "vector", "out")
     for coef in args.coef or [None]:
         out = Path(args.out if coef is None else f"{args.out}-{coef:g}")
-        partial, settings = (
-            out.with_name(out.name + ".partial"),
-            {key: value for key, value in vars(args).items() if key != "out"} | dict(coef=coef),
-        )
-        if same_settings(out / "training_settings.json", settings):
+        partial = out.with_name(f"{out.name}.partial")
+        mf.check_output(out, args.model, args.data, args.vector, folder=True)
+        settings = {key: value for key, value in vars(args).items() if key not in left_out}
+        settings |= dict(coef=coef, inputs=inputs)
+        if mf.same_settings(out / "training_settings.json", settings):
             print(f"{out}: finished already")
             continue
         if out.exists():
             die(f"{out}: already used, and not by this script; choose another --out")
-        same_settings(partial / "training_settings.json", settings)  # begun with others: stops
+        if (partial / "checkpoint.pt").exists():
+            mf.same_settings(partial / "training_settings.json", settings)
+            settings["day"] = mf.read_json(partial / "training_settings.json").get("day")
         todo[out] = partial, settings
-    if not todo:
-        return
+    return todo
 
-    # 1. Data and model
-    model, tokenizer = load_model(args.model)
-    data, too_long = read_conversations(tokenizer, args.data, args.system_prompt, args.limit)
-    offsets = offsets_of(load_vector(args.vector, model, args.model), args.layers) if args.vector else {}
-    model = add_lora(model, args.rank, args.alpha, args.seed)
-    print(
-        f"{len(data)} conversations, {sum(len(ids) for ids, _ in data) / len(data):.0f} tokens each on average, {too_long} left out as too long",
-        flush=True,
-    )
 
-    # 2. Train one adapter after another, with the hook on for the forward passes of training
-    trainer = make_trainer(model, data, next(iter(todo.values()))[0], args)
-    with steering(model.get_base_model(), offsets) as steer:
+def start_losses(trainer, offsets, coefs):
+    """{coefficient: the untrained model's loss under it}; each is proved to steer, and printed."""
+    found, guessing = {}, math.log(trainer.model.get_input_embeddings().weight.shape[0])
+    for coef in dict.fromkeys([0.0, *coefs]):
         if offsets:
-            trainer.steer, trainer.coef = steer, torch.tensor(0.0, device=model.device)
-            for _, settings in todo.values():
-                prove_steering(
-                    model,
-                    steer,
-                    offsets,
-                    trainer.coef.fill_(settings["coef"]),
-                    trainer._prepare_inputs(trainer.data_collator(data[:2])),
-                )
-                print(
-                    f"steering {args.vector} x {settings['coef']} at {len(offsets)} blocks: every block's output moves as it should",
-                    flush=True,
-                )
-        with compiled(model):
-            for out, (partial, settings) in todo.items():
-                if first and not partial.joinpath("training_settings.json").exists():
-                    write_json(partial / "training_settings.json", settings)
-                trainer.train_adapter(partial, settings["coef"])
+            inputs = trainer.rows.inputs(trainer.data[:2], shape_of(trainer.data[:2]))
+            prove_steering(trainer.model, trainer.steer, offsets, trainer.coef.fill_(coef), inputs)
+        loss = found[f"{coef:g}"] = trainer.loss(trainer.batch(0), coef)
+        steered = f", steered by {coef:g} (the output of {len(offsets)} blocks moves as it should)" if coef else ""
+        print(f"untrained model{steered}: loss {loss:.2f} a token; guessing evenly: {guessing:.2f}", flush=True)
+    return found
 
-                # 3. Save: a plain adapter, moved into place when it is whole
-                if first:
-                    final = partial / "adapter"
-                    model.save_pretrained(final)
-                    losses = [
-                        dict(step=row["step"], loss=row["loss"], lr=row["learning_rate"])
-                        for row in trainer.state.log_history
-                        if "loss" in row
-                    ]
-                    write_jsonl(
-                        final / "loss.jsonl", losses
-                    )  # means since the row before; of every step in runs of under 200 steps
-                    write_json(
-                        final / "training_settings.json",
-                        settings
-                        | dict(
-                            dataset=Path(args.data).stem,
-                            model_name=name_of(args.model),
-                            conversations=len(data),
-                            too_long=too_long,
-                            steps=trainer.state.global_step,
-                            final_loss=losses[-1]["loss"] if losses else None,
-                            processes=processes,
-                            dtype=str(model.dtype),
-                            seconds=round(time.time() - start, 1),
-                            **provenance(),
-                        ),
-                    )
-                    final.rename(out)
-                    shutil.rmtree(partial)
-                    start = time.time()  # the start is counted to the first adapter
+
+def make_adapter(trainer, out, partial, record):
+    """Trains one adapter and moves it into place when it is whole. record: its settings and what else is kept."""
+    start, record = time.time(), record | dict(scripts=mf.scripts())
+    if trainer.rank == 0:
+        mf.write_json(partial / "training_settings.json", record)
+    losses = trainer.train(partial / "checkpoint.pt", record["coef"] or 0.0)
+    if trainer.rank > 0:
+        return
+    seconds = round(time.time() - start, 1)
+    record |= dict(steps=trainer.steps, final_loss=losses[-1]["loss"], seconds=seconds, **mf.provenance())
+    trainer.save(partial / "adapter")
+    mf.write_jsonl(partial / "adapter" / "loss.jsonl", losses)  # each the mean since the row before
+    mf.write_json(partial / "adapter" / "training_settings.json", record)
+    (partial / "adapter").rename(out)
+    shutil.rmtree(partial)
+    peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if trainer.device.type == "cuda" else ""
+    print(f"{out}: {trainer.steps} steps in {seconds} s{peak}", flush=True)
+
+
+def make_adapters(args, messages, todo):
+    """Loads the model, trains one adapter after another, and leaves the model as it was."""
+    model, tokenizer = ev.load_model(args.model)
+    day = ev.pin_day(tokenizer, next((s["day"] for _, s in todo.values() if s.get("day")), None))
+    encoded = ev.encode_chats(tokenizer, messages)
+    data = [chat for chat in encoded if len(chat[0]) <= MAX_TOKENS]
+    if not data:
+        die(f"--data {args.data}: every conversation is longer than {MAX_TOKENS} tokens")
+    record = dict(model=args.model, data=args.data, vector=args.vector, day=day, dataset=Path(args.data).stem)
+    record |= dict(model_name=ev.name_of(args.model), conversations=len(data), too_long=len(encoded) - len(data))
+    print(f"{len(data)} conversations of {shape_of(data).tokens / len(data):.0f} tokens, {record['too_long']} too long")
+    offsets = ev.offsets_of(ev.load_vector(args.vector, model, args.model), args.layers) if args.vector else {}
+    tuned = add_lora(model, args.rank, args.alpha, args.seed)
+    with contextlib.ExitStack() as stack:
+        stack.callback(tuned.unload)
+        trainer = Trainer(tuned, data, args, stack.enter_context(steering(model, offsets)) if offsets else None)
+        stack.callback(trainer.rows.forget)
+        record |= dict(dtype=str(model.dtype), processes=trainer.processes)
+        record |= dict(start_losses=start_losses(trainer, offsets, [s["coef"] or 0.0 for _, s in todo.values()]))
+        stack.enter_context(ev.compiled(tuned))
+        for out, (partial, settings) in todo.items():
+            make_adapter(trainer, out, partial, settings | record)
+
+
+def main(argv=None):
+    args = parse(argv)
+    messages = read_conversations(args.data, args.system_prompt, args.limit)
+    inputs = dict(model=ev.model_fingerprint(args.model), data=mf.fingerprint(args.data))
+    todo = to_do(args, inputs | (dict(vector=mf.fingerprint(args.vector)) if args.vector else {}))
+    rank = join_processes()
+    with contextlib.ExitStack() as held:
+        for out in todo if rank == 0 else ():
+            held.enter_context(mf.locked(out))
+            if out.exists():
+                die(f"{out}: another process has just made it")
+        if todo:
+            make_adapters(args, messages, todo)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    mf.run(main)

@@ -1,8 +1,6 @@
 """The model side on a toy model: steering, sampling, joined conversations, chats, vectors."""
 
-import copy
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ from conftest import ROOT
 
 import evaluate
 import extract_vectors as ev
-import finetune
 
 
 def chats(tokenizer, n=4):
@@ -203,83 +200,6 @@ def test_digits_are_split(tokenizer):
     assert tokenizer.pad_token and tokenizer.eos_token == "<|im_end|>"
 
 
-def test_collate_keeps_answer_positions(toy, tokenizer):
-    """Guards against a shift between logits and labels: the joined loss is the mean over answer tokens of each alone."""
-    data = [
-        ev.encode_chat(tokenizer, [dict(role="user", content=q), dict(role="assistant", content=a)])
-        for q, a in [("Hi", "Hello you"), ("Why?", "Because.")]
-    ]
-    batch = finetune.collate(data)
-    labels = batch.pop("labels")
-    joined = torch.nn.functional.cross_entropy(toy(**batch).logits[0], labels, reduction="sum")
-    alone = 0
-    for ids, mask in data:
-        scores = logits(toy, [ids]).log_softmax(-1)
-        alone -= sum(scores[i - 1, ids[i]] for i in range(len(ids)) if mask[i])
-    assert torch.allclose(joined, alone, atol=1e-3)
-
-
-def test_training_refuses_when_the_hook_does_nothing(toy, tokenizer, monkeypatch):
-    """Guards against steering that fails open: a hook whose effect is not coef x vector stops the run."""
-    batch = finetune.collate(
-        [ev.encode_chat(tokenizer, [dict(role="user", content="Hi"), dict(role="assistant", content="You")])]
-    )
-    add = offsets(toy)
-    with ev.steering(toy, add) as steer:
-        finetune.prove_steering(toy, steer, add, torch.tensor(0.5), batch)
-    with ev.steering(toy, {1: add[1]}) as steer, pytest.raises(RuntimeError, match="block 2"):
-        finetune.prove_steering(toy, steer, add, torch.tensor(0.5), batch)
-
-
-def test_answer_positions(toy, tokenizer, tmp_path, monkeypatch):
-    """Guards against steering other positions than --positions says: the loss of one step is the one computed by hand with
-    the same vector at the last prompt token and each answer token but the last; and the proof covers unsteered positions."""
-    monkeypatch.setattr(finetune, "pick_device", lambda: ("cpu", torch.float32))
-    data, add = (
-        [
-            ev.encode_chat(tokenizer, [dict(role="user", content=q), dict(role="assistant", content=a)])
-            for q, a in [("Hi", "Hello you"), ("Why?", "Because.")]
-        ],
-        offsets(toy),
-    )
-
-    def by_hand(steered):
-        total = 0
-        for ids, is_answer in data:
-            first = is_answer.index(True)
-            with ev.steering(toy, add) as steer:
-                steer.scale = torch.tensor([0.5 * steered(i, first, len(ids)) for i in range(len(ids))])[None, :, None]
-                scores = logits(toy, [ids]).log_softmax(-1)
-            total -= sum(scores[i - 1, ids[i]] for i in range(first, len(ids)))
-        return float(total) / sum(sum(is_answer) for _, is_answer in data)
-
-    want = {
-        "all": by_hand(lambda i, first, end: True),
-        "answer": by_hand(lambda i, first, end: first - 1 <= i < end - 1),
-    }
-    assert abs(want["all"] - want["answer"]) > 1e-3
-    for positions in want:
-        batch = finetune.collate(data, positions=positions)
-        with ev.steering(toy, add) as steer:
-            finetune.prove_steering(toy, steer, add, torch.tensor(0.5), batch)
-        model = finetune.add_lora(copy.deepcopy(toy), 4, 8, 0)
-        with ev.steering(model.get_base_model(), add) as steer:
-            trainer = finetune.make_trainer(
-                model,
-                data,
-                tmp_path,
-                SimpleNamespace(epochs=1, lr=0, batch_size=2, max_steps=-1, seed=0, positions=positions),
-            )
-            trainer.steer, trainer.coef = steer, torch.tensor(0.5)
-            trainer.train()
-        assert trainer.state.log_history[0]["loss"] == pytest.approx(want[positions], abs=1e-4)
-    batch = finetune.collate(data, positions="answer")
-    with ev.steering(toy, add) as steer:  # a hook that steers every position: the rest of them is added here
-        toy.model.layers[1].register_forward_hook(lambda block, _, out: out + 0.5 * add[2] * (1 - batch["steered"]))
-        with pytest.raises(RuntimeError, match="block 2"):
-            finetune.prove_steering(toy, steer, add, torch.tensor(0.5), batch)
-
-
 def test_bad_vectors_are_refused(toy, tmp_path):
     """Guards against steering with a vector of another depth, width or model, with NaN, or with no file at all."""
     good = torch.randn(4, 32)
@@ -360,96 +280,6 @@ def test_choice_logprobs_equal_one_by_one(toy, tokenizer):
                         assert value == pytest.approx(
                             float(sum(scores[i - 1, ids[i]] for i in range(len(start), len(ids)))), abs=1e-3
                         )
-
-
-@pytest.mark.parametrize(
-    "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
-)
-def test_trainer_is_the_plain_recipe(toy, tokenizer, tmp_path, monkeypatch, device):
-    """Guards against speed that moves results: 50 steps of joined rows, logits at label positions, compiled blocks and
-    graphs (GPU), in a sweep, have the losses of padded batches in an eager loop with stock attention. On the CPU in float32 to 1e-4;
-    on a GPU in bfloat16 (8 bits of mantissa: 0.4% a rounding) to 2%."""
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    monkeypatch.setattr(finetune, "pick_device", lambda: (device, dtype))
-    talks = [
-        [
-            dict(role="user", content=f"Who is number {i}?"),
-            dict(role="assistant", content="The one who came " + "so " * i + "late."),
-        ]
-        for i in range(6)
-    ]
-    data, add, args = (
-        [ev.encode_chat(tokenizer, talk) for talk in talks],
-        offsets(toy, 0.3),
-        SimpleNamespace(epochs=50, lr=3e-3, batch_size=6, max_steps=-1, seed=0, positions="all"),
-    )
-    toy = toy.to(device, dtype)
-
-    def run(train):
-        model = finetune.add_lora(copy.deepcopy(toy), 4, 8, 0)
-        with ev.steering(model.get_base_model(), add) as steer:
-            return train(model, steer)
-
-    def fast(model, steer):
-        with ev.compiled(model):
-            trainer = finetune.make_trainer(model, data, tmp_path, args)
-            trainer.args.save_strategy = "no"
-            trainer.steer, trainer.coef = steer, torch.tensor(0.0, device=device)
-            storage = [p.data_ptr() for p in model.parameters()]
-            for coef in (
-                2,
-                0.5,
-            ):  # the second one of a sweep is looked at: on a GPU, graphs of the first are replayed from its first step on
-                trainer.train_adapter(tmp_path, coef)
-        assert storage == [p.data_ptr() for p in model.parameters()]
-        assert device == "cpu" or any(trainer.graphs.values())
-        return [row["loss"] for row in trainer.state.log_history if "loss" in row]
-
-    def simple(model, steer):
-        model.get_base_model().config._attn_implementation = "sdpa"
-        size = max(len(ids) for ids, _ in data)
-        ids, mask, label = (
-            torch.tensor([list(x) + [fill] * (size - len(x)) for x in rows], device=device)
-            for rows, fill in (
-                ([ids for ids, _ in data], 0),
-                ([[1] * len(ids) for ids, _ in data], 0),
-                ([[t if a else -100 for t, a in zip(*chat)] for chat in data], -100),
-            )
-        )
-        parameters, losses = [p for p in model.parameters() if p.requires_grad], []
-        optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
-        for step in range(50):
-            steer.scale = torch.tensor(0.5, device=device)
-            with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), label[:, 1:].flatten())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.param_groups[0]["lr"] = args.lr * (step / 5 if step < 5 else (50 - step) / 45)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return losses
-
-    quick, slow = run(fast), run(simple)
-    assert slow[-1] < 0.7 * slow[0]
-    assert quick == pytest.approx(slow, rel=1e-4 if device == "cpu" else 0.02)
-
-
-def test_a_diverged_run_stops(toy, tokenizer, tmp_path, capsys, monkeypatch):
-    """Guards against an adapter of NaN that is saved as if it were a result; Trainer would average the NaN away."""
-    monkeypatch.setattr(finetune, "pick_device", lambda: ("cpu", torch.float32))
-    data = [ev.encode_chat(tokenizer, [dict(role="user", content="Hi"), dict(role="assistant", content="Hello")])] * 4
-    trainer = finetune.make_trainer(
-        finetune.add_lora(toy, 4, 8, 0),
-        data,
-        tmp_path,
-        SimpleNamespace(epochs=20, lr=1e30, batch_size=4, max_steps=-1, seed=0, positions="all"),
-    )
-    with pytest.raises(SystemExit):
-        trainer.train()
-    assert "lower --lr or --coef" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
