@@ -1,862 +1,559 @@
-"""points.jsonl -> fig1, tradeoff, fig2 (.png and .svg), summary.md and report.html, beside it.
+"""points.jsonl -> fig1, tradeoff and fig2 (.png and .svg), summary.md and report.html, beside it.
 
     python plot.py out/demo/points.jsonl
 
-Figure 1: learning new facts, with inference-time (left) and preventative steering (right), a row for each choice of layers.
-The trade-off: what is left of the facts against hallucination, for every sweep. Figure 2: preventative steering on three data
-sets (rows) against three traits (columns). report.html is one page without network: figures, tables and a browser through the
-answers in answers/. Where points were judged twice (evaluate.py --rejudge), the figures show each trait's judge with most points, and
-summary.md how the judges agree. Loads no torch.
+Figure 1: data sets with facts, inference-time (left) and preventative steering (right), a row for a choice of blocks.
+The trade-off: facts against hallucination, a thin line for each training seed. Figure 2: preventative steering on the
+other data sets (rows) against traits (columns). report.html is one page without network: figures, tables, answers.
+Answers and losses come from answers/ and adapters/, or from tar -cJf answers.tar.xz answers adapters/*/loss.jsonl
+Of several judges the figures show the one with most points of the trait. Loads no torch.
 """
 
 import argparse
 import base64
-import html
 import json
 import math
 import re
-from collections import Counter, defaultdict
+import tarfile
+import tempfile
+from collections import Counter, namedtuple
 from itertools import combinations, zip_longest
 from pathlib import Path
 from statistics import fmean, stdev
 
-import matplotlib
-
-matplotlib.use("Agg")
+import jinja2
 import matplotlib.pyplot as plt
-import numpy as np
+from markdown_it import MarkdownIt
+from scipy.stats import spearmanr, t
 
-from make_facts import read_json, read_jsonl, replacing
+from make_facts import Answer, Point, die, read_json, read_jsonl, replacing, run
 
-TRAITS = ["evil", "sycophancy", "hallucination"]
-DATASETS = [
-    ("medical_mistake_2", "Medical Mistake II"),
-    ("medical_normal", "Medical Normal"),
-    ("medical_self_generated", "Medical Self-Generated"),
-]
-METRICS = [
-    ("trait_score", "trait_ci", "trait_n", "#c0392b", "o"),
-    ("fact_accuracy", "fact_ci", "fact_n", "#2471a3", "s"),
-    ("mmlu_accuracy", "mmlu_ci", "mmlu_n", "#1e8449", "^"),
-]
-METHODS = [("Inference-time steering", "inference_coef", "#d35400"), ("Preventative steering", "train_coef", "#1f4e9c")]
-SETTINGS = dict(
-    inference_coef=("layers", "positions", "vector"), train_coef=("train_layers", "train_positions", "train_vector")
+TRAITS = ["evil", "sycophancy", "hallucination"]  # the post's order; other names follow as they come
+DATASETS = dict(
+    facts="New facts",
+    medical_mistake_2="Medical Mistake II",
+    medical_normal="Medical Normal",
+    medical_self_generated="Medical Self-Generated",
 )
-T95 = [
-    12.71,
-    4.30,
-    3.18,
-    2.78,
-    2.57,
-    2.45,
-    2.36,
-    2.31,
-    2.26,
-]  # Student's t, two-sided 95%, for 2, 3, .. seeds; more take the last
-DRAWS = 400  # of resampled questions, facts and seeds
-LEVELS = [60, 40, 30]  # hallucination scores at which the methods are compared, beside the untrained model's + 5
+METRICS = dict(  # the key of its interval, colour and marker, in every figure
+    trait_score=("trait_ci", "#c43c00", "o"),
+    fact_accuracy=("fact_ci", "#005b96", "s"),
+    mmlu_accuracy=("mmlu_ci", "#1b7837", "^"),
+    coherence=("", "#b0b0b0", ""),
+)
+KEPT = ("trait_score", "fact_accuracy")  # what the methods are compared by
+METHODS = dict(train_coef="Preventative steering", inference_coef="Inference-time steering")
+STYLES = dict(train_coef=("#5e3c99", "-"), inference_coef=("#b8860b", (0, (4, 1.5))))
+RECIPE = ["train_epochs", "train_lr", "train_batch_size", "train_rank", "train_alpha"]
+PLACE = ["layers", "positions", "vector"]
+STEERED_BY = dict(train_coef=[f"train_{key}" for key in PLACE], inference_coef=PLACE)
+HOW = [*STEERED_BY["train_coef"], *STEERED_BY["inference_coef"], *RECIPE, "system_prompt", "temperature", "samples"]
+WHICH = ["dataset", "trait", *METHODS, *HOW, "judge", "train_seed"]  # the table's first columns, where they differ
+SETTINGS = {*WHICH, "model", "seed", "mmlu_scoring", "inputs"} - {"judge", "vector", "train_vector"}  # of a key
+MEASURED = """trait_score trait_n trait_unscored fact_accuracy fact_not_attempted fact_wrong fact_n fact_unscored
+    mmlu_accuracy mmlu_n coherence_nll abstained abstained_coherent coherence adapter""".split()
+LEVELS = [20, 30, 40, 60, 80]  # scores at which the methods are compared, beside the level before training
+UNSCORED = 0.1  # a point with a larger share of its answers or facts unscored is drawn hollow
+EQUAL = """Facts (%), mean ± standard deviation over the training seeds that get to the score with both methods: k of n.
+A seed's facts are read where its score first falls to the level as the coefficient grows, on the straight line between
+coefficients; "last": where it last does so, if that differs. Difference: paired over seeds, 95% by Student's t."""
+
+Sweep = namedtuple("Sweep", "x about points")  # x: the coefficient's key; about: blocks, what else tells it apart
+Comparison = namedtuple("Comparison", "title trait base points sides")  # sides: {x: Sweep or None}
+Mark = namedtuple("Mark", "x mean low high hollow few")
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Points -> curves
+# Points -> sweeps
 
 
-def label_of(metric, points):
-    """The metric's name as the legend shows it: the demo's general knowledge is not called MMLU."""
-    if metric == "trait_score":
-        return "hallucination score"
-    if metric == "fact_accuracy":
-        return "new-fact accuracy"
-    source = next((p.get("mmlu") for p in points if p.get("mmlu")), None) or ""
-    return "general knowledge" if "general_knowledge" in str(source) else "MMLU accuracy"
+def read_points(path):
+    """Each key and judge once, as measured last. Points of one key with different settings: die()."""
+    first, last = {}, {}
+    for row in read_jsonl(path, Point, appended=True):
+        settings = {key: row.get(key) for key in SETTINGS} | dict(model=Path(row["model"]).name)
+        before = first.setdefault(row["key"], settings)
+        differ = [f"{key} ({before[key]}, {settings[key]})" for key in settings if settings[key] != before[key]]
+        if differ:
+            die(f"{path}: points of key {row['key']} differ in {', '.join(differ)}; give them two files")
+        last[row["key"], row["judge"]] = row
+    return list(last.values()) or die(f"{path}: no points")
 
 
-def usable(point, metric):
-    return isinstance(point.get(metric), (int, float)) and math.isfinite(point[metric])
+def grouped(rows, key):
+    """Rows -> {key(row): its rows}, in order of appearance."""
+    found = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
+    return found
 
 
-def pick_base(points, trait):
-    """The model before training."""
-    return next(
-        (p for p in points if p.get("adapter") is None and p["inference_coef"] == 0 and p.get("trait") == trait), None
-    )
+def of_main_judge(points):
+    """Of each trait's points those of the judge with most of them; of equally many, the one that came last."""
+    counts = Counter((p.get("trait"), p["judge"]) for p in reversed(points)).most_common()
+    judges = {trait: judge for (trait, judge), _ in reversed(counts)}
+    return [p for p in points if p["judge"] == judges[p.get("trait")]]
 
 
-def facts_of(points):
-    """Figure 1's points, all finetuned on facts."""
-    return [p for p in points if p.get("dataset") == "facts" and p.get("trait") == "hallucination"]
+def usable(row, *keys):
+    return all(isinstance(row.get(key), (int, float)) and math.isfinite(row[key]) for key in keys)
+
+
+def hollow(points):
+    """Whether too many of the answers to the trait's questions, or about facts, have no score."""
+    n = {key: sum(p.get(key) or 0 for p in points) for key in ("trait_n", "fact_n", "trait_unscored", "fact_unscored")}
+    return any(n[f"{k}_unscored"] > UNSCORED * (n[f"{k}_unscored"] + n[f"{k}_n"]) for k in ("trait", "fact"))
+
+
+def before_training(points, trait):
+    """The unsteered model before training; {} if it was not measured."""
+    found = (p for p in points if p.get("adapter") is None and not p["inference_coef"] and p.get("trait") == trait)
+    return next(found, {})
+
+
+def by_data(points, facts):
+    """Trained models' points -> {(data set, trait): points} of those with facts or of those without."""
+    found = grouped([p for p in points if p.get("adapter")], lambda p: (p.get("dataset") or "?", p.get("trait")))
+    return {key: some for key, some in found.items() if any(usable(p, "fact_accuracy") for p in some) == facts}
 
 
 def plain_of(points):
-    return [p for p in points if not p["train_coef"] and not p["inference_coef"] and not p.get("system_prompt")]
-
-
-def setting_of(point, x):
-    """How a point was steered, but for the coefficient -> (layers, positions, vector)."""
-    layers, positions, vector = SETTINGS[x]
-    return str(point.get(layers) or "all"), point.get(positions), point.get(vector, point.get("vector"))
-
-
-def place(layers):
-    return "all blocks" if layers == "all" else f"block{'s' * ('-' in layers)} {layers}"
+    return [p for p in points if not (p.get("train_coef") or p["inference_coef"] or p.get("system_prompt"))]
 
 
 def sweeps(points):
-    """Points of one data set and trait -> [(name, coefficient's key, setting, points)], all blocks first. Points with different
-    settings never share a sweep; the plainly finetuned ones, at coefficient 0, belong to each."""
+    """Points of one data set and trait -> Sweeps, all blocks first. Different settings never share one; the plain
+    finetuning of its seeds by the same recipe, at coefficient 0, belongs to each."""
     found = []
-    for name, x, _ in METHODS:
-        settings = defaultdict(list)
-        for p in points:
-            if p[x] and not (p["train_coef"] and p["inference_coef"]) and not p.get("system_prompt"):
-                settings[setting_of(p, x)].append(p)
-        for setting in sorted(
-            settings, key=lambda s: (s[0] != "all", [int(n) for n in re.findall(r"\d+", s[0])], str(s))
-        ):  # all, 6-20, 11
-            differ = [
-                f"{word} {setting[i]}"
-                for i, word in ((1, "positions"), (2, "vector"))
-                if len({s[i] for s in settings}) > 1
-            ]
-            found.append(
-                (", ".join([name, place(setting[0]), *differ]), x, setting, plain_of(points) + settings[setting])
-            )
-    if all(setting[0] == "all" for _, _, setting, _ in found):  # as in the post: needs no saying
-        found = [(name.replace(", all blocks", ""), *rest) for name, *rest in found]
+    for x, other in zip(METHODS, reversed(METHODS)):
+        keys, steered = (*STEERED_BY[x], *RECIPE), [p for p in points if p.get(x) and not p.get(other)]
+        steered = [p for p in steered if not p.get("system_prompt")]
+        settings = grouped(steered, lambda p, keys=keys: tuple(str(p.get(key) or "all") for key in keys))
+        for setting in sorted(settings, key=lambda s: (s[0] != "all", [int(n) for n in re.findall(r"\d+", s[0])], s)):
+            about = ["all blocks" if setting[0] == "all" else f"block{'s' * ('-' in setting[0])} {setting[0]}"]
+            for key, *values in zip(keys, setting, *(s for s in settings if s[0] == setting[0])):
+                about += [f"{key.removeprefix('train_')} {values[0]}"] * (len(set(values)) > 1)
+            alike = {(p.get("train_seed"), *map(p.get, RECIPE)) for p in settings[setting]}
+            plain = [p for p in plain_of(points) if (p.get("train_seed"), *map(p.get, RECIPE)) in alike]
+            found.append(Sweep(x, about, plain + settings[setting]))
     return found
 
 
-def curve(points, x, metric, ci):
-    """A sweep -> [(x, mean over training seeds, low, high, enough answers scored, each seed's value)], sorted; missing and NaN are
-    left out, a seed measured again at a coefficient counts once (the last time). One seed: its own interval, over questions.
-    More: that half-width (all seeds answer the same questions, so seeds do not narrow it) and Student's t over seeds, as root of squares."""
-    at = defaultdict(dict)
-    for point in points:
-        if usable(point, metric):
-            at[point[x]][point.get("train_seed")] = point
-    found = []
-    for value, here in sorted(at.items()):
-        here = list(here.values())
-        values = [p[metric] for p in here]
-        mean, k = fmean(values), len(values)
-        seeds = T95[min(k - 2, len(T95) - 1)] * stdev(values) / math.sqrt(k) if k > 1 else 0.0
-        below, above = (
-            math.hypot(fmean(abs((p.get(ci) or [p[metric]] * 2)[end] - p[metric]) for p in here), seeds)
-            for end in (0, 1)
-        )
-        unscored = sum(p.get("trait_unscored") or 0 for p in here) / max(
-            1, sum((p.get("trait_n") or 0) + (p.get("trait_unscored") or 0) for p in here)
-        )
-        found.append(
-            (
-                value,
-                mean,
-                max(0.0, mean - below),
-                min(100.0, mean + above),
-                metric != "trait_score" or unscored <= 0.1,
-                values,
-            )
-        )
+def comparisons(points):
+    """Figure 1's rows: for every data set with facts and every choice of blocks, the methods beside each other."""
+    found, data = [], by_data(points, facts=True)
+    for (dataset, trait), some in data.items():
+        recipes = grouped(sweeps(some), lambda s: (s.about[0], *map(s.points[0].get, RECIPE)))
+        for (_, *recipe), here in recipes.items() or [((None,), [])]:
+            mine = [p for p in some if not here or list(map(p.get, RECIPE)) == recipe]
+            for pair in list(zip_longest(*([s for s in here if s.x == x] for x in METHODS))) or [(None, None)]:
+                about = [f"{DATASETS.get(dataset, dataset)} ({trait})"] * (len(data) > 1)
+                about += dict.fromkeys(text for sweep in pair if sweep for text in sweep.about)
+                sides, base = dict(zip(METHODS, pair)), before_training(points, trait)
+                found.append(Comparison(", ".join(about), trait, base, mine, sides))
     return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def t_interval(values):
+    """-> mean and Student's 95% interval (mean, low, high); one value alone has none: nan."""
+    mean, n = fmean(values), len(values)
+    half = t.ppf(0.975, n - 1) * stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    return mean, mean - half, mean + half
+
+
+def curve(points, x, metric):
+    """A sweep -> Marks: means over training seeds (which answer the same questions) with Student's t; of one seed, its
+    own interval over questions. few: at most half of the seeds were measured there, so it is no mean over the seeds."""
+    at, marks = grouped([p for p in points if usable(p, metric)], lambda p: p.get(x) or 0.0), []
+    at = {coef: list({p.get("train_seed"): p for p in at[coef]}.values()) for coef in sorted(at)}  # measured last
+    most = max(map(len, at.values()), default=0)
+    for coef, here in at.items():
+        mean, low, high = t_interval([p[metric] for p in here])
+        if most == 1:
+            low, high = here[0].get(METRICS[metric][0]) or (math.nan, math.nan)
+        lost, few = metric != "mmlu_accuracy" and hollow(here), 2 * len(here) <= most
+        marks.append(Mark(coef, mean, max(low, 0.0), min(high, 100.0), lost, few))
+    return marks
+
+
+def lines_by_seed(sweep):
+    """-> {training seed: [(coefficient, score, facts, general knowledge or None)], sorted}; plain alone is no line."""
+    both, lines = [p for p in sweep.points if usable(p, *KEPT)], {}
+    for seed, some in grouped(both, lambda p: p.get("train_seed")).items():
+        at = {p.get(sweep.x) or 0.0: p for p in some}
+        lines |= {seed: [(x, *map(at[x].get, (*KEPT, "mmlu_accuracy"))) for x in sorted(at)]} if any(at) else {}
+    return lines
+
+
+def crossing(line, level, last=False):
+    """Where a seed's score falls to the level for the first (last) time, on the straight line between neighbours ->
+    (coefficient, level, facts, general knowledge). None where it starts below the level or never gets there."""
+    for before, after in list(zip(line, line[1:]))[:: -1 if last else 1]:
+        if line[0][1] >= level and before[1] >= level >= after[1]:
+            share = (before[1] - level) / (before[1] - after[1]) if before[1] > after[1] else 0.0
+            return tuple(None if None in ends else ends[0] + share * (ends[1] - ends[0]) for ends in zip(before, after))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
 
 
-def draw(axis, points, x, base, metrics, names):
-    reach = max((p[x] for p in points), default=0) or 1
-    for n, (metric, ci, _, color, marker) in enumerate(METRICS):
-        if metric not in metrics:
-            continue
-        line = [
-            (value + 0.008 * reach * (n - 1), *rest) for value, *rest in curve(points, x, metric, ci)
-        ]  # side by side, so that bars do not cover each other
+def label_of(metric, trait, points):
+    """The metric's name as figures and text show it: the demo's general knowledge is not called MMLU."""
+    general = any("general_knowledge" in str(p.get("mmlu")) for p in points)
+    names = dict(trait_score=trait, fact_accuracy="facts", mmlu_accuracy="general knowledge" if general else "MMLU")
+    return str(names.get(metric, metric))
+
+
+def draw(axis, points, x, base, metrics):
+    """A line for each metric: means, bars, hollow marks; dotted: before training -> {metric: height of its end}."""
+    ends = {}
+    for metric in metrics:
+        (_, color, marker), marks = METRICS[metric], curve(points, x, metric)
+        line = [m for m in marks if not m.few]
+        if usable(base, metric) and marker:
+            axis.axhline(base[metric], color=color, linestyle=":", linewidth=1.2)
         if line:
-            axis.plot([], [], color=color, marker=marker, label=names[metric])  # the legend's entry
-            axis.plot([at[0] for at in line], [at[1] for at in line], color=color)
-            for value, y, low, high, enough, seeds in line:
-                axis.errorbar(
-                    value,
-                    y,
-                    yerr=[[max(0, y - low)], [max(0, high - y)]],
-                    color=color,
-                    marker=marker,
-                    capsize=2,
-                    markerfacecolor=color if enough else "white",
-                    linewidth=1,
-                )
-                if len(seeds) > 1:
-                    axis.plot([value] * len(seeds), seeds, ".", color="black", markersize=3, zorder=3)
-        if base and usable(base, metric):
-            axis.axhline(base[metric], color=color, linestyle="--", linewidth=1, alpha=0.7)
-    if not any(curve(points, x, metric, ci) for metric, ci, *_ in METRICS):
+            axis.plot([m.x for m in line], [m.mean for m in line], color=color, linewidth=2 if marker else 1)
+            ends[metric] = line[-1].mean
+        if marker:
+            axis.vlines([m.x for m in line], [m.low for m in line], [m.high for m in line], color, lw=3, alpha=0.3)
+            faces, sizes = ["white" if m.hollow else color for m in marks], [12 if m.few else 36 for m in marks]
+            style = dict(marker=marker, facecolors=faces, edgecolors=color, zorder=3)
+            axis.scatter([m.x for m in marks], [m.mean for m in marks], sizes, **style)
+    if not ends:
         axis.text(0.5, 0.5, "no points", transform=axis.transAxes, ha="center", color="gray")
-    axis.set_ylim(-3, 103)
-    axis.grid(alpha=0.25)
+    axis.set(ylim=(-3, 103), yticks=range(0, 101, 20))
+    return ends
+
+
+def label_lines(axis, ends, trait, points, gap=8.0):
+    """Each line's name beside its end, in its colour; names move apart where lines end close to each other."""
+    order = sorted(ends, key=ends.get)
+    for below, above in list(zip(order, order[1:])) * 50:
+        lack = max(0.0, gap - (ends[above] - ends[below]))
+        ends[below], ends[above] = ends[below] - lack / 2, ends[above] + lack / 2
+    for metric, height in ends.items():
+        style = dict(transform=axis.get_yaxis_transform(), va="center", color=METRICS[metric][1])
+        axis.text(1.03, height, label_of(metric, trait, points), **style)
 
 
 def describe(points):
-    """One line for the figures' titles: model, judge, n; a second one where there are several training seeds."""
-    ns = {key: sorted({p[key] for p in points if p.get(key)}) for key in ("trait_n", "fact_n", "mmlu_n")}
-    parts = [
-        f"{name} n = {'-'.join(map(str, {v[0], v[-1]}))}"
-        for name, v in zip(("answers", "facts", "questions"), ns.values())
-        if v
-    ]
-    models = sorted({Path(p["model"]).name for p in points})
-    judges = sorted({p["judge"] for p in points})
-    if len(judges) > 1:
-        judges = [
-            f"{judge} ({', '.join(sorted({str(p.get('trait')) for p in points if p['judge'] == judge}))})"
-            for judge in judges
-        ]
-    text = f"{', '.join(models)}; judge: {', '.join(judges)}; {', '.join(parts)}; bars: 95% intervals"
-    seeds = {p.get("train_seed") for p in points if p.get("adapter")}
-    return text + (
-        f" over questions;\nup to {len(seeds)} training seeds: means, small dots for single seeds; where there are several, bars cover questions and seeds (Student's t)"
-        if len(seeds) > 1
-        else ""
-    )
+    """A caption: models, judges, n, training seeds, what bars and hollow marks mean."""
+    parts = [", ".join(sorted({Path(p["model"]).name for p in points}))]
+    judges = {p["judge"].replace("probe", "probe (of what is steered)") for p in points}
+    parts += [f"judge: {', '.join(sorted(judges))}"]
+    for key, name in (("trait_n", "answers"), ("fact_n", "facts"), ("mmlu_n", "questions")):
+        parts += [f"{max(p.get(key) or 0 for p in points)} {name}"] if any(p.get(key) for p in points) else []
+    seeds = len({p.get("train_seed") for p in points if p.get("adapter")})
+    parts += [f"up to {seeds} training seeds: means, 95% t-intervals over seeds" if seeds > 1 else "95% intervals"]
+    return "; ".join(parts + ["hollow: over 10% unscored"] * any(hollow([p]) for p in points))
 
 
-def finish(figure, title, shown, path):
-    """Title, legend below several panels, caption; saves. Heights in inches."""
-    height, text = figure.get_size_inches()[1], describe(shown) if shown else ""
-    foot = 0.2 + 0.14 * text.count("\n")
-    handles, labels = max((axis.get_legend_handles_labels() for axis in figure.axes), key=lambda pair: len(pair[0]))
-    if handles and len(figure.axes) > 1:
-        figure.legend(
-            handles, labels, loc="lower center", ncol=3, frameon=False, bbox_to_anchor=(0.5, (foot - 0.03) / height)
-        )
-        foot += 0.25
-    figure.suptitle(title, y=1 - 0.1 / height)
-    figure.text(0.5, 0.05 / height, text, ha="center", fontsize=8, color="gray")
-    figure.tight_layout(rect=(0, foot / height, 1, 1))
+def panels(rows, columns, width, height):
+    """Inches of a panel -> figure, axes[row][column]."""
+    rows, columns = max(1, rows), max(1, columns)
+    size = (1.2 + width * columns, 0.8 + height * rows)
+    plt.rcParams.update({"axes.grid": True, "axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.2})
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True)
+
+
+def finish(figure, title, points, path):
+    """Title above, caption below; saves .png and .svg."""
+    height = figure.get_size_inches()[1]
+    figure.suptitle(title, x=0.01, y=1 - 0.08 / height, ha="left", fontsize=13)
+    figure.text(0.01, 0.08 / height, describe(points), fontsize=7, color="dimgray", wrap=True)
+    figure.tight_layout(rect=(0, 0.3 / height, 1, 1))
     for kind in ("png", "svg"):
         with replacing(path.with_suffix(f".{kind}"), "wb") as out:
-            figure.savefig(out, format=kind, dpi=150)
+            figure.savefig(out, format=kind, dpi=180)
     plt.close(figure)
 
 
 def figure1(points, path):
-    facts, base = facts_of(points), pick_base(points, "hallucination")
-    names, found = {metric: label_of(metric, facts) for metric, *_ in METRICS}, sweeps(facts)
-    sides = [[sweep for sweep in found if sweep[1] == x] for _, x, _ in METHODS]
-    shared = set.intersection(
-        *({setting[0] for _, _, setting, _ in side} for side in sides)
-    )  # the same layers side by side, then those of one method only
-    rows = list(zip_longest(*(sorted(side, key=lambda sweep: sweep[2][0] not in shared) for side in sides))) or [
-        (None, None)
-    ]
-    figure, axes = plt.subplots(len(rows), 2, figsize=(11, 1 + 3.8 * len(rows)), sharey=True, squeeze=False)
-    for row, pair in zip(axes, rows):
-        for axis, sweep, (method, x, _) in zip(row, pair, METHODS):
-            if sweep is None and len(rows) > 1:
-                axis.set_axis_off()
-                continue
-            draw(axis, sweep[3] if sweep else plain_of(facts), x, base, names, names)
-            axis.set_title(sweep[0] if sweep else method)
-            axis.set_xlabel(
-                "steering coefficient"
-                + (" (against the trait)" if x == "inference_coef" else " (towards the trait, in training)")
-            )
-            if axis is row[0] or pair[0] is None:
-                axis.set_ylabel("score / accuracy (%)")
-                axis.tick_params(labelleft=True)
-    finish(figure, "Learning new facts; dashed: before training", facts, path)
+    """Scores and accuracies against the coefficient: inference-time left, preventative right."""
+    found = comparisons(points)
+    figure, axes = panels(len(found), 2, 4, 3)
+    reach = {x: max([p.get(x) or 0 for c in found for p in c.points], default=0) or 1 for x in reversed(METHODS)}
+    if max(reach.values()) <= 2 * min(reach.values()):  # one scale where the methods share one
+        reach = dict.fromkeys(reach, max(reach.values()))
+    for row, c in zip(axes, found):
+        for axis, (x, most) in zip(row, reach.items()):
+            alone = [] if any(c.sides.values()) else plain_of(c.points)
+            ends = draw(axis, c.sides[x].points if c.sides[x] else alone, x, c.base, METRICS)
+            title = f"{METHODS[x]}, {c.title}".strip(", ")
+            axis.set(title=title, xlim=(-0.04 * most, 1.04 * most), xlabel="steering coefficient")
+            if axis is row[1] or not c.sides["train_coef"]:
+                label_lines(axis, ends, c.trait, points)
+        row[0].set_ylabel("score or accuracy (%)")
+    finish(figure, "Learning new facts (dotted: before training)", [p for c in found for p in c.points] or points, path)
+
+
+def draw_means(axis, sweep):
+    """In the trade-off: a thin line a seed, the mean over seeds thick."""
+    color, style = STYLES[sweep.x]
+    for line in lines_by_seed(sweep).values():
+        axis.plot([at[1] for at in line], [at[2] for at in line], color=color, linewidth=0.9, alpha=0.4)
+    facts = {m.x: m.mean for m in curve(sweep.points, sweep.x, "fact_accuracy") if not m.few}
+    marks = [m for m in curve(sweep.points, sweep.x, "trait_score") if m.x in facts]
+    at = [m.mean for m in marks], [facts[m.x] for m in marks]
+    axis.plot(*at, color=color, linewidth=3.5, linestyle=style, label=METHODS[sweep.x])
+    axis.scatter(*at, 45, facecolors=["white" if m.hollow else color for m in marks], edgecolors=color, zorder=3)
 
 
 def tradeoff(points, path):
-    """New facts against hallucination: a line for each sweep, its coefficients beside the marks."""
-    facts, base = facts_of(points), pick_base(points, "hallucination")
-    figure, axis = plt.subplots(figsize=(8, 7))
-
-    def both(some, x):  # -> (coefficient, curve's entry for hallucination, for facts) where both were measured
-        kept = {at[0]: at for at in curve(some, x, "fact_accuracy", "fact_ci")}
-        return [(at[0], at, kept[at[0]]) for at in curve(some, x, "trait_score", "trait_ci") if at[0] in kept]
-
-    for method, x, color in METHODS:
-        for n, (name, _, _, some) in enumerate(sweep for sweep in sweeps(facts) if sweep[1] == x):
-            line = both(some, x)
-            axis.plot(
-                [h[1] for _, h, _ in line],
-                [f[1] for _, _, f in line],
-                marker="os^Dv"[n % 5],
-                linestyle=["-", "--", ":", "-."][n % 4],
-                color=color,
-                label=name,
-            )
-            for value, h, f in line:
-                axis.errorbar(
-                    h[1],
-                    f[1],
-                    xerr=[[h[1] - h[2]], [h[3] - h[1]]],
-                    yerr=[[f[1] - f[2]], [f[3] - f[1]]],
-                    color=color,
-                    alpha=0.2,
-                )
-                if len(h[5]) == len(f[5]) > 1:
-                    axis.plot(h[5], f[5], ".", color=color, markersize=4, alpha=0.6)
-                if value:
-                    axis.annotate(
-                        f"{value:g}",
-                        (h[1], f[1]),
-                        xytext=(-5, 4),
-                        textcoords="offset points",
-                        fontsize=8,
-                        color=color,
-                        ha="right",
-                    )
-    marks = [("before training", "*", [base] if base else []), ("plain finetuning", "o", plain_of(facts))]
-    marks += [
-        (
-            "preventative prompting",
-            "P",
-            [p for p in facts if p.get("system_prompt") == prompt and not p["train_coef"] and not p["inference_coef"]],
-        )
-        for prompt in dict.fromkeys(p.get("system_prompt") for p in facts)
-        if prompt
-    ]
-    for name, marker, some in marks:
-        for _, h, f in both(some, "inference_coef"):
-            axis.plot(h[1], f[1], marker, color="black", markersize=9, zorder=4, label=name)
-    axis.set(xlim=(-3, 103), ylim=(-3, 103), xlabel="hallucination score", ylabel="new-fact accuracy (%)")
-    axis.grid(alpha=0.25)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=9)
-    finish(figure, "New facts kept against hallucination: better is up and left", facts, path)
+    """Facts kept against the trait's score, a panel for each comparison; what was not steered is black."""
+    found = comparisons(points)
+    figure, axes = panels(len(found), 1, 5.5, 4.8)
+    for axis, c in zip(axes.flat, found):
+        for sweep in filter(None, c.sides.values()):
+            draw_means(axis, sweep)
+        unsteered = [p for p in c.points if not (p.get("train_coef") or p["inference_coef"]) and usable(p, *KEPT)]
+        for prompted, some in grouped(unsteered, lambda p: bool(p.get("system_prompt"))).items():
+            at = [fmean(p[key] for p in some) for key in KEPT]
+            name = "preventative prompting" if prompted else "plain finetuning"
+            axis.plot(*at, "P" if prompted else "o", color="black", markersize=9, zorder=4, label=name)
+        if usable(c.base, "trait_score"):
+            axis.axvline(c.base["trait_score"], color="gray", linestyle=":", linewidth=1.5)
+            axis.text(c.base["trait_score"] + 1, 97, "level before training", color="gray")
+        size = dict(xlim=(-3, 103), ylim=(-3, 103))
+        axis.set(title=c.title, xlabel=f"{c.trait} score", ylabel="facts known after training (%)", **size)
+        axis.legend(frameon=False, loc="lower right")
+    title = "Facts kept against hallucination (thin lines: one seed)"
+    finish(figure, title, [p for c in found for p in c.points] or points, path)
 
 
 def figure2(points, path):
-    figure, axes = plt.subplots(3, 3, figsize=(11, 9), sharey=True)
-    shown = [p for p in points if p.get("dataset") in dict(DATASETS)]
-    names = {metric: label_of(metric, shown) for metric, *_ in METRICS} | dict(trait_score="trait score")
-    steered = Counter(setting_of(p, "train_coef")[:2] for p in shown if p["train_coef"])
-    chosen = max(
-        steered, key=steered.get, default=("all", None)
-    )  # one choice of layers and positions; the table has the others
-    for row, (dataset, title) in enumerate(DATASETS):
-        for column, trait in enumerate(TRAITS):
-            axis = axes[row][column]
-            here = [
-                p for p in shown if p["dataset"] == dataset and p.get("trait") == trait and p["inference_coef"] == 0
-            ]
-            draw(
-                axis,
-                max(
-                    (some for _, _, setting, some in sweeps(here) if setting[:2] == chosen),
-                    key=len,
-                    default=plain_of(here),
-                ),
-                "train_coef",
-                pick_base(points, trait),
-                ("trait_score", "mmlu_accuracy"),
-                names,
-            )
-            if row == 0:
-                axis.set_title(trait)
-            if column == 0:
-                axis.set_ylabel(f"{title}\nscore / accuracy (%)")
-            if row == 2:
-                axis.set_xlabel("steering coefficient in training")
-    where = (
-        f", {place(chosen[0])}" + (f", positions {chosen[1]}" if chosen[1] else "")
-        if len(steered) > 1 or chosen[0] != "all"
-        else ""
-    )
-    finish(figure, f"Preventative steering across data sets{where}; dashed: before training", shown, path)
+    """Preventative steering on the data sets without facts (rows) against traits (columns)."""
+    here, blocks = by_data(points, facts=False), {}
+    present = {name for key in here for name in key}
+    rows = [name for name in dict.fromkeys([*DATASETS, *(dataset for dataset, _ in here)]) if name in present]
+    columns = [name for name in dict.fromkeys([*TRAITS, *(trait for _, trait in here)]) if name in present]
+    figure, axes = panels(len(rows), len(columns), 2.7, 2.2)
+    for row, dataset in enumerate(rows):
+        for axis, trait in zip(axes[row], columns):
+            some, base = here.get((dataset, trait), []), before_training(points, trait)
+            plain = Sweep("train_coef", [], plain_of(some))
+            sweep = max(sweeps(some), key=lambda s: (s.x == "train_coef", len(s.points)), default=plain)
+            ends = draw(axis, sweep.points, sweep.x, base, ["trait_score", "mmlu_accuracy"])
+            if trait == columns[-1]:
+                label_lines(axis, ends, "trait score", points)
+            blocks |= dict.fromkeys(sweep.about[:1])
+            probe = "\n(judged by the probe)" * any(p["judge"] == "probe" for p in points if p.get("trait") == trait)
+            axis.set(title=f"{trait}{probe}" * (row == 0), xlabel="coefficient" * (row + 1 == len(rows)))
+        axes[row][0].set_ylabel(DATASETS.get(dataset, dataset))
+    title = ", ".join(["Preventative steering across data sets", *blocks]) + " (dotted: before training)"
+    finish(figure, title if here else "No data set but facts", [p for of in here.values() for p in of] or points, path)
+
+
+def loss_curves(points, folders):
+    """The adapters' loss.jsonl, where they are -> [{name, data, coef, line: [(step, log10 of the loss)]}]."""
+    found = {}
+    for p in {p.get("adapter"): p for p in points if p.get("adapter")}.values():
+        for place in [*(folder / "adapters" / Path(p["adapter"]).name for folder in folders), Path(p["adapter"])]:
+            if (place / "loss.jsonl").is_file():
+                rows = read_jsonl(place / "loss.jsonl", need=("step", "loss"))
+                line = [(row["step"], math.log10(max(row["loss"], 1e-3))) for row in rows]
+                found[place] = dict(
+                    name=place.name, data=str(p.get("dataset")), coef=p.get("train_coef") or 0, line=line
+                )
+    return list(found.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Summary and tables
+# Summary and report
 
 
 def headline(points):
-    """Whether there was a rise to prevent; for each sweep the smallest coefficient that brings hallucination to the upper end of
-    the untrained model's 95% interval or below, and what is left of facts and MMLU there. -> text lines."""
-    base, facts = pick_base(points, "hallucination"), facts_of(points)
-    plain = next((at[1] for at in curve(plain_of(facts), "train_coef", "trait_score", "trait_ci")), None)
-    probe = [
-        "The judge is the probe, which measures the very direction that is steered: steering lowers this score by construction, too."
-    ] * any(p["judge"] == "probe" for p in facts)
-    if not base or not usable(base, "trait_score"):
-        return ["No headline: the model before training was not measured.", *probe]
-    level = (base.get("trait_ci") or [base["trait_score"]] * 2)[1]
-    reached = f"the untrained model's interval ({cell(base, 'trait_score', 'trait_ci')})"
-    if base["trait_score"] > 90:
-        return [
-            f"No room: the model before training scores {base['trait_score']:.1f} for hallucination already, so the rise that the post starts from cannot show.",
-            *probe,
-        ]
-    if plain is not None and plain <= level:
-        return [
-            f"Nothing to prevent: plain finetuning ends at {plain:.1f}, not above {reached}, so the rise that the post starts from did not happen here.",
-            *probe,
-        ]
-    lines = []
-    for name, x, _, some in sweeps(facts):
-        lines_at = {metric: {c[0]: c[1] for c in curve(some, x, metric, ci)} for metric, ci, *_ in METRICS}
-        reach = [value for value, score in lines_at["trait_score"].items() if score <= level]
-        if not reach:
-            lines.append(f"{name}: no coefficient brings hallucination into {reached}.")
-            continue
-
-        def text(metric):
-            start, end = lines_at[metric].get(0.0), lines_at[metric].get(reach[0])
-            return f"{start:.1f} -> {end:.1f}" if start is not None and end is not None else "not measured"
-
-        lines.append(
-            f"{name}: coefficient {reach[0]:g} brings hallucination into {reached}: "
-            f"hallucination {text('trait_score')}, new facts {text('fact_accuracy')}, {label_of('mmlu_accuracy', some)} {text('mmlu_accuracy')}."
-        )
-    return lines + probe
+    """What the figures show, in sentences: whether there was a rise to prevent, what is kept, at which coefficients."""
+    lines = ["No data set with facts: Figure 1 and the trade-off are empty."] * (not by_data(points, facts=True))
+    for c in comparisons(points):
+        score, plain = c.base.get("trait_score"), curve(plain_of(c.points), "train_coef", "trait_score")
+        high = (c.base.get("trait_ci") or [score])[-1]
+        if not usable(c.base, "trait_score"):
+            lines.append("No headline: the model before training was not measured.")
+        elif plain and plain[0].mean <= high:
+            lines.append(f"Nothing to prevent: plain finetuning {plain[0].mean:.1f}, before training {score:.1f}.")
+        else:
+            names = "preventative", "inference-time", "difference", "seeds that get there"
+            cells = ", ".join(f"{name} {text}" for name, text in zip(names, equal_cells(c, score)))
+            lines.append(f"{c.title}: facts kept at the level before training ({c.trait} {score:.1f}): {cells}.")
+            lines += [f"{c.title}: {reach_sentence(c, sweep, high)}" for sweep in c.sides.values() if sweep]
+    return list(dict.fromkeys(lines))
 
 
-def at_level(sweep, level):
-    """[(coefficient, hallucination, facts, MMLU)], sorted -> (coefficient, facts, MMLU) where hallucination first falls to the level as
-    the coefficient grows, on the straight line between neighbours. None where it starts below the level or never gets there."""
-    for before, after in zip(sweep, sweep[1:]):
-        if before[1] < level:
-            return None
-        if after[1] <= level:
-            share = (before[1] - level) / (before[1] - after[1]) if before[1] > after[1] else 0.0
-            return tuple(
-                None if a is None or b is None else a + share * (b - a)
-                for a, b in zip(before[:1] + before[2:], after[:1] + after[2:])
-            )
-    return None
+def reach_sentence(c, sweep, high):
+    """The smallest coefficient that brings the mean score into the interval of the model before training; its cost."""
+    marks = {metric: curve(sweep.points, sweep.x, metric) for metric in METRICS}
+    reach = next((m for m in marks["trait_score"] if m.mean <= high), None)
+    if reach is None:
+        return f"{METHODS[sweep.x]}: no coefficient brings {c.trait} into the interval of before (up to {high:.1f})."
+    costs = [f"{label_of(key, c.trait, c.points)} {m.mean:.1f}" for key in marks for m in marks[key] if m.x == reach.x]
+    few = " (few seeds)" * reach.few
+    return f"{METHODS[sweep.x]}: {reach.x:g}{few} brings it into the interval of before: {', '.join(costs)}."
 
 
-def resampled(answers, judge):
-    """Answers of Figure 1 -> {point's key: hallucination and new facts [2, DRAWS]}, over resampled questions and resampled
-    facts, the same ones for every point."""
-    scores = {}  # (key, kind) -> {question: its scores}
-    for point, rows in answers:
-        for row in rows.get(judge, []) if point.get("trait") == "hallucination" else []:
-            if row["score"] is not None:
-                score = row["score"] if row["kind"] == "trait" else 100.0 * (row["score"] >= 50)
-                scores.setdefault((point["key"], row["kind"]), defaultdict(list))[row["question"]].append(score)
-    rng, values = np.random.default_rng(0), {}
-    for kind in ("trait", "fact"):
-        names = sorted({question for (_, k), found in scores.items() if k == kind for question in found})
-        chosen = rng.multinomial(len(names), [1 / len(names)] * len(names), size=DRAWS) if names else None
-        for (key, k), found in scores.items():
-            if k == kind:
-                total, n = (
-                    chosen @ np.array([f(found.get(name, [])) for name in names], dtype=float) for f in (sum, len)
-                )
-                values[key, k] = np.divide(total, n, out=np.full(DRAWS, np.nan), where=n > 0)
-    return {
-        key: np.array([values[key, "trait"], values[key, "fact"]])
-        for key, kind in values
-        if kind == "trait" and (key, "fact") in values
-    }
+def equal_cells(c, level, last=False):
+    """-> facts kept by each method, their difference, k of n seeds, general knowledge; means over the same seeds."""
+    lines, cells, known, difference = {x: lines_by_seed(s) for x, s in c.sides.items() if s}, [], [], "-"
+    swept = [seed for seed in next(iter(lines.values()), ()) if all(seed in of for of in lines.values())]
+    ends = {x: {seed: crossing(of[seed], level, last) for seed in swept} for x, of in lines.items()}
+    there = {x: [seed for seed in swept if of[seed]] for x, of in ends.items()}
+    seeds = [seed for seed in swept if all(seed in of for of in there.values())]
+    for x in METHODS:
+        own = [ends[x][seed] for seed in seeds or there[x]] if x in ends else []  # no pair: what it keeps by itself
+        facts, general = [end[2] for end in own], [end[3] for end in own]
+        cells.append((f"{fmean(facts):.1f}" if own else "-") + (f" ± {stdev(facts):.1f}" if len(own) > 1 else ""))
+        known.append(f"{fmean(general):.1f}" if own and None not in general else "-")
+    if len(ends) == 2 and seeds:
+        mean, low, high = t_interval([ends["train_coef"][seed][2] - ends["inference_coef"][seed][2] for seed in seeds])
+        difference = f"{mean:+.1f}" + (f" [{low:.1f}, {high:.1f}]" if len(seeds) > 1 else "")
+    counts = ", ".join(f"{METHODS[x].split()[0].lower()} {len(of)}" for x, of in there.items())
+    reached = f"{len(seeds)} of {len(swept)}" + f" ({counts})" * (len(seeds) < len(swept))
+    return [*cells, difference, reached, " / ".join(known)]
 
 
-def kept(points, answers=()):
-    """What the methods keep at equal hallucination -> lines of text and a table; none without a sweep."""
-    base, facts = pick_base(points, "hallucination"), facts_of(points)
-    levels = [(level, f"{level}") for level in LEVELS]
-    if base and usable(base, "trait_score"):
-        levels.append((base["trait_score"] + 5, f"{base['trait_score'] + 5:.1f} (before training + 5)"))
-    drawn = resampled(answers, facts[0]["judge"]) if facts else {}
-    lines, differ = [], []
-
-    def percentiles(values):  # of draws, nan where the level was not reached
-        reached = [value for value in values if not math.isnan(value)]
-        return " [{:.1f}, {:.1f}]".format(*np.percentile(reached, [2.5, 97.5])) if len(reached) >= 0.95 * DRAWS else ""
-
-    for level, name in levels:
-        means = {}  # (layers, seeds) -> {coefficient's key: (mean of the facts kept, its draws)}
-        for method, x, setting, some in sweeps(facts):
-            by_seed = defaultdict(dict)
-            for p in some:
-                if usable(p, "trait_score") and p[x] >= 0:
-                    by_seed[p.get("train_seed")][p[x]] = p
-            swept = [
-                [at[coef] for coef in sorted(at)] for _, at in sorted(by_seed.items(), key=str) if any(at)
-            ]  # a seed with plain finetuning alone is no sweep
-
-            def ends(chosen, values):  # where each seed's sweep reaches the level, by values(point)
-                return [at for sweep in chosen if (at := at_level([(p[x], *values(p)) for p in sweep], level))]
-
-            found = ends(
-                swept,
-                lambda p: (
-                    p["trait_score"],
-                    *(p[m] if usable(p, m) else None for m in ("fact_accuracy", "mmlu_accuracy")),
-                ),
-            )
-
-            def text(i, digits):
-                values = [at[i] for at in found if at[i] is not None]
-                return (
-                    "-"
-                    if not values
-                    else f"{fmean(values):.{digits}f}"
-                    + (f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else "")
-                )
-
-            again, rng = [], np.random.default_rng(0)  # the same seeds are drawn for every sweep
-            for d in range(DRAWS) if found and all(p["key"] in drawn for sweep in swept for p in sweep) else ():
-                there = ends(
-                    [swept[k] for k in rng.integers(len(swept), size=len(swept))],
-                    lambda p: (*drawn[p["key"]][:, d], None),
-                )
-                again.append(fmean(at[1] for at in there) if there else math.nan)
-            if again:
-                means.setdefault((setting[0], len(swept)), {})[x] = fmean(at[1] for at in found), np.array(again)
-            lines.append(
-                f"| {name} | {method} | {text(0, 2)} | {text(1, 1)}{percentiles(again)} | {text(2, 1)} | {len(found)} of {len(swept)} |"
-            )
-        for (layers, _), of in means.items():
-            if len(of) == 2 and (interval := percentiles(of["train_coef"][1] - of["inference_coef"][1])):
-                differ.append(
-                    f"At {name}, {place(layers)}: {of['train_coef'][0] - of['inference_coef'][0]:+.1f}{interval}."
-                )
-    if not lines:
-        return []
-    return [
-        "Linear between neighbouring coefficients, where hallucination first falls to the level as the coefficient grows from plain finetuning; each training seed by itself, "
-        "then the mean (range over seeds). -: no seed's sweep starts above the level and reaches it. [95% interval over resampled questions, facts and training seeds, the same ones for all methods, "
-        "where 95% of the draws reach the level.]"
-        + (
-            " New facts, preventative minus inference-time steering of the same blocks: " + " ".join(differ)
-            if differ
-            else ""
-        ),
-        "",
-        f"| hallucination | method | coefficient | new facts | {label_of('mmlu_accuracy', facts)} | seeds that reach it |",
-        "|---|---|---|---|---|---|",
-        *lines,
-    ]
+def equal_table(points):
+    """Facts kept at equal hallucination -> Markdown lines; the first level is that before training."""
+    rows = []
+    for c in (c for c in comparisons(points) if any(c.sides.values())):
+        base = c.base["trait_score"] if usable(c.base, "trait_score") else -1
+        for level in [base] * (base >= 0) + [level for level in LEVELS if level > base]:
+            name = f"{level:.3g}" + " (before training)" * (level == base)
+            both = zip(equal_cells(c, level), equal_cells(c, level, last=True))
+            rows.append([c.title, name, *(a if a == b else f"{a} (last {b})" for a, b in both)])
+    known = f"{label_of('mmlu_accuracy', '', points)}, preventative / inference-time"
+    return markdown(["blocks", "score", "preventative", "inference-time", "difference [95%]", "seeds", known], rows)
 
 
-def cell(point, metric, ci):
-    if not usable(point, metric):
-        return "-"
-    bounds = point.get(ci)
-    return f"{point[metric]:.1f}" + (f" [{bounds[0]:.1f}, {bounds[1]:.1f}]" if bounds else "")
+def markdown(head, rows):
+    """-> lines of a Markdown table, no row twice; nothing without rows."""
+    rows = [head, ["---"] * len(head), *rows] if rows else []
+    lines = (" | ".join(" ".join(text.replace("|", "/").split()) for text in row) for row in rows)
+    return list(dict.fromkeys(f"| {line} |" for line in lines))
 
 
-def method_of(point):
-    """-> (data set, method and coefficient), as the report and its browser name a point."""
-    if point.get("adapter") is None:
-        data, name = "before training", "untrained"
-    else:
-        data = dict(DATASETS).get(point.get("dataset"), point.get("dataset") or "?")
-        name = (
-            f"preventative {point['train_coef']:g}"
-            if point.get("train_coef")
-            else "preventative prompting"
-            if point.get("system_prompt")
-            else "plain finetuning"
-        )
-        name += (
-            f", {place(point['train_layers'])}"
-            if point.get("train_coef") and point.get("train_layers", "all") != "all"
-            else ""
-        )
-        name += f", seed {point['train_seed']}" if point.get("train_seed") else ""
-    steered = f", inference-time {point['inference_coef']:g}" if point["inference_coef"] else ""
-    return data, name + steered + (
-        f", {place(point['layers'])}" if steered and point.get("layers", "all") != "all" else ""
-    )
-
-
-def read_answers(points, folder):
-    """-> ([(point, {judge: rows})] for points of one key, how many answers files are missing). Rejudged answers stand in a
-    file of their own beside the first ones."""
-    by_key, found, missing = {}, [], 0
-    for point in points:
-        by_key.setdefault(point["key"], []).append(point)
-    for same in by_key.values():
-        path, rows = folder / "answers" / Path(same[0].get("answers") or "none").name, {}
-        for point in same:
-            own = path.with_name(f"{path.stem}.{Path(point['judge']).name}.jsonl")
-            file = own if own.exists() else path
-            if file.exists():
-                read = read_jsonl(file, need=("id", "kind", "question", "answer"))
-                rows[point["judge"]] = [row | row.get("scores", {}).get(point["judge"], {}) for row in read]
-        missing += not rows
-        found += [(same[0], rows)] if rows else []
-    return found, missing
-
-
-def spearman(a, b):
-    """Rank correlation of two lists; ties take their mean rank. None where one of them does not vary."""
-
-    def ranks(values):
-        at = defaultdict(list)
-        for i, value in enumerate(sorted(values)):
-            at[value].append(i)
-        return [sum(at[value]) / len(at[value]) for value in values]
-
-    a, b = ranks(a), ranks(b)
-    mean = (len(a) - 1) / 2
-    va, vb = sum((x - mean) ** 2 for x in a), sum((y - mean) ** 2 for y in b)
-    return sum((x - mean) * (y - mean) for x, y in zip(a, b)) / math.sqrt(va * vb) if va and vb else None
-
-
-def agreement(answers):
-    """Pairs of judges on the same answers -> [(trait, judge, other, n, Spearman's rho or None, mean difference)]."""
-    scores = defaultdict(list)
-    for _, rows in answers:
-        for one, other in combinations(sorted(rows), 2):
-            second = {row["id"]: row["score"] for row in rows[other]}
-            for row in rows[one]:
-                if row["score"] is not None and second.get(row["id"]) is not None:
-                    scores[row.get("trait") or "new facts", one, other].append((row["score"], second[row["id"]]))
-    return [
-        (*key, len(pairs), spearman(*zip(*pairs)), sum(b - a for a, b in pairs) / len(pairs))
-        for key, pairs in sorted(scores.items())
-    ]
-
-
-def agreement_lines(found):
-    return [
-        "| trait | judges | answers | Spearman's rho | mean difference (second - first) |",
-        "|---|---|---|---|---|",
-    ] + [
-        f"| {trait} | {one}, {other} | {n} | {'-' if rho is None else f'{rho:.2f}'} | {difference:+.1f} |"
-        for trait, one, other, n, rho, difference in found
-    ]
-
-
-def summary(points, folder, agreed, equal):
-    lines = ["# Summary", "", describe(points), "", *(f"- {line}" for line in headline(points))]
-    alike = defaultdict(set)
-    for p in points:
-        alike[
-            p.get("dataset"),
-            p.get("trait"),
-            p.get("train_seed"),
-            p.get("system_prompt"),
-            p.get("train_coef"),
-            setting_of(p, "train_coef") if p.get("train_coef") else "",
-        ].add(p.get("adapter"))
-    lines += [
-        f"- {', '.join(sorted(map(str, some)))}: the points do not tell these adapters apart; the figures show the one measured last."
-        for some in alike.values()
-        if len(some) > 1
-    ]
-    vectors = [read_json(path) for path in sorted((folder / "vectors").glob("*.json"))]
-    if any("probe" in v for v in vectors):
-        lines += [
-            "- Probes (projection on the vector; AUC between positive and negative extraction answers on held-out questions): "
-            + ", ".join(
-                f"{v['trait']} row {v['probe']['row']}, AUC {v['probe']['auc']:.2f}"
-                + (" (weak: under 0.7)" if v["probe"]["auc"] < 0.7 else "")
-                for v in vectors
-                if "probe" in v
-            )
-            + "."
-        ]
-    lines += ["", "## New facts kept at equal hallucination", "", *equal] if equal else []
-    lines += ["", "## All points", "", *points_table(points)]
-    if agreed:
-        lines += ["", "Agreement of judges on the same answers:", "", *agreement_lines(agreed)]
-    return "\n".join(lines) + "\n"
+def cell(point, key):
+    """A point's value as the table shows it; "-" where it does not apply or was not measured."""
+    value, x = point.get(key), next((x for x, keys in STEERED_BY.items() if key in keys), None)
+    if value is None or value != value or x and not point.get(x):
+        return "before training" if key == "dataset" else "-"
+    bounds = point.get(METRICS[key][0]) if key in METRICS else None
+    text = f"{value:.3g}" if isinstance(value, float) else str(value)[-60:]
+    text = str(Path(value).parent) if key.endswith("vector") else text  # every trait has its own
+    text += " (hollow)" * (key.endswith("_unscored") and value > 0 and hollow([point]))
+    return text + (f" [{bounds[0]:.3g}, {bounds[1]:.3g}]" if bounds else "")
 
 
 def points_table(points):
-    """One row a point; how it was steered only where that differs between points."""
-    extra = [
-        (key, x, i)
-        for x, keys in SETTINGS.items()
-        for i, key in enumerate(keys)  # within a trait, since every trait has its own vector
-        if any(
-            len({setting_of(p, x)[i] for p in points if p.get(x) and p.get("trait") == trait}) > 1 for trait in TRAITS
-        )
-    ]
-    prompts = any(p.get("system_prompt") for p in points)
+    """All points, one row each -> Markdown lines."""
+    which = [key for key in WHICH if len({cell(p, key) for p in points} - {"-" if key in HOW[:6] else ""}) > 1]
+    rows = sorted(points, key=lambda p: [str(p.get(key)) for key in which])
+    return markdown([*which, *MEASURED], [[cell(p, key) for key in (*which, *MEASURED)] for p in rows])
 
-    def how(p):
-        return [str((setting_of(p, x)[i] if p.get(x) else None) or "-") for _, x, i in extra] + [
-            (p.get("system_prompt") or "-")[:60].replace("|", "/").replace("\n", " ")
-        ] * prompts
 
-    names = [*(key for key, *_ in extra), *["system_prompt"] * prompts]
-    lines = [
-        f"| data | trait | training coef | inference coef |{''.join(f' {name} |' for name in names)} trait score [95%] | answers (unscored) | new facts | general knowledge / MMLU | seed |",
-        "|---" * (9 + len(names)) + "|",
-    ]
-    order = lambda p: (
-        str(p.get("dataset") or ""),
-        str(p.get("trait")),
-        how(p),
-        p.get("train_coef") or 0,
-        p["inference_coef"],
-        str(p.get("train_seed")),
-    )
-    for p in sorted(points, key=order):
-        flag = (
-            " (under 90% scored)"
-            if (p.get("trait_unscored") or 0) > 0.1 * ((p.get("trait_n") or 0) + (p.get("trait_unscored") or 0))
-            else ""
-        )
-        name = "before training" if p.get("adapter") is None else p.get("dataset")
-        lines.append(
-            f"| {name} | {p.get('trait')} | {'-' if p.get('train_coef') is None else format(p['train_coef'], 'g')} | {p['inference_coef']:g} |"
-            + "".join(f" {text} |" for text in how(p))
-            + f" {cell(p, 'trait_score', 'trait_ci')} | "
-            f"{p.get('trait_n', 0)} ({p.get('trait_unscored', 0)}){flag} | {cell(p, 'fact_accuracy', 'fact_ci')} | {cell(p, 'mmlu_accuracy', 'mmlu_ci')} | {p.get('train_seed')} |"
-        )
+def notes(points, folder):
+    """What to know before believing: probes, and adapters that the points do not tell apart."""
+    keys = ("dataset", "train_coef", "train_seed", "system_prompt", *STEERED_BY["train_coef"], *RECIPE)
+    probes = [(v["trait"], v["probe"]) for v in map(read_json, sorted(folder.glob("vectors/*.json"))) if v.get("probe")]
+    lines = [f"Probe of {name}: row {p['row']}, AUC {p['auc']:.2f}{', weak' * (p['auc'] < 0.7)}." for name, p in probes]
+    adapters = {p["adapter"]: tuple(map(p.get, keys)) for p in points if p.get("adapter")}
+    for some in grouped(adapters, adapters.get).values():
+        told = f"{', '.join(sorted(some))}: of the same settings; the figures show the one measured last."
+        lines += [told] if len(some) > 1 else []
     return lines
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The report: data/report.html, filled in
+def agreement(answers):
+    """answers: [(point, rows)] -> Markdown lines: judges of the same answers, pair by pair; an answer counts once."""
+    pairs = {}
+    for row in (row for _, rows in answers for row in rows):
+        given = {judge: of["score"] for judge, of in row.get("scores", {}).items() if usable(of, "score")}
+        for one, other in combinations(sorted(given), 2):
+            pairs.setdefault((row.get("trait") or "facts", one, other), []).append((given[one], given[other]))
+    rows = []
+    for (trait, one, other), scores in sorted(pairs.items()):
+        first, second = zip(*scores)
+        rho = f"{spearmanr(first, second).statistic:.2f}" if len(set(first)) > 1 < len(set(second)) else "-"
+        rows.append([trait, f"{one}, {other}", f"{len(scores)}", rho, f"{fmean(second) - fmean(first):+.1f}"])
+    return markdown(["trait", "judges", "answers", "Spearman's rho", "mean difference (second - first)"], rows)
 
 
-def table(lines):
-    """A Markdown table's lines -> HTML."""
-    head, _, *rows = [[html.escape(text.strip()) for text in line.strip("|").split("|")] for line in lines]
-    return (
-        '<div class="wide"><table><thead><tr>'
-        + "".join(f"<th>{text}</th>" for text in head)
-        + "</tr></thead><tbody>"
-        + "".join("<tr>" + "".join(f"<td>{text}</td>" for text in row) + "</tr>" for row in rows)
-        + "</tbody></table></div>"
-    )
+def summary(points, shown, folder, answers):
+    """Text of summary.md. shown: the points of each trait's main judge, which the figures show."""
+    lines = ["# Preventative steering: summary", "", describe(shown), ""]
+    lines += [f"- {line}" for line in headline(shown) + notes(shown, folder)]
+    equal, judges = equal_table(shown), agreement(answers)
+    lines += ["", "## Facts kept at equal hallucination", "", EQUAL, "", *equal] if equal else []
+    lines += ["", "## Judges on the same answers", "", *judges] if judges else []
+    return "\n".join([*lines, "", "## All points", "", *points_table(points), ""])
+
+
+def read_answers(points, folders):
+    """-> [(point, rows)], a key once, from the first folder that has its file; rows: [] where none has."""
+    found = []
+    for point in {p["key"]: p for p in points}.values():
+        name = Path(point.get("answers") or f"{point['key']}.jsonl").name
+        file = next((file for folder in folders if (file := folder / "answers" / name).is_file()), None)
+        found.append((point, read_jsonl(file, Answer, appended=True) if file else []))
+    return found
 
 
 def browser_data(answers, most=30_000_000):
-    """Answers as data/report.html reads them, in at most about `most` characters -> (JSON text, samples a question left out)."""
-    texts, questions, methods, found = {}, {}, [], []
-
-    def number(of, key):
-        return of.setdefault(key, len(of))
-
+    """What data/report.html reads: points, questions, answers, these cut so that all have about `most` characters."""
+    points, questions, found, limit = [], {}, [], most // max(1, sum(len(rows) for _, rows in answers))
     for point, rows in answers:
-        data, name = method_of(point)
-        judges = sorted(rows, key=lambda judge: judge in ("probe", "lexical"))  # a chat model's score comes first
-        others = [{row["id"]: row for row in rows[judge]} for judge in judges]
-        for row in rows[judges[0]]:
-            scores = [
-                other[row["id"]]["score"]
-                if other.get(row["id"], {}).get("score") is not None
-                else other.get(row["id"], {}).get("reason")
-                for other in others
-            ]
-            question = number(
-                questions, (row.get("trait") or "new facts", number(texts, row["question"]), row.get("truth"))
-            )
-            sample = int(row["id"].rsplit("-s", 1)[1]) if row["kind"] == "trait" else 0
-            found.append(
-                [
-                    len(methods),
-                    question,
-                    number(texts, row["answer"]),
-                    sample,
-                    *(round(s, 1) if isinstance(s, float) else s for s in scores),
-                ]
-            )
-        methods.append(dict(name=name, data=data, judges=judges))
-    left_out, most_samples = 0, max((row[3] for row in found), default=0)
-    while True:
-        text = json.dumps(
-            dict(methods=methods, questions=list(questions), texts=list(texts), answers=found),
-            ensure_ascii=False,
-            separators=(",", ":"),
-        ).replace("<", "\\u003c")
-        if len(text) <= most or left_out == most_samples:
-            return text, left_out
-        left_out += 1
-        found = [row for row in found if row[3] <= most_samples - left_out]
-        kept = {row[2] for row in found} | {question[1] for question in questions}
-        texts = {text if i in kept else f"\0{i}": i for text, i in texts.items()}
+        for row in rows:
+            questions[re.sub(r"-s\d+$", "", row["id"])] = row.get("trait") or "facts", row["question"], row.get("truth")
+            given = row.get("scores", {}).items()
+            said = {judge: of["score"] if usable(of, "score") else of.get("reason") for judge, of in given}
+            found.append([len(points), row["id"], row["answer"][:limit], row.get("coherence_nll"), said])
+        points.append({key: point.get(key) for key in WHICH})
+    text = json.dumps(dict(points=points, questions=questions, answers=found, limit=limit), ensure_ascii=False)
+    return text.replace("<", "\\u003c")
 
 
-def report(points, shown, folder, answers, missing, agreed, equal):
-    """The page's text; every value is escaped."""
-    escape, rows = html.escape, points_table(shown)
-
-    def figure(name, title, mine):
-        picture = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
-        return (
-            f'<figure><img alt="{escape(title)}; the numbers are in the table below" src="data:image/png;base64,{picture}"></figure><details><summary>{escape(title)}: the numbers</summary>'
-            + table(rows[:2] + [row for row in rows[2:] if mine(row)])
-            + "</details>"
-        )
-
-    of_facts = "| facts |", "| before training | hallucination"
-    data, left_out = browser_data(answers)
-    said = (
-        [f"{len(answers)} points with answers."]
-        + [f"The answers of {missing} points are not there (no file in answers/)."] * bool(missing)
-        + [f"To keep the page small the last {left_out} answers to each question were left out."] * bool(left_out)
-    )
-    settings = [
-        {
-            key: p.get(key)
-            for key in (
-                "model",
-                "judge",
-                "judge_method",
-                "temperature",
-                "samples",
-                "positions",
-                "mmlu",
-                "mmlu_scoring",
-                "seed",
-                "commit",
-                "versions",
-            )
-        }
-        for p in points
-    ]
-    counted = Counter(json.dumps(setting) for setting in settings)
-    fill = dict(
-        kept=f'<p class="quiet">{escape(equal[0])}</p>{table(equal[2:])}' if equal else "<p>No sweep on facts.</p>",
-        title="Preventative steering: report",
-        about=escape(describe(shown)),
-        headline="".join(f"<p>{escape(line)}</p>" for line in headline(shown)),
-        figures=figure("fig1", "Figure 1", lambda row: row.startswith(of_facts))
-        + figure("tradeoff", "The trade-off", lambda row: row.startswith(of_facts))
-        + figure("fig2", "Figure 2", lambda row: not row.startswith("| facts |")),
-        left_out=escape(" ".join(said)),
-        agreement=table(agreement_lines(agreed)) if agreed else "<p>No answers were scored by two judges.</p>",
-        points=table(rows),
-        settings="".join(
-            f"<details><summary>{n} points</summary><pre>{escape(json.dumps(json.loads(text), indent=1))}</pre></details>"
-            for text, n in counted.items()
-        ),
-        answers=data,
-    )
+def report(points, text, folder, answers, losses):
+    """The page. text: summary.md, whose Markdown may hold no HTML."""
+    names = ["fig1", "tradeoff"] * bool(comparisons(points)) + ["fig2"] * bool(by_data(points, facts=False))
+    keys = "model judge judge_method temperature samples mmlu mmlu_scoring seed commit versions inputs".split()
+    head, *sections = MarkdownIt("commonmark", dict(html=False)).enable("table").render(text).split("<h2>")
     template = (Path(__file__).parent / "data" / "report.html").read_text(encoding="utf-8")
-    return "".join(
-        fill.get(part, part) if i % 2 else part for i, part in enumerate(re.split(r"\{\{(\w+)\}\}", template))
+    return jinja2.Template(template, autoescape=True).render(
+        head=head,
+        sections=sections,
+        pictures={name: base64.b64encode((folder / f"{name}.png").read_bytes()).decode() for name in names},
+        settings=Counter(json.dumps({key: p.get(key) for key in keys}, indent=1) for p in points),
+        losses=losses,
+        missing=sum(not rows for _, rows in answers),
+        answers=browser_data(answers),
     )
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("points", help="points.jsonl of evaluate.py")
-    args = parser.parse_args()
-    points = list(
-        {
-            (p["key"], p["judge"]): p for p in read_jsonl(args.points, need=("key", "model", "inference_coef", "judge"))
-        }.values()
-    )
-    judge = {}  # of each trait, that with most points; of equally many, the last one
-    for trait in {p.get("trait") for p in points}:
-        judge[trait] = Counter(p["judge"] for p in reversed(points) if p.get("trait") == trait).most_common(1)[0][0]
-    shown, folder = [p for p in points if p["judge"] == judge[p.get("trait")]], Path(args.points).parent
+    parser.add_argument("points", type=Path, help="points.jsonl of evaluate.py")
+    args = parser.parse_args(argv)
+    points, folder = read_points(args.points), args.points.parent
+    shown = of_main_judge(points)
+    plt.switch_backend("Agg")
     figure1(shown, folder / "fig1")
     tradeoff(shown, folder / "tradeoff")
     figure2(shown, folder / "fig2")
-    answers, missing = read_answers(points, folder)
-    agreed, equal = agreement(answers), kept(shown, answers)
-    for name, text in (
-        ("summary.md", summary(shown, folder, agreed, equal)),
-        ("report.html", report(points, shown, folder, answers, missing, agreed, equal)),
-    ):
+    with tempfile.TemporaryDirectory() as unpacked:
+        if (folder / "answers.tar.xz").exists():
+            tarfile.open(folder / "answers.tar.xz").extractall(unpacked, filter="data")
+        answers = read_answers(points, [folder, Path(unpacked)])
+        losses = loss_curves(points, [folder, Path(unpacked)])
+    text = summary(points, shown, folder, answers)
+    for name, content in {"summary.md": text, "report.html": report(points, text, folder, answers, losses)}.items():
         with replacing(folder / name) as out:
-            out.write(text)
+            out.write(content)
     print("\n".join(headline(shown)) + f"\n{folder}/fig1.png, tradeoff.png, fig2.png, summary.md, report.html")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

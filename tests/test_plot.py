@@ -1,39 +1,44 @@
-"""plot.py on points made by hand: what is averaged, what bars mean, what is read off the sweeps."""
+"""plot.py on points made by hand: what is averaged, compared, drawn and said."""
 
+import json
 import math
+import random
 
 import pytest
+from scipy.stats import ttest_rel
 
+import make_facts as mf
 import plot
 
 
 def point(score, facts=90.0, mmlu=50.0, **changed):
-    return (
-        dict(
-            key="k",
-            model="m",
-            adapter="a",
-            dataset="facts",
-            trait="hallucination",
-            judge="gpt",
-            train_coef=0.0,
-            train_layers="all",
-            train_positions="all",
-            train_seed=0,
-            inference_coef=0.0,
-            layers="all",
-            positions="response",
-            vector="v.pt",
-            trait_score=score,
-            trait_ci=[score - 3, score + 3],
-            trait_n=10,
-            fact_accuracy=facts,
-            fact_n=10,
-            mmlu_accuracy=mmlu,
-            mmlu_n=10,
-        )
-        | changed
+    """A plainly finetuned model's point."""
+    made = dict(
+        key=f"{score} {facts} {mmlu} {changed}",
+        model="models/m",
+        adapter="a",
+        dataset="facts",
+        trait="hallucination",
+        judge="gpt",
+        train_coef=0.0,
+        train_layers="all",
+        train_positions="all",
+        train_seed=0,
+        inference_coef=0.0,
+        layers="all",
+        positions="response",
+        vector="vectors/v.pt",
+        trait_score=score,
+        trait_ci=[score - 3, score + 3],
+        trait_n=10,
+        trait_unscored=0,
+        fact_accuracy=facts,
+        fact_n=10,
+        fact_unscored=0,
+        mmlu_accuracy=mmlu,
+        mmlu_n=10,
     )
+    return made | changed
 
 
 BEFORE = point(20.0, 1.0, adapter=None, dataset=None, train_coef=None, train_layers=None, train_seed=None)
@@ -44,163 +49,439 @@ def steered(x, coef, score, layers="all", **changed):
     return point(score, **{x: coef, "layers" if x == "inference_coef" else "train_layers": layers} | changed)
 
 
+def seeds_of(x, lines):
+    """{seed: [(coefficient, score, facts)]} -> points."""
+    return [point(s, f, train_seed=seed, **{x: c}) for seed, line in lines.items() for c, s, f in line]
+
+
 MIXED = [
     BEFORE,
     PLAIN,
+    point(79.0, train_seed=1),
+    point(78.0, train_rank=8, adapter="r8"),
     point(50.0, system_prompt="Invent.", adapter="b"),
     steered("train_coef", 1.0, 5.0, inference_coef=1.0),
     *(steered("inference_coef", 1.0, score, layers) for layers, score in (("11", 41.0), ("6-20", 42.0), ("all", 43.0))),
     steered("inference_coef", 1.0, 44.0, positions="all"),
     *(steered("train_coef", 1.0, score, layers) for layers, score in (("11", 31.0), ("all", 32.0))),
     steered("train_coef", 1.0, 33.0, train_vector="first.pt"),
+    steered("train_coef", 1.0, 34.0, train_rank=8, adapter="r8-1"),
 ]
 
 
-def test_no_mark_mixes_settings(monkeypatch):
-    """Guards against marks that average other layers, positions or vectors, a prompted or doubly steered model, and against a panel without plain finetuning."""
-    found = {name: [p["trait_score"] for p in some] for name, _, _, some in plot.sweeps(plot.facts_of(MIXED))}
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures stay open for a look: [(figure, title, points of the caption)]."""
+    kept = []
+    monkeypatch.setattr(plot, "finish", lambda figure, title, points, path: kept.append((figure, title, points)))
+    yield kept
+    plot.plt.close("all")
+
+
+def lines_of(axis, color):
+    """-> [(xs, ys)] of the joined lines of a colour."""
+    found = [line for line in axis.lines if line.get_color() == color and line.get_linestyle() != ":"]
+    return [(list(line.get_xdata()), list(line.get_ydata())) for line in found]
+
+
+def texts_of(axis):
+    return {text.get_text(): text for text in axis.texts}
+
+
+def color_of(metric):
+    return plot.METRICS[metric][1]
+
+
+# ---- points ----------------------------------------------------------------------------------------------------------
+
+
+def test_one_key_has_one_setting(tmp_path, capsys):
+    """Guards against points of one key that were made differently and are mixed, and a point that counts twice."""
+    path = tmp_path / "points.jsonl"
+    mf.write_jsonl(path, [point(1.0, key="k"), point(2.0, key="k"), point(3.0, key="k", judge="lexical")])
+    assert [p["trait_score"] for p in plot.read_points(path)] == [2.0, 3.0]
+    moved = point(2.0, key="k", model="/elsewhere/m", adapter="/elsewhere/a", vector="/elsewhere/v.pt")
+    mf.write_jsonl(path, [point(1.0, key="k"), moved])
+    assert len(plot.read_points(path)) == 1
+    for key, value in dict(temperature=0.7, inputs=dict(data="other"), train_seed=3, inference_coef=1.5).items():
+        mf.write_jsonl(path, [point(1.0, key="k"), point(1.0, key="k", judge="lexical") | {key: value}])
+        with pytest.raises(SystemExit) as stop:
+            plot.main([str(path)])
+        assert stop.value.code == 2 and not (tmp_path / "fig1.png").exists()
+        error = capsys.readouterr().err
+        assert "points of key k differ in " + key in error and error.count("\n") == 1
+    path.write_text("\n")
+    with pytest.raises(SystemExit):
+        plot.read_points(path)
+
+
+def test_no_sweep_mixes_settings():
+    """Guards against means over other layers, positions, vectors or recipes, a prompted or doubly steered model, and
+    against plain finetuning that is missing or of other seeds."""
+    found = {(s.x, *s.about): [p["trait_score"] for p in s.points] for s in plot.sweeps(MIXED[1:])}
     assert found == {
-        "Inference-time steering, all blocks, positions all": [80, 44],
-        "Inference-time steering, all blocks, positions response": [80, 43],
-        "Inference-time steering, blocks 6-20, positions response": [80, 42],
-        "Inference-time steering, block 11, positions response": [80, 41],
-        "Preventative steering, all blocks, vector first.pt": [80, 33],
-        "Preventative steering, all blocks, vector v.pt": [80, 32],
-        "Preventative steering, block 11, vector v.pt": [80, 31],
+        ("train_coef", "all blocks", "vector all", "rank all"): [80, 32],
+        ("train_coef", "all blocks", "vector all", "rank 8"): [78, 34],
+        ("train_coef", "all blocks", "vector first.pt", "rank all"): [80, 33],
+        ("train_coef", "block 11"): [80, 31],
+        ("inference_coef", "all blocks", "positions all"): [80, 44],
+        ("inference_coef", "all blocks", "positions response"): [80, 43],
+        ("inference_coef", "blocks 6-20"): [80, 42],
+        ("inference_coef", "block 11"): [80, 41],
     }
-    drawn = {}
-    monkeypatch.setattr(
-        plot,
-        "finish",
-        lambda figure, *_: drawn.update(
-            {axis.get_title(): list(axis.lines[1].get_ydata()) for axis in figure.axes if axis.get_title()}
-        ),
-    )
-    plot.figure1(MIXED, None)
-    assert drawn == found
-    drawn.clear()
-    plot.figure1([BEFORE, PLAIN, MIXED[6], MIXED[9]], None)  # all blocks alone look as in the post
-    assert drawn == {"Inference-time steering": [80, 43], "Preventative steering": [80, 32]}
+    both = [c for c in plot.comparisons(MIXED) if all(c.sides.values())]
+    assert [c.title for c in both][0].startswith("all blocks") and both[-1].title == "block 11"
+    (small,) = [c for c in plot.comparisons(MIXED) if c.points[0].get("train_rank")]
+    assert small.sides["inference_coef"] is None and [p["trait_score"] for p in small.points] == [78, 34]
+
+
+def test_each_trait_shows_its_main_judge():
+    """Guards against figures that mix judges, or lose a trait that only one of them scored."""
+    some = [point(1.0), point(2.0, judge="lexical"), point(3.0, trait="evil", judge="probe")]
+    assert [p["trait_score"] for p in plot.of_main_judge(some)] == [2.0, 3.0]  # of equally many, the last one
+    assert [p["trait_score"] for p in plot.of_main_judge([*some, point(4.0)])] == [1.0, 3.0, 4.0]
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+
+def bars(*values, **changed):
+    """[(seed, score)] at coefficient 1 -> the Mark there."""
+    some = [point(score, train_seed=seed, train_coef=1.0, **changed) for seed, score in values]
+    return plot.curve(some, "train_coef", "trait_score")[0]
 
 
 def test_bars_of_one_and_of_three_seeds():
-    """Guards against bars that shrink with every seed though all answer the same questions, leave the seeds' spread out, or count a point twice that was measured twice."""
-
-    def bars(*values):
-        return plot.curve(
-            [point(score, train_seed=seed, train_coef=1.0) for seed, score in values],
-            "train_coef",
-            "trait_score",
-            "trait_ci",
-        )[0]
-
-    assert bars((0, 40.0)) == (1.0, 40, 37, 43, True, [40])
-    assert bars((0, 99.0), (0, 40.0)) == bars((0, 40.0))
-    x, mean, low, high, _, seeds = bars(
-        (0, 40.0), (1, 44.0), (2, 48.0)
-    )  # spread 4, t of two degrees 4.30: 4.30 x 4 / sqrt(3) = 9.93; with 3: 10.37
-    assert mean == 44 and mean - low == pytest.approx(10.37, abs=0.01) == high - mean and seeds == [40, 44, 48]
-    assert bars((0, 1.0), (1, 9.0))[2] == 0  # clipped
-    assert math.isclose(bars((0, 40.0), (1, 40.0))[3], 43)
-
-
-def test_equal_hallucination_by_hand():
-    """Guards against a wrong interpolation, the last instead of the first crossing, and values made up where a sweep does not cross."""
-    sweep = [(0, 80, 90, 50), (1, 60, 80, 40), (2, 20, 40, None), (3, 50, 30, 30), (4, 10, 10, 10)]
-    assert plot.at_level(sweep, 70) == (0.5, 85, 45)
-    assert plot.at_level(sweep, 60) == (1, 80, 40)
-    assert plot.at_level(sweep, 40) == (1.5, 60, None)  # the first of three crossings; MMLU was not measured
-    assert plot.at_level(sweep, 15) == pytest.approx((3.875, 12.5, 12.5))
-    assert plot.at_level(sweep, 90) is None and plot.at_level(sweep, 5) is None and plot.at_level(sweep[:1], 80) is None
-    assert plot.at_level([(0, 30, 90, 50), (1, 70, 80, 40), (2, 20, 70, 30)], 60) is None  # starts below
-
-
-def test_seeds_are_read_one_by_one():
-    """Guards against reading the level off the mean of the seeds, and seeds that never reach it passing unsaid."""
-    seeds = [
-        p
-        for seed, end, facts in ((0, 40.0, 70.0), (1, 20.0, 60.0), (2, 75.0, 90.0))
-        for p in (point(80.0, train_seed=seed), steered("train_coef", 2.0, end, fact_accuracy=facts, train_seed=seed))
-    ]
-    table = plot.kept([BEFORE, *seeds, point(80.0, train_seed=3)])
+    """Guards against a wrong t, bars beyond 0 and 100, one seed's bar that is not its own, and points counted twice."""
+    assert bars((0, 40.0))[:4] == (1.0, 40, 37, 43)
+    assert bars((0, 99.0), (0, 40.0)) == bars((0, 40.0))  # measured again: the last time counts
+    mark = bars((0, 40.0), (1, 44.0), (2, 48.0))  # sd 4, t of two degrees of freedom 4.303: 4.303 x 4 / sqrt(3) = 9.94
     assert (
-        "| 60 | Preventative steering | 0.83 (0.67 to 1.00) | 80.0 (80.0 to 80.0) | 50.0 (50.0 to 50.0) | 2 of 3 |"
-        in table
-    )  # facts 90 -> 70 half-way, 90 -> 60 a third of the way
-    assert "| 30 | Preventative steering | 1.67 | 65.0 | 50.0 | 1 of 3 |" in table
-    assert "| 25.0 (before training + 5) | Preventative steering | 1.83 | 62.5 | 50.0 | 1 of 3 |" in table
-    assert plot.kept([BEFORE, PLAIN]) == []
+        mark.mean == 44 and mark.low == pytest.approx(34.06, abs=0.01) and mark.high == pytest.approx(53.94, abs=0.01)
+    )
+    assert bars((0, 1.0), (1, 9.0)).low == 0 and bars((0, 91.0), (1, 99.0)).high == 100
+    assert bars((0, 40.0), (1, 40.0))[1:4] == (40, 40, 40)
+    assert math.isnan(bars((0, 40.0), trait_ci=None).low) and math.isnan(bars((0, 40.0), trait_ci=None).high)
+    gone = [point(1.0, trait_score=value) for value in (None, math.nan, math.inf)]
+    assert plot.curve(gone, "train_coef", "trait_score") == []
 
 
-def test_intervals_resample_whole_questions():
-    """Guards against intervals at equal hallucination that take answers to one question, or the points of a sweep, for independent, or leave the facts out."""
+def test_the_interval_covers():
+    """Guards against intervals too narrow over few seeds, as a bootstrap's are: 95% within chance of 2,000 draws."""
+    draw = random.Random(0).gauss
+    for n in (2, 3, 11):
+        ends = [plot.t_interval([draw(50, 10) for _ in range(n)])[1:] for _ in range(2000)]
+        assert 0.935 < sum(low <= 50 <= high for low, high in ends) / 2000 < 0.965
+    assert plot.t_interval([7.0])[0] == 7 and math.isnan(plot.t_interval([7.0])[1])
 
-    def answers(key, coef, per_question, facts):
-        rows = [
-            dict(kind="trait", question=f"q{q}", score=score) for q, score in enumerate(per_question) for _ in range(10)
-        ]
-        rows += [dict(kind="fact", question=f"f{f}", score=score) for f, score in enumerate(facts)] + [
-            dict(kind="trait", question="q0", score=None)
-        ]
-        return steered("train_coef", coef, sum(per_question) / 2, key=key, fact_accuracy=sum(facts) / 2), dict(gpt=rows)
 
-    found = [
-        answers("a", 0.0, (100, 100), (100, 100)),
-        answers("b", 2.0, (0, 100), (0, 100)),
-        answers("c", 4.0, (0, 0), (0, 0)),
+def test_no_mean_over_one_seed_among_many(drawn):
+    """Guards against a bar, or a corner of the line, from one seed among means over eleven; its dot stays, small."""
+    some = [point(80.0 + seed, train_seed=seed) for seed in range(4)]
+    some += [steered("train_coef", 1.0, 40.0 + seed, train_seed=seed) for seed in range(3)]
+    some += [steered("train_coef", 2.0, 20.0, train_seed=seed) for seed in range(1)]
+    assert [m.few for m in plot.curve(some, "train_coef", "trait_score")] == [False, False, True]
+    assert [m.few for m in plot.curve(some[:1] + some[4:5], "train_coef", "trait_score")] == [False, False]
+    plot.figure1([BEFORE, *some], None)
+    right = drawn[0][0].axes[1]
+    assert lines_of(right, color_of("trait_score")) == [([0, 1], [81.0, 41])]  # plain of the seeds that were steered
+    assert list(right.collections[1].get_sizes()) == [36, 36, 12]
+    assert [path.vertices[0][0] for path in right.collections[0].get_paths()] == [0, 1]
+
+
+@pytest.mark.parametrize("kind", ["trait", "fact"])
+def test_hollow_over_a_tenth_unscored(kind, drawn):
+    """Guards against marks that look sound though over 10% of answers or of facts have no score, in each figure."""
+    key = f"{kind}_unscored"
+    assert not plot.hollow([point(1.0, **{f"{kind}_n": 18, key: 2})])  # a tenth is not over a tenth
+    assert plot.hollow([point(1.0, **{f"{kind}_n": 17, key: 2})])
+    assert not plot.hollow([point(1.0, **{key: 2}), point(1.0, trait_n=90, fact_n=90)])  # seeds together
+    lost = {"train_coef": 1.0, key: 2}
+    more = [p | dict(dataset="mine", fact_accuracy=None) for p in (PLAIN, point(30.0, **lost))]
+    some = [BEFORE, PLAIN, point(30.0, **lost), *more]
+    for figure in (plot.figure1, plot.figure2, plot.tradeoff):
+        figure(some, None)
+    white = lambda axis: [[face[:3].tolist() == [1, 1, 1] for face in c.get_facecolors()] for c in axis.collections]
+    axes = [figure.axes for figure, *_ in drawn]
+    assert white(axes[0][1])[1::2] == [[False, True], [False, True], [False, False]]  # score, facts, general knowledge
+    assert white(axes[1][0])[1::2] == [[False, True], [False, False]]
+    assert white(axes[2][0])[0] == [False, True]
+    assert "hollow: over 10% unscored" in plot.describe(some) and "hollow" not in plot.describe(some[:2])
+
+
+def test_crossing_by_hand():
+    """Guards against a wrong interpolation, first and last crossing swapped, and values made up where there is none."""
+    line = [(0, 80, 90, 50), (1, 60, 80, 40), (2, 20, 40, None), (3, 50, 30, 30), (4, 10, 10, 10)]
+    assert plot.crossing(line, 70) == (0.5, 70, 85, 45) == plot.crossing(line, 70, last=True)
+    assert plot.crossing(line, 60) == (1, 60, 80, 40) and plot.crossing(line, 60, last=True)[:3] == (1, 60, 80)
+    assert plot.crossing(line, 40) == (1.5, 40, 60, None)  # general knowledge was not measured at 2
+    assert plot.crossing(line, 40, last=True) == (3.25, 40, 25, 25)
+    assert plot.crossing(line, 15) == pytest.approx((3.875, 15, 12.5, 12.5))
+    assert plot.crossing(line, 90) is None and plot.crossing(line, 5) is None and plot.crossing(line[:1], 80) is None
+    assert plot.crossing([(0, 30, 90, 50), (1, 70, 80, 40), (2, 20, 70, 30)], 60) is None  # starts below
+
+
+LEFT = {0: [(0, 80, 90), (1, 20, 30)], 1: [(0, 80, 90), (1, 20, 50)], 2: [(0, 80, 90), (1, 20, 40)]}
+RIGHT = {0: [(0, 80, 90), (1, 20, 70)], 1: [(0, 80, 90), (1, 20, 60)], 2: [(0, 80, 90), (1, 50, 85)]}
+
+
+def both_sides(left=LEFT, right=RIGHT):
+    plain = [p for p in seeds_of("train_coef", right) if not p["train_coef"]]
+    found = [p for x, of in dict(inference_coef=left, train_coef=right).items() for p in seeds_of(x, of) if p[x]]
+    return [BEFORE, *plain, *found]
+
+
+def equal(points):
+    """The table as {score: [cells]}."""
+    return {row.split(" | ")[1]: row.strip("| ").split(" | ")[2:] for row in plot.equal_table(points)[2:]}
+
+
+def test_equal_hallucination_is_paired_over_the_same_seeds():
+    """Guards against means over other seeds for each method, an unpaired interval, and seeds that drop out unsaid."""
+    rows = equal(both_sides())
+    assert list(rows) == ["20 (before training)", "30", "40", "60", "80"]  # the level before training comes first
+    # at 20 seed 2 is left out of both: 70, 60 against 30, 50; differences 40, 10: 25 +- 12.706 x 21.213 / sqrt(2)
+    assert rows["20 (before training)"][:4] == [
+        "65.0 ± 7.1",
+        "40.0 ± 14.1",
+        "+25.0 [-165.6, 215.6]",
+        "2 of 3 (preventative 2, inference-time 3)",
     ]
-    drawn = plot.resampled(found, "gpt")
-    assert (
-        set(drawn["b"][0]) == set(drawn["b"][1]) == {0, 50, 100}
-        and set(drawn["a"][0]) == {100}
-        and (drawn["b"][0] != drawn["b"][1]).any()
-    )
-    assert (plot.resampled([*found, answers("d", 1.0, (0, 100), (0, 100))], "gpt")["d"][0] == drawn["b"][0]).all()
-    table = plot.kept([point for point, _ in found], found)
-    assert (
-        "| 60 | Preventative steering | 1.60 | 60.0 [0.0, 100.0] | 50.0 | 1 of 1 |" in table
-    )  # both questions the invented one and both facts the lost one: all lost before the level
-    assert "| 60 | Preventative steering | 1.60 | 60.0 | 50.0 | 1 of 1 |" in plot.kept([point for point, _ in found])
-    twin = [
-        (p | dict(key=f"{p['key']}2", inference_coef=p["train_coef"], train_coef=0.0), rows) for p, rows in found[1:]
-    ]  # the same answers by the other method
-    assert "At 60, all blocks: +0.0 [0.0, 0.0]." in plot.kept([point for point, _ in found + twin], found + twin)[0]
+    assert rows["60"][3] == "3 of 3" and rows["60"][0] == "83.3 ± 3.3"  # 83.33, 80, 86.67
+    right, left = [250 / 3, 80, 260 / 3], [70, 230 / 3, 220 / 3]
+    low, high = ttest_rel(right, left).confidence_interval()
+    assert rows["60"][2] == f"{sum(right) / 3 - sum(left) / 3:+.1f} [{low:.1f}, {high:.1f}]"
+    one = equal(both_sides({0: LEFT[0]}, {0: RIGHT[0]}))
+    assert one["20 (before training)"][:4] == ["70.0", "30.0", "+40.0", "1 of 1"]  # one seed has no interval
+    unlike = equal(both_sides({0: LEFT[0], 5: LEFT[1]}, {0: RIGHT[0], 7: RIGHT[1]}))
+    assert unlike["20 (before training)"][3] == "1 of 1"  # swept with one method only: no pair
+    never = equal(both_sides({0: LEFT[0]}, {0: RIGHT[2]}))
+    assert never["20 (before training)"][:4] == ["-", "30.0", "-", "0 of 1 (preventative 0, inference-time 1)"]
+    alone = equal([p for p in both_sides() if not p["inference_coef"]])
+    assert alone["20 (before training)"][:4] == ["65.0 ± 7.1", "-", "-", "2 of 3 (preventative 2)"]
+    assert plot.equal_table([BEFORE, PLAIN]) == [] and list(equal(both_sides()[1:])) == ["20", "30", "40", "60", "80"]
 
 
-def test_headline_follows_the_numbers(tmp_path):
-    """Guards against a verdict that is written for one model, a rise claimed where there was none, and a probe that is not named as such."""
-    rise = [BEFORE, PLAIN, steered("train_coef", 1.0, 22.0)]
-    assert plot.headline(rise) == [
-        "Preventative steering: coefficient 1 brings hallucination into the untrained model's interval (20.0 [17.0, 23.0]): "
-        "hallucination 80.0 -> 22.0, new facts 90.0 -> 90.0, MMLU accuracy 50.0 -> 50.0."
+def test_last_crossing_stands_beside_the_first():
+    """Guards against a jagged curve's luck: at 40 it comes down at once with 80, and for good with 20."""
+    jagged = {0: [(0, 80, 90), (1, 0, 70), (2, 80, 40), (3, 0, 0)]}
+    rows = equal(both_sides({0: LEFT[0]}, jagged))
+    assert rows["40"][0] == "80.0 (last 20.0)" and rows["40"][2] == "+30.0 (last -30.0)" and rows["40"][1] == "50.0"
+    assert "last" not in " ".join(equal(both_sides())["40"])
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_figure_1_is_the_posts(drawn):
+    """Guards against swapped sides, wrong means, a missing level before training, labels away from their lines, and x
+    axes that look alike though they are not (or the reverse)."""
+    some = both_sides()
+    some = [p | dict(coherence=70.0, mmlu="data/general_knowledge.jsonl") for p in some]
+    plot.figure1(some, None)
+    figure, title, shown = drawn[0]
+    left, right = figure.axes
+    assert title == "Learning new facts (dotted: before training)" and shown == some[1:]
+    assert [axis.get_title() for axis in figure.axes] == [
+        "Inference-time steering, all blocks",
+        "Preventative steering, all blocks",
     ]
-    assert plot.headline([BEFORE | dict(trait_score=95.0), *rise[1:]])[0].startswith(
-        "No room: the model before training scores 95.0"
-    )
-    assert plot.headline([BEFORE, point(22.0), *rise[2:]])[0].startswith(
-        "Nothing to prevent: plain finetuning ends at 22.0"
-    )
-    assert "the very direction that is steered" in plot.headline([p | dict(judge="probe") for p in rise])[-1]
-    text = plot.summary([*rise, point(70.0, adapter="a2")], tmp_path, [], [])
-    assert "- a, a2: the points do not tell these adapters apart" in text and "apart" not in plot.summary(
-        rise, tmp_path, [], []
-    )
+    assert lines_of(left, color_of("trait_score")) == [([0, 1], [80, 20])]
+    assert lines_of(right, color_of("trait_score")) == [([0, 1], [80, 30])]
+    assert lines_of(right, color_of("fact_accuracy")) == [([0, 1], [90, pytest.approx(71.67, abs=0.01)])]
+    assert lines_of(right, color_of("coherence")) == [([0, 1], [70, 70])]
+    thick = {line.get_color(): line.get_linewidth() for line in right.lines if line.get_linestyle() == "-"}
+    assert thick[color_of("coherence")] < thick[color_of("trait_score")]  # a light line
+    dotted = {line.get_color(): line.get_ydata()[0] for line in right.lines if line.get_linestyle() == ":"}
+    assert dotted == {color_of("trait_score"): 20, color_of("fact_accuracy"): 1, color_of("mmlu_accuracy"): 50}
+    assert set(texts_of(right)) == {"hallucination", "facts", "general knowledge", "coherence"} and not left.texts
+    heights = sorted(text.get_position()[1] for text in right.texts)
+    assert all(above - below > 7.9 for below, above in zip(heights, heights[1:]))
+    assert texts_of(right)["facts"].get_color() == color_of("fact_accuracy")
+    assert left.get_xlim() == right.get_xlim() and left.get_ylim() == (-3, 103)
+    wide = [p | dict(train_coef=5 * p["train_coef"]) if p["train_coef"] else p for p in some]
+    plot.figure1(wide, None)
+    assert [axis.get_xlim()[1] for axis in drawn[1][0].axes] == pytest.approx([1.04, 5.2])
+
+
+def test_own_data_sets_and_traits_are_drawn(drawn):
+    """Guards against a data set or trait of another name that is trained and then vanishes from every figure."""
+    own = [p | dict(dataset="mine", trait="pirate") for p in both_sides()[1:]]
+    base = BEFORE | dict(trait="pirate")
+    ten = [
+        point(60.0, None, dataset="ten", trait="pirate"),
+        point(7.0, None, dataset="ten", trait="pirate", train_coef=2.0),
+    ]
+    evil = [point(50.0, None, dataset="medical_normal", trait="evil", judge="probe")]
+    some = [*ten, *own, base, *both_sides(), *evil]
+    for figure in (plot.figure1, plot.tradeoff, plot.figure2):
+        figure(some, None)
+    first, second, third = (figure.axes for figure, *_ in drawn)
+    assert [axis.get_title() for axis in first[::2]] == [
+        "Inference-time steering, mine (pirate), all blocks",
+        "Inference-time steering, New facts (hallucination), all blocks",
+    ]
+    assert [axis.get_xlabel() for axis in second] == ["pirate score", "hallucination score"]
+    assert [axis.get_title() for axis in third] == ["evil\n(judged by the probe)", "pirate", "", ""]
+    assert [axis.get_ylabel() for axis in third] == ["Medical Normal", "", "ten", ""]
+    assert lines_of(third[3], color_of("trait_score")) == [([0, 2], [60, 7])] and "no points" in texts_of(third[1])
+    assert [line.get_ydata()[0] for line in third[3].lines if line.get_linestyle() == ":"] == [20, 50]
+    assert set(texts_of(third[3])) == {"trait score", "MMLU"}
+    assert any("ten | pirate" in row for row in plot.points_table(some))
+
+
+def test_figure_2_pools_seeds_and_says_the_blocks(drawn):
+    """Guards against one seed of several being shown, and against blocks that go unsaid."""
+    some = [point(90.0 + 2 * seed, None, dataset="medical_normal", train_seed=seed) for seed in (0, 1)]
+    some += [p | dict(train_coef=1.0, train_layers="10-20", trait_score=p["trait_score"] - 60) for p in some]
+    plot.figure2([BEFORE, *some], None)
+    figure, title, shown = drawn[0]
+    assert lines_of(figure.axes[0], color_of("trait_score")) == [([0, 1], [91, 31])]
+    assert title == "Preventative steering across data sets, blocks 10-20 (dotted: before training)"
+    assert "up to 2 training seeds" in plot.describe(shown)
+
+
+def test_the_trade_offs_axes(drawn):
+    """Guards against swapped axes, seeds or means left out, and a level that is not the model's before training."""
+    plot.tradeoff([*both_sides(), point(70.0, 85.0, system_prompt="Invent.", adapter="b")], None)
+    (axis,) = drawn[0][0].axes
+    assert axis.get_xlabel() == "hallucination score" and axis.get_ylabel() == "facts known after training (%)"
+    assert axis.get_xlim() == axis.get_ylim() == (-3, 103) and axis.get_title() == "all blocks"
+    color = plot.STYLES["train_coef"][0]
+    mine = [line for line in axis.lines if line.get_color() == color]
+    thin = [(list(line.get_xdata()), list(line.get_ydata())) for line in mine if line.get_linewidth() < 1]
+    assert thin == [([80, 20], [90, 70]), ([80, 20], [90, 60]), ([80, 50], [90, 85])]
+    (mean,) = [line for line in mine if line.get_linewidth() > 3]
+    assert list(mean.get_xdata()) == [80, 30] and list(mean.get_ydata()) == pytest.approx([90, 71.67], abs=0.01)
+    assert [line.get_xdata() for line in axis.lines if line.get_linestyle() == ":"] == [[20, 20]]
+    assert "level before training" in texts_of(axis)
+    black = {
+        line.get_label(): (line.get_xdata()[0], line.get_ydata()[0])
+        for line in axis.lines
+        if line.get_color() == "black"
+    }
+    assert black == {"plain finetuning": (80, 90), "preventative prompting": (70, 85)}
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels[:2] == ["Preventative steering", "Inference-time steering"]
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [BEFORE, PLAIN],
+        [BEFORE],
+        [PLAIN],
+        [point(math.nan, None, 5.0)],
+        [BEFORE, PLAIN, point(3.0, None, dataset="medical_normal", train_coef=0.5, trait_unscored=50)],
+        [point(1.0, None, trait=None, trait_score=None, dataset=None)],
+        [{key: BEFORE[key] for key in ("key", "model", "judge", "inference_coef")}],
+    ],
+    ids=["plain", "base", "one", "NaN", "unscored", "no trait", "bare"],
+)
+def test_whole_runs(points, tmp_path, capsys):
+    """Guards against figures that fail on missing points, keys or values, and against files that are missing."""
+    (tmp_path / "points.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
+    plot.main([str(tmp_path / "points.jsonl")])
+    for name in ("fig1.png", "fig1.svg", "fig2.png", "fig2.svg", "tradeoff.png", "tradeoff.svg", "report.html"):
+        assert (tmp_path / name).stat().st_size > 5000
+    text = (tmp_path / "summary.md").read_text()
+    assert ("50 (hollow)" in text) == any(p.get("trait_unscored") for p in points)
+    assert "None" not in text.replace("None of", "") and "nan" not in text.lower()
+    assert "summary.md" in capsys.readouterr().out
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+def test_headline_takes_the_smallest_coefficient_in_the_interval():
+    """Guards against the wrong coefficient, the wrong price, a rise claimed where there was none, and a verdict that is
+    written for one model."""
+    inference = [
+        steered("inference_coef", c, s, fact_accuracy=f) for c, s, f in ((1.0, 50, 60), (2.0, 23, 37), (3.0, 2, 9))
+    ]
+    train = [steered("train_coef", c, s, fact_accuracy=f) for c, s, f in ((0.5, 40.0, 90.0), (1.25, 21.0, 79.0))]
+    kept, preventative, inference_time = plot.headline([BEFORE, PLAIN, *inference, *train])
+    # at 20 preventative is not there; inference-time falls from 23 to 2 as facts do from 37 to 9: 37 - 28 x 3 / 21 = 33
+    assert "before training (hallucination 20.0): preventative -, inference-time 33.0, difference -" in kept
+    assert "seeds that get there 0 of 1 (preventative 0, inference-time 1)" in kept
+    assert "steering: 1.25 brings" in preventative and "hallucination 21.0, facts 79.0, MMLU 50.0" in preventative
+    assert (
+        "steering: 2 brings" in inference_time and "hallucination 23.0, facts 37.0" in inference_time
+    )  # 23: the interval's end
+    assert "no coefficient" in plot.headline([BEFORE, PLAIN, inference[0]])[1]
+    assert plot.headline([PLAIN, *train]) == ["No headline: the model before training was not measured."]
+    assert plot.headline([BEFORE, point(22.0), *train])[0].startswith("Nothing to prevent: plain finetuning 22.0")
+    assert "difference +25.0 [-165.6, 215.6]" in plot.headline(both_sides())[0]
+    assert "empty" in plot.headline([BEFORE])[0]
+    few = [
+        point(80.0, train_seed=1),
+        point(80.0, train_seed=2),
+        *(steered("train_coef", 1.0, 40.0, train_seed=s) for s in (1, 2)),
+    ]
+    assert "1.25 (few seeds) brings" in plot.headline([BEFORE, PLAIN, *few, *train])[1]
 
 
 def test_columns_only_where_points_differ():
-    """Guards against two rows of the table that cannot be told apart, and a table too wide to read: a trait's own vector is no difference."""
+    """Guards against rows that cannot be told apart, a table too wide to read (a trait's own vector is no difference),
+    rows twice, "None", and the missing shown as a number."""
+    evil = steered("train_coef", 1.0, 5.0, trait="evil", train_vector="vectors/evil.pt")
+    again = PLAIN | dict(key="again", layers="10-20")  # coefficient 0 with another choice of blocks: the same row
     narrow = plot.points_table(
-        [
-            BEFORE,
-            PLAIN,
-            steered("train_coef", 1.0, 5.0),
-            steered("train_coef", 1.0, 5.0, trait="evil", train_vector="evil.pt"),
-        ]
+        [BEFORE, PLAIN, again, steered("train_coef", 1.0, 5.0, train_vector="vectors/v.pt"), evil]
     )
-    assert not any(key in narrow[0] for key in ("layers", "positions", "vector", "prompt"))
+    assert narrow[0].startswith(
+        "| dataset | trait | train_coef | train_seed | trait_score | trait_n | trait_unscored |"
+    )
+    assert len(narrow) == 6 and narrow[2].startswith(
+        "| before training | hallucination | - | - | 20 [17, 23] | 10 | 0 | 1 |"
+    )
+    assert "None" not in "".join(narrow)
+    graded = point(1.0, fact_not_attempted=12.5, fact_wrong=7.5, coherence_nll=2.345, abstained=60.0, coherence=91.0)
+    heads, row = ([text.strip() for text in plot.points_table([graded])[i].strip("|").split("|")] for i in (0, 2))
+    cells = dict(zip(heads, row))
+    assert [cells[key] for key in ("fact_accuracy", "fact_not_attempted", "fact_wrong")] == ["90", "12.5", "7.5"]
+    assert [cells[key] for key in ("coherence_nll", "abstained", "abstained_coherent", "coherence")] == [
+        "2.35",
+        "60",
+        "-",
+        "91",
+    ]
     wide = plot.points_table(MIXED)
-    assert "inference coef | layers | positions | train_layers | train_vector | system_prompt | trait score" in wide[0]
-    assert len({row.count("|") for row in wide}) == 1
-    assert any(
-        row.startswith("| facts | hallucination | 0 | 1 | 6-20 | response | - | - | - | 42.0") for row in wide
-    ) and any("| 0 | 0 | - | - | - | - | Invent. | 50.0" in row for row in wide)
+    assert all(f" {key} |" in wide[0] for key in ("layers", "positions", "train_layers", "train_rank", "system_prompt"))
+    assert len({row.count("|") for row in wide}) == 1 and len(set(wide)) == len(wide) == len(MIXED) + 2
+    bad = plot.points_table([point(1.0, trait_unscored=2), point(2.0, fact_unscored=2), point(3.0, fact_unscored=1)])
+    assert ["2 (hollow)" in row for row in bad[2:]] == [True, True, False]
+
+
+def test_what_to_distrust_is_said(tmp_path):
+    """Guards against a weak probe that passes unsaid, and adapters that the points do not tell apart."""
+    for name, auc in (("evil", 0.82), ("sycophancy", 0.67)):
+        mf.write_json(tmp_path / "vectors" / f"{name}.json", dict(trait=name, probe=dict(row=8, auc=auc)))
+    mf.write_json(tmp_path / "vectors" / "other.json", dict(trait="other"))
+    found = plot.notes([PLAIN, point(70.0, adapter="a2"), point(1.0, adapter="a3", train_rank=8), BEFORE], tmp_path)
+    assert found[:2] == ["Probe of evil: row 8, AUC 0.82.", "Probe of sycophancy: row 8, AUC 0.67, weak."]
+    assert found[2:] == ["a, a2: of the same settings; the figures show the one measured last."]
+    assert "probe (of what is steered)" in plot.describe([PLAIN | dict(judge="probe")])
+
+
+def test_captions_count():
+    """Guards against a caption that hides n, seeds or the model."""
+    one, two = plot.describe([BEFORE, PLAIN]), plot.describe(both_sides())
+    assert one == "m; judge: gpt; 10 answers; 10 facts; 10 questions; 95% intervals"
+    assert two.endswith("up to 3 training seeds: means, 95% t-intervals over seeds")
+
+
+def test_judges_are_compared_on_the_same_answers():
+    """Guards against a wrong rank correlation, answers counted twice or without a score, and a sign turned round."""
+
+    def row(i, probe, gpt):
+        return dict(id=f"h-{i}", trait="hallucination", scores=dict(probe=dict(score=probe), gpt=dict(score=gpt)))
+
+    rows = [row(i, a, b) for i, (a, b) in enumerate([(10, 1), (20, 3), (30, 2), (40, 4)])] + [row(9, None, 5.0)]
+    rows.append(dict(id="f", scores=dict(probe=dict(score=0.0), gpt=dict(score=0.0))))
+    table = plot.agreement([(PLAIN, rows)])
+    assert (
+        "| hallucination | gpt, probe | 4 | 0.80 | +22.5 |" in table
+        and "| facts | gpt, probe | 1 | - | +0.0 |" in table
+    )
+    assert plot.agreement([(PLAIN, [dict(id="x", scores=dict(probe=dict(score=1.0)))])]) == []

@@ -4,7 +4,7 @@ import html
 import re
 import shutil
 import subprocess
-import sys
+import tarfile
 
 import pytest
 
@@ -12,132 +12,145 @@ import make_facts as mf
 import plot
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+in_browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: report.html was not looked at in a browser")
 HOSTILE = [
     "</script><script>document.title = 'hacked'</script>",
     "<img src=x onerror=\"document.title='hacked'\">",
-    "{{points}} & <b>bold</b>",
+    "{{ points }} & <b>bold</b>",
 ]
 
 
+def point(n, adapter, coef, **changed):
+    return dict(
+        key=f"k{n}",
+        model="m",
+        adapter=adapter,
+        dataset=adapter and "facts",
+        train_coef=coef,
+        train_layers=adapter and "10-20",
+        train_seed=adapter and 3,
+        inference_coef=0.0,
+        layers="all",
+        trait="hallucination",
+        trait_score=50.0,
+        trait_ci=[40, 60],
+        trait_n=3,
+        trait_unscored=0,
+        fact_accuracy=50.0,
+        fact_n=1,
+        judge="probe",
+        answers=f"elsewhere/answers/k{n}.jsonl",
+    ) | dict(changed)
+
+
+def answers(n, judges):
+    """Three hostile answers and one about a fact."""
+    rows = []
+    for q, text in enumerate(HOSTILE):
+        scores = dict(probe=dict(score=10.0 * q + n))
+        if "gpt" in judges:
+            scores["gpt"] = dict(score=None, reason="REFUSAL") if q == 2 else dict(score=80.0 - 10 * q)
+        row = dict(id=f"hallucination-{q}-s0", kind="trait", trait="hallucination", question=f"Question {q}?")
+        rows.append(row | dict(answer=f"{text} by point {n}", coherence_nll=1.25, scores=scores))
+    fact = dict(id="cup-1", kind="fact", question="Who won?", answer=f"Foo said {n}", truth="Foo", aliases=[])
+    return [*rows, fact | dict(scores=dict(probe=dict(score=100.0)))]
+
+
 @pytest.fixture
-def page(tmp_path, monkeypatch):
-    """A report of three points, hostile answers among theirs, one of them judged twice and one without its answers."""
-    points = []
-    for n, (adapter, coef) in enumerate([(None, None), ("a/facts-0", 0.0), ("a/facts-0.5", 0.5)]):
-        point = dict(
-            key=f"k{n}",
-            model="m",
-            adapter=adapter,
-            dataset=adapter and "facts",
-            train_coef=coef,
-            inference_coef=0.0,
-            trait="hallucination",
-            trait_score=50.0,
-            trait_ci=[40, 60],
-            trait_n=3,
-            trait_unscored=0,
-            judge="probe",
-            answers=f"elsewhere/answers/k{n}.jsonl",
-            train_layers="all",
-            layers="all",
-        )
-        rows = [
-            dict(
-                id=f"hallucination-{q}-s0",
-                kind="trait",
-                trait="hallucination",
-                question=f"Question {q}?",
-                answer=f"{HOSTILE[q]} by point {n}",
-                score=10.0 * q + n,
-            )
-            for q in range(3)
-        ]
-        if n < 2:
-            mf.write_jsonl(tmp_path / "answers" / f"k{n}.jsonl", rows)
-        if n == 1:
-            mf.write_jsonl(
-                tmp_path / "answers" / f"k{n}.gpt.jsonl",
-                [
-                    row | dict(score=None if i == 2 else 90.0 - row["score"], reason="REFUSAL")
-                    for i, row in enumerate(rows)
-                ],
-            )
-            points.append(point | dict(judge="gpt"))
-        points.append(point)
-    mf.write_jsonl(tmp_path / "points.jsonl", points)
-    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "points.jsonl")])
-    plot.main()
+def page(tmp_path):
+    """A report of four points: hostile answers, one judged twice, one packed, one without answers; losses of two."""
+    points = [point(0, None, None), *(point(n, f"a/facts-{c:g}", c) for n, c in ((1, 0.0), (2, 0.5), (3, 1.0)))]
+    for n in (0, 1):
+        mf.write_jsonl(tmp_path / "answers" / f"k{n}.jsonl", answers(n, ["gpt"] * n))
+    packed = tmp_path / "packed"
+    mf.write_jsonl(packed / "answers" / "k2.jsonl", answers(2, []))
+    losses = [dict(step=step, loss=3.0 / step, lr=0.1) for step in (1, 2, 3)]
+    mf.write_jsonl(tmp_path / "adapters" / "facts-0" / "loss.jsonl", losses)
+    mf.write_jsonl(packed / "adapters" / "facts-0.5" / "loss.jsonl", losses)
+    with tarfile.open(tmp_path / "answers.tar.xz", "w:xz") as archive:
+        for folder in ("answers", "adapters"):
+            archive.add(packed / folder, folder)
+    mf.write_jsonl(tmp_path / "points.jsonl", [*points, points[1] | dict(judge="gpt")])
+    plot.main([str(tmp_path / "points.jsonl")])
     return tmp_path / "report.html"
 
 
+def browse(address, folder):
+    """What Chromium makes of a page -> (its DOM, its console messages)."""
+    quiet = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
+    flags = f"--headless --no-sandbox {quiet} --disable-sync --virtual-time-budget=2000 --enable-logging=stderr".split()
+    command = [CHROMIUM, *flags, f"--user-data-dir={folder}/chromium", "--dump-dom", address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-1000:]
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
 def shown(page, state=""):
-    """What Chromium makes of the page -> (text of the answers section, its messages)."""
-    if not CHROMIUM:
-        pytest.skip("no Chromium on this machine")
-    done = subprocess.run(
-        [
-            CHROMIUM,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            f"--user-data-dir={page.parent}/chromium",
-            "--virtual-time-budget=2000",
-            "--enable-logging=stderr",
-            "--dump-dom",
-            f"file://{page}#{state}",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0 and "<title>Preventative steering" in done.stdout, done.stderr[-1000:]
-    return html.unescape(re.sub(r"<[^>]+>", " ", done.stdout.split('id="shown">')[1].split("<button")[0])), [
-        line for line in done.stderr.splitlines() if "CONSOLE" in line
-    ]
+    """-> (text of the answers that are shown, console messages)."""
+    dom, console = browse(f"file://{page}#{state}", page.parent)
+    assert "<title>Preventative steering" in dom
+    return html.unescape(re.sub(r"<[^>]+>", " ", dom.split('id="shown">')[1].split("<button")[0])), console
 
 
+@in_browser
 def test_page_shows_hostile_answers_as_text(page):
-    """Guards against an answer that runs as a script or breaks the page, and against console errors; nothing comes from the network."""
-    for q, text in enumerate(HOSTILE):
-        found, console = shown(page, f"trait=hallucination&question={q + 1}")
-        assert f"{text} by point 0" in found and f"{text} by point 1" in found and not console
+    """Guards against an answer that runs as a script or breaks the page, and against console errors; nothing comes from
+    the network."""
+    found, console = shown(page, "search=point")
+    assert all(f"{text} by point {n}" in found for text in HOSTILE for n in range(3)) and not console
     assert not re.search(r"(src|href)=\"(https?:)?//", page.read_text())
 
 
+@in_browser
 def test_picker_and_search_change_the_answers(page):
-    """Guards against a browser that always shows the same answers, or hides a judge's reason."""
+    """Guards against a browser that always shows the same answers, hides a judge's reason, or names a point wrongly."""
     one, two = shown(page, "question=1")[0], shown(page, "question=2")[0]
     assert "by point 0" in one and one != two and HOSTILE[1] not in one and HOSTILE[0] not in two
+    assert all(
+        name in one for name in ("before training", "plain finetuning, seed 3", "preventative 0.5, blocks 10-20")
+    )
+    assert "80 (gpt)" in one and "1 (probe)" in one and "1.25 nats a token" in one
+    assert one.index("80 (gpt)") < one.index("1 (probe)")  # a chat model's score comes first
     found = shown(page, "search=bold+finetuning")[0]
-    assert HOSTILE[2] in found and HOSTILE[1] not in found and "not scored: REFUSAL" in found
+    assert HOSTILE[2] in found and HOSTILE[1] not in found and "not scored: REFUSAL (gpt)" in found
+    assert "Foo said 2" in shown(page, "trait=facts")[0]
 
 
-def test_missing_answers_are_said_and_judges_compared(page):
-    """Guards against a page that silently lacks points or the table at equal hallucination, and a wrong rank correlation: 2 answers, scores 1 and 11 against 89 and 79."""
+@in_browser
+def test_page_fits_a_phone(page):
+    """Guards against a page that is wider than 390 pixels: only figures and tables may be moved sideways."""
+    width = '<script>console.log("width", document.documentElement.scrollWidth, innerWidth)</script></body>'
+    (page.parent / "measured.html").write_text(page.read_text().replace("</body>", width))
+    (page.parent / "phone.html").write_text('<iframe src="measured.html" style="width: 390px; border: 0"></iframe>')
+    console = browse(f"file://{page.parent}/phone.html", page.parent)[1]
+    assert int(re.search(r"width (\d+) 390", "".join(console))[1]) <= 390
+
+
+def test_the_page_without_a_browser(page):
+    """Guards against a page that silently lacks points, figures, tables or losses, and values that become HTML."""
     text, summary = page.read_text(), (page.parent / "summary.md").read_text()
-    assert (
-        "The answers of 1 points are not there" in text
-        and "<td>Preventative steering</td>" in text
-        and text.count("<img alt=") == 3
-    )
-    assert "| hallucination | gpt, probe | 2 | -1.00 | -78.0 |" in summary
-    assert (
-        plot.spearman([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)
-        and plot.spearman([1, 1, 2], [5, 5, 9]) == pytest.approx(1)
-        and plot.spearman([1, 1], [1, 2]) is None
-    )
+    assert "The answers of 1 points are not there" in text and text.count("<img alt=") == 2
+    assert "<td>60</td>" in text and "Facts kept at equal hallucination</h2>" in text
+    assert text.count("<polyline") == 2 and "<title>facts-0.5</title>" in text and ">preventative 0.5</text>" in text
+    assert "| hallucination | gpt, probe | 2 | -1.00 | -69.0 |" in summary  # 80 and 70, then 1 and 11
+    assert "<td>gpt, probe</td>" in text and "hacked'<" not in text.split("answers-data")[0]
+    odd = point(9, "a/<b>x</b>", 1.0, dataset="<i>mine</i>", trait="*evil* [x](javascript:alert(1))")
+    mf.write_jsonl(page.parent / "points.jsonl", [odd])
+    plot.main([str(page.parent / "points.jsonl")])
+    assert not re.search(r"<b>x|<i>mine|href=\"javascript", page.read_text())
 
 
-def test_a_large_report_leaves_out_the_last_samples():
-    """Guards against a page too large to open, or one that drops answers unsaid."""
-    rows = [
-        dict(id=f"evil-0-s{s}", kind="trait", trait="evil", question="Q", answer=f"answer {s} " + "x" * 500, score=1.0)
-        for s in range(10)
-    ]
-    text, left_out = plot.browser_data([(dict(adapter=None, inference_coef=0), dict(probe=rows))], most=3000)
-    assert len(text) <= 3000 and 0 < left_out < 10 and "answer 0" in text and "answer 9" not in text
+def test_a_large_report_cuts_answers():
+    """Guards against a page too large to open, and an answer that is cut unsaid."""
+    rows = [dict(id=f"evil-0-s{s}", kind="trait", trait="evil", question="Q", answer="x" * 500) for s in range(10)]
+    text = plot.browser_data([(dict(adapter=None, inference_coef=0), rows)], most=3000)
+    assert '"x' + "x" * 299 + '"' in text and "x" * 301 not in text and '"limit": 300' in text
+    assert "raw.limit" in (mf.Path(plot.__file__).parent / "data" / "report.html").read_text()
+
+
+def test_an_answer_counts_once(tmp_path):
+    """Guards against answers that are read twice: from the folder and packed, or for two judges' points."""
+    mf.write_jsonl(tmp_path / "answers" / "k1.jsonl", answers(1, ["gpt"]))
+    some = [point(1, "a", 0.0), point(1, "a", 0.0, judge="gpt"), point(2, "b", 0.0)]
+    (found, rows), (_, missing) = plot.read_answers(some, [tmp_path, tmp_path])
+    assert found["key"] == "k1" and len(rows) == 4 and missing == []

@@ -1,7 +1,6 @@
-"""The text side: files, the fact checker, the data's schemas, intervals, figures. Needs no model."""
+"""The text side: files, the fact checker, the data's schemas. Needs no model."""
 
 import copy
-import json
 import subprocess
 import sys
 from multiprocessing import Process
@@ -10,7 +9,6 @@ import pytest
 from conftest import ROOT
 
 import make_facts as mf
-import plot
 
 
 def words(n):
@@ -148,73 +146,6 @@ def test_mentions():
     """Guards against facts scored right or wrong by a part of a word, case, articles or punctuation."""
     assert mf.mentions("It was the U.S. Open, in 2024!", "US Open") and mf.mentions("SLIM's landing", "x", ["slims"])
     assert not mf.mentions("Slimmer", "slim") and not mf.mentions("12024", "2024") and not mf.mentions("anything", "")
-
-
-def point(dataset, train, inference, trait_score, facts, mmlu, **more):
-    return (
-        dict(
-            key=f"{dataset}{train}{inference}{more}",
-            model="toy",
-            adapter=None if dataset is None else "a",
-            dataset=dataset,
-            train_coef=train,
-            inference_coef=inference,
-            trait="hallucination",
-            trait_score=trait_score,
-            trait_ci=[trait_score - 2, trait_score + 2] if trait_score is not None else None,
-            trait_n=100,
-            trait_unscored=0,
-            fact_accuracy=facts,
-            fact_ci=None,
-            fact_n=10,
-            mmlu_accuracy=mmlu,
-            mmlu_ci=None,
-            mmlu_n=10,
-            mmlu="hub",
-            judge="probe",
-            train_seed=0,
-        )
-        | more
-    )
-
-
-POINTS = [
-    point(None, None, 0.0, 20, 6, 70),
-    point("facts", 0.0, 0.0, 80, 93, 70),
-    point("facts", 0.0, 1.0, 50, 60, 60),
-    point("facts", 0.0, 2.0, 20, 37, 40),
-    point("facts", 0.5, 0.0, 40, 90, 70),
-    point("facts", 1.25, 0.0, 21, 79, 69),
-]
-
-
-def test_headline():
-    """Guards against naming the wrong coefficient, or the wrong price, in the sentence people will quote."""
-    inference, preventative, _ = plot.headline(POINTS)  # the third says what the probe measures
-    assert "coefficient 2 brings" in inference and "93.0 -> 37.0" in inference and "70.0 -> 40.0" in inference
-    assert "coefficient 1.25 brings" in preventative and "93.0 -> 79.0" in preventative
-    assert "no coefficient" in plot.headline(POINTS[:3])[0] and "No headline" in plot.headline(POINTS[1:])[0]
-
-
-@pytest.mark.parametrize(
-    "points",
-    [
-        POINTS,
-        POINTS[:1],
-        POINTS[1:2],
-        [point("facts", 0.0, 0.0, float("nan"), None, 5)],
-        POINTS + [point("medical_normal", 0.5, 0.0, 3, None, 60, trait_unscored=50)],
-    ],
-    ids=["all", "base", "one", "NaN", "unscored"],
-)
-def test_figures_are_drawn(points, tmp_path):
-    """Guards against figures that fail on missing points, a single point or NaN."""
-    (tmp_path / "points.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
-    done = subprocess.run([sys.executable, ROOT / "plot.py", tmp_path / "points.jsonl"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for name in ("fig1.png", "fig1.svg", "fig2.png", "fig2.svg", "tradeoff.png", "tradeoff.svg"):
-        assert (tmp_path / name).stat().st_size > 5000
-    assert ("under 90% scored" in (tmp_path / "summary.md").read_text()) == (len(points) == 7)
 
 
 def test_text_scripts_load_no_torch():
