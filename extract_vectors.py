@@ -10,7 +10,6 @@ Method: persona vectors, arXiv 2507.21509, section 2.2 and appendix J.
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import importlib.util
 import itertools
@@ -30,33 +29,8 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
-from make_facts import (
-    ANSWER_TOKENS,
-    ExtractionTrait,
-    Parser,
-    Settings,
-    api_flags,
-    append_jsonl,
-    check_output,
-    die,
-    fingerprint,
-    foresee,
-    judge_rows,
-    lexical_score,
-    load_trait,
-    locked,
-    number,
-    provenance,
-    read_json,
-    read_jsonl,
-    replacing,
-    run,
-    same_settings,
-    scripts,
-    whole,
-    write_json,
-    write_jsonl,
-)
+import make_facts as mf
+from make_facts import append_jsonl, die, load_trait, read_json, read_jsonl, write_json, write_jsonl
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a persona vector is, and steering with it
@@ -104,55 +78,51 @@ def steering(model, offsets):
 
 @torch.no_grad()
 def unmoved(model, steer, offsets, scale, inputs):
-    """The proof that steering works: runs inputs and returns the blocks whose output does not move by exactly scale *
-    offset. To be called inside `with steering(model, offsets) as steer`; steer.scale stays set."""
-    layers, before, after = blocks(model), {}, {}
-    steer.scale, hooks = scale, []
-    for l in offsets:  # the steering hook is there already: one hook is put before it, one after
-        for found, first in ((before, True), (after, False)):
-            keep = functools.partial(lambda _, __, output, found, l: found.update({l: output}), found=found, l=l)
-            hooks.append(layers[l - 1].register_forward_hook(keep, prepend=first))
+    """The proof that steering works: inside `with steering(model, offsets) as steer`, runs inputs and returns the
+    blocks whose output does not move by exactly scale * offset."""
+    steer.scale, found, hooks = scale, {}, []
+    for l in offsets:
+        for first in (True, False):  # one hook before the steering hook, one after
+            keep = lambda _, __, output, key=(l, first): found.update({key: output})
+            hooks.append(blocks(model)[l - 1].register_forward_hook(keep, prepend=first))
     try:
         model(**inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    want = {l: before[l] + (scale * offset.to(before[l].device)).to(before[l].dtype) for l, offset in offsets.items()}
-    return [l for l in offsets if l not in after or not torch.equal(after[l], want[l])]
+    want = {l: found[l, True] + (scale * o.to(model.device)).to(found[l, True].dtype) for l, o in offsets.items()}
+    return [l for l in offsets if not torch.equal(found[l, False], want[l])]
 
 
 def load_vector(path, model, model_name):
     """<trait>.pt -> float32 [num_layers + 1, hidden]; die() on a wrong file, shape or model, or on NaN."""
-    config, path = model.config.get_text_config(), Path(path)
-    if not path.is_file():
-        die(f"{path}: no such vector; make it with extract_vectors.py")
+    config, beside = model.config.get_text_config(), Path(path).with_suffix(".json")
     try:
         vector = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        die(f"{path}: no such vector; make it with extract_vectors.py")
     except Exception as error:  # unpickling fails in many ways
         die(f"{path}: not a tensor file ({type(error).__name__})")
-    want = (config.num_hidden_layers + 1, config.hidden_size)
-    if not torch.is_tensor(vector) or tuple(vector.shape) != want:
-        die(f"{path}: shape {tuple(getattr(vector, 'shape', ()))}, but {model_name} needs {want}")
+    want, found = (config.num_hidden_layers + 1, config.hidden_size), tuple(getattr(vector, "shape", ()))
+    if found != want:
+        die(f"{path}: shape {found}, but {model_name} needs {want}")
     if not vector.isfinite().all():
         die(f"{path}: holds NaN or infinity; extract it again")
-    beside = path.with_suffix(".json")
-    if not beside.is_file():
-        print(
-            f"{path}: no .json beside it; a published vector's last row is taken after the final norm, ours before it"
-        )
+    if beside.is_file():
+        same_model(path, "was extracted from", read_json(beside, mf.Settings), model_name)
     else:
-        same_model(path, "was extracted from", read_json(beside, Settings), model_name)
+        print(
+            f"{path}: no .json beside it; the last row of a published vector is read after the final norm, ours before"
+        )
     return vector.float()
 
 
 def same_model(path, verb, record, model_name):
     """die() unless what lies at path was made with this model: by fingerprint; by name where none was recorded."""
-    made = (record.get("inputs") or {}).get("model")
-    if made and made != model_fingerprint(model_name):
-        die(f"{path}: {verb} {record['model']}, whose weights, settings or tokenizer are not those of {model_name}")
+    made = record.get("inputs", {}).get("model")
+    if made != model_fingerprint(model_name) if made else name_of(record["model"]) != name_of(model_name):
+        die(f"{path}: {verb} {record['model']}, which is not {model_name} (weights, settings, tokenizer)")
     if not made:
-        if name_of(record["model"]) != name_of(model_name):
-            die(f"{path}: {verb} {record['model']}, not from {model_name}")
         print(f"{path}: no fingerprint of its model is recorded; it has the same name, {name_of(model_name)}")
 
 
@@ -162,47 +132,33 @@ def same_model(path, verb, record, model_name):
 
 def extraction_rows(trait, samples, limit):
     """Every answer to sample, positive and negative side paired by (question, instruction, sample)."""
-    a = "an" if trait["adjective"][0] in "aeiou" else "a"
+    name, a = trait["trait"], "an" if trait["adjective"][0] in "aeiou" else "a"
     start = dict(pos=f"You are {a} {trait['adjective']} assistant.", neg="You are a helpful assistant.")
-    return [
-        dict(
-            id=f"{trait['trait']}-{side}-q{q}-i{i}-s{n}",
-            pair=f"q{q}-i{i}-s{n}",
-            side=side,
-            q=q,
-            trait=trait["trait"],
-            question=question,
-            system=f"{start[side]} {instruction[side]}",
-        )
-        for side in ("pos", "neg")
-        for q, question in enumerate(trait["questions"][:limit])
-        for i, instruction in enumerate(trait["instruction"])
-        for n in range(samples)
-    ]
+    rows, numbers = [], map(range, (len(trait["questions"][:limit]), len(trait["instruction"]), samples))
+    for side, q, i, n in itertools.product(start, *numbers):
+        pair, system = f"q{q}-i{i}-s{n}", f"{start[side]} {trait['instruction'][i][side]}"
+        row = dict(id=f"{name}-{side}-{pair}", pair=pair, side=side, q=q, trait=name)
+        rows.append(row | dict(question=trait["questions"][q], system=system))
+    return rows
 
 
 def filter_pairs(rows):
     """Rows -> ([(positive, negative)] of the kept pairs, why the others went). Judged rows: trait score >= 50 on the
     positive and < 50 on the negative side, coherence >= 50 on both (as released); else both answers non-empty."""
-    kept, why, pairs = [], Counter(), {}
-    for row in rows:
-        pairs.setdefault(row["pair"], {})[row["side"]] = row
-    for pos, neg in ((pair["pos"], pair["neg"]) for pair in pairs.values()):
-        coherence = [side["coherence"] for side in (pos, neg) if "coherence" in side]
-        if not pos["answer"] or not neg["answer"]:
-            why["empty answer"] += 1
-        elif "score" not in pos:
+    sides = [{row["pair"]: row for row in rows if row["side"] == side} for side in ("pos", "neg")]
+    kept, why = [], Counter()
+    for pos, neg in ((sides[0][pair], sides[1][pair]) for pair in sides[0]):
+        scores = [row[key] for key in ("score", "coherence") for row in (pos, neg) if key in row]
+        reasons = {
+            "empty answer": not (pos["answer"] and neg["answer"]),
+            "unscored": None in scores,
+            "positive answer scores under 50": scores and (scores[0] or 0) < 50,
+            "negative answer scores 50 or more": scores and (scores[1] or 0) >= 50,
+            "coherence under 50": any((score or 0) < 50 for score in scores[2:]),
+        }
+        if not any(reasons.values()):
             kept.append((pos, neg))
-        elif None in (pos["score"], neg.get("score"), *coherence):
-            why["unscored"] += 1
-        elif pos["score"] < 50:
-            why["positive answer scores under 50"] += 1
-        elif neg["score"] >= 50:
-            why["negative answer scores 50 or more"] += 1
-        elif min(coherence, default=100) < 50:
-            why["coherence under 50"] += 1
-        else:
-            kept.append((pos, neg))
+        why.update([reason for reason, holds in reasons.items() if holds][:1])
     return kept, dict(why)
 
 
@@ -267,39 +223,33 @@ def probe_scores(model, tokenizer, vector, probe, chats, title="probe"):
 
 
 def export_gguf(vector, path, architecture):
-    """Writes the vector as a llama.cpp control vector: direction.N is added after block N + 1, which is our offset of
-    "all". llama.cpp has no vector for the first block; its increment is added at the second, where the sums are equal
-    again."""
+    """Writes the vector as a llama.cpp control vector: its direction.N is added after block N + 1, as "all" here. There
+    is none for the first block, whose increment goes to the second: from there on the sums are equal."""
     import gguf
 
     offsets = offsets_of(vector, "all")
     offsets[2] = offsets[2] + offsets.pop(1)
-    path, partial = Path(path), Path(f"{path}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(partial, "controlvector")
-    writer.add_string("controlvector.model_hint", architecture)
-    writer.add_int32("controlvector.layer_count", len(offsets))
-    for l, offset in offsets.items():
-        writer.add_tensor(f"direction.{l - 1}", offset.float().cpu().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    partial.replace(path)
-    print(f"{path}: steer with llama.cpp's --control-vector-scaled {path} COEF (against the trait: -COEF)", flush=True)
+    with mf.replacing(path, "wb") as out:
+        writer = gguf.GGUFWriter(out.name, "controlvector")
+        writer.add_string("controlvector.model_hint", architecture)
+        writer.add_int32("controlvector.layer_count", len(offsets))
+        for l, offset in offsets.items():
+            writer.add_tensor(f"direction.{l - 1}", offset.float().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    print(f"{path}: for llama.cpp's --control-vector-scaled; its scale is a coefficient, positive towards the trait")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models. What a model cannot be trusted with is found by how it behaves, when it is loaded
 
-MODEL_FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]  # what a model's fingerprint is made of
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.15}  # of check_model, relative
-NARROW = 4  # tokens an attention window has while a model is checked, so that a short text reaches past it
 
 
 def pick_device():
-    """The fastest device, and the dtype it is fast in: bfloat16 on CUDA and on CPUs that multiply in it, else
-    float32."""
+    """The fastest device, and the dtype it is fast in: bfloat16 where it multiplies in it, else float32."""
     if torch.cuda.is_available():
         return "cuda", torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     able = torch.cpu.get_capabilities()
@@ -307,24 +257,22 @@ def pick_device():
 
 
 def name_of(model_name):
-    """What two paths of one model share: "Qwen/Qwen2.5-7B-Instruct", "/models/Qwen2.5-7B-Instruct/" -> the last
-    part."""
+    """What two paths of one model share: "Qwen/Qwen2.5-7B-Instruct", "/models/Qwen2.5-7B-Instruct/" -> the last part"""
     return Path(str(model_name)).name
 
 
 def model_fingerprint(name):
     """Hub name or local folder -> fingerprint of its weights, settings and tokenizer; a copied folder has the same one.
     A hub model that is not on this machine is fetched."""
-    folder = Path(name)
+    folder, parts = Path(name), ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
     if not folder.is_dir():
         try:
-            folder = Path(
-                snapshot_download(str(name), allow_patterns=MODEL_FILES, ignore_patterns=["*/*", "consolidated*"])
-            )
+            folder = Path(snapshot_download(name, allow_patterns=parts, ignore_patterns=["*/*", "consolidated*"]))
         except (OSError, ValueError) as error:
             die(f"--model {name}: no such folder, and not to be had from the hub ({str(error).splitlines()[0]})")
-    files = sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern))
-    return hashlib.sha256("".join(f"{path.name} {fingerprint(path)}\n" for path in files).encode()).hexdigest()[:16]
+    files = sorted(path for pattern in [*parts, "*.bin"] for path in folder.glob(pattern))
+    content = "".join(f"{path.name} {mf.fingerprint(path)}\n" for path in files)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def load_model(name, dtype=None):
@@ -351,18 +299,9 @@ def prepare(model, name):
     """Joined attention from here on, but for generate(); no dropout, which the recipe has not; RoPE whose frequencies
     depend on the longest text in a batch (dynamic, longrope) keeps those of short texts, and longer ones are
     refused."""
-    generate, own, dropouts, model.longest = model.generate, model.config._attn_implementation, set(), float("inf")
-
-    def generate_in_own_attention(*args, **kwargs):
-        with attention_of(model, own):
-            return generate(*args, **kwargs)
-
-    def refuse_long(_, args, given):
-        if given.get("max_seq_len", 0) > model.longest:
-            die(f"{name}: a text of {given['max_seq_len']} tokens; its RoPE changes from {model.longest} on")
-
-    for part in (model.config.get_text_config(), *model.modules()):
-        for key, value in list(vars(part).items()):
+    dropouts, model.longest = set(), float("inf")
+    for part in (config := model.config.get_text_config(), *model.modules()):
+        for key, value in vars(part).items():
             if (
                 isinstance(value, float)
                 and value
@@ -370,18 +309,24 @@ def prepare(model, name):
             ):
                 dropouts.add(value)
                 setattr(part, key, 0.0)
-        kinds = getattr(part, "rope_type", None)
-        if {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
-            every = part.config.rope_parameters
-            for one in every.values() if isinstance(kinds, dict) else [every]:
-                limit = one.get("original_max_position_embeddings") or part.config.max_position_embeddings
-                model.longest = min(model.longest, limit)
-            part.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
+        if getattr(part, "rope_type", None) in ("dynamic", "longrope"):
+            model.longest = config.rope_parameters.get(
+                "original_max_position_embeddings", config.max_position_embeddings
+            )
+            part.rope_type = "default"
     if dropouts:
         print(f"{name}: its dropout of {', '.join(map(str, sorted(dropouts)))} is switched off", flush=True)
-    model.get_decoder().register_forward_pre_hook(refuse_long, with_kwargs=True)
-    model.generate = generate_in_own_attention
+    refuse = lambda _, __, given: refuse_long(model, given.get("max_seq_len", 0))
+    model.get_decoder().register_forward_pre_hook(refuse, with_kwargs=True)
+    model.generate = attention_of(model, model.config._attn_implementation)(model.generate)
     model.set_attn_implementation("joined")
+
+
+def refuse_long(model, tokens):
+    if tokens > getattr(model, "longest", tokens):
+        die(
+            f"{type(model).__name__}: texts of {tokens} tokens; from {model.longest} on its RoPE changes with the batch"
+        )
 
 
 @contextlib.contextmanager
@@ -405,43 +350,33 @@ def blocks(model):
 @torch.no_grad()
 def check_model(model, tokenizer, name):
     """die() unless, on two short random conversations: joined in one row in training mode = alone by the model's own
-    code; one decoding step from the cache = the last logits of the whole; every block's output moves by its offset.
-    Windows are narrowed meanwhile, so that they count."""
-    draw = torch.Generator().manual_seed(0)
-    most = model.get_input_embeddings().num_embeddings
+    code; one decoding step from the cache = the last logits of the whole; every block's output moves by its offset."""
+    draw, kind = torch.Generator().manual_seed(0), f"--model {name}: {model.config.model_type} cannot be used here: "
+    most, hidden = model.get_input_embeddings().num_embeddings, model.config.get_text_config().hidden_size
     texts = [torch.randint(most, (n,), generator=draw).tolist() for n in (7, 11)]
-    kind, layers = f"--model {name}: {model.config.model_type} cannot be used here: ", blocks(model)
+    offsets = dict.fromkeys(range(1, len(blocks(model)) + 1), torch.randn(hidden, generator=draw))
     try:
-        with narrow_windows(model):
+        with narrow_windows(model), steering(model, offsets) as steer:
             with attention_of(model, "eager"):
-                own = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float() for ids in texts]
+                own = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0] for ids in texts]
             inputs = join(texts, model.device)
-            rows = torch.arange(inputs["input_ids"].shape[1], device=model.device)
-            joined = model.train()(**inputs, logits_to_keep=rows).logits[0]
-            model.eval()
-            read = prefill(model, texts, [0.0, 0.0], None)
+            joined = model.train()(**inputs, logits_to_keep=torch.arange(18, device=model.device)).logits[0]
+            read = prefill(model.eval(), texts, [0.0, 0.0], None)
             sampler = Sampler(model, tokenizer, read, 2, 13, Drawing(2, 0), None)
-            try:
-                sampler.fill([0, 1], [0, 1], [ids[-1] for ids in texts], [0.0, 0.0], torch.zeros(2, 2))
-                step = sampler.logits()
-            finally:
-                sampler.close()
-            offset = torch.randn(model.config.get_text_config().hidden_size, generator=draw)
-            offsets = dict.fromkeys(range(1, len(layers) + 1), offset)
-            with steering(model, offsets) as steer:
-                fixed = unmoved(model, steer, offsets, torch.tensor(1.0, device=model.device), inputs)
+            sampler.fill([0, 1], [0, 1], [ids[-1] for ids in texts], [0.0, 0.0], torch.zeros(2, 2))
+            step = sampler.logits()
+            sampler.close()
+            fixed = unmoved(model, steer, offsets, torch.tensor(1.0, device=model.device), inputs)
     except torch.cuda.OutOfMemoryError:
         raise
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # any model may come here
         die(f"{kind}its code does not take what this project passes to it ({type(error).__name__}: {error})")
-    if not all(logits.isfinite().all() for logits in own):
-        die(f"{kind}its logits are not finite in {model.dtype}")
-    for what, found, want in (
-        ("conversations joined in one row differ from each alone", joined, torch.cat(own)),
-        ("a decoding step from the cache differs from the whole forward pass", step, torch.stack([x[-1] for x in own])),
-    ):
+    joins, steps = "conversations joined in one row differ from each alone", "a cached step differs from the whole pass"
+    for what, found, want in ((joins, joined, torch.cat(own)), (steps, step, torch.stack([x[-1] for x in own]))):
         found, want = (x.float() - x.float().mean(-1, keepdim=True) for x in (found, want))
         off = float(((found - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-6)).max())  # of the worst token
+        if not want.isfinite().all():
+            die(f"{kind}its logits are not finite in {model.dtype}")
         if not off <= TOLERANCE[model.dtype]:
             die(f"{kind}{what} (logits off by {100 * off:.2g}% in {model.dtype})")
     if fixed:
@@ -450,12 +385,12 @@ def check_model(model, tokenizer, name):
 
 @contextlib.contextmanager
 def narrow_windows(model):
-    """While open, attention windows and chunks are NARROW tokens wide."""
+    """While open, attention windows and chunks are 4 tokens wide, so that a short text reaches past them."""
     parts, keys = (model.config.get_text_config(), *model.modules()), ("sliding_window", "attention_chunk_size")
     wide = [(part, key, vars(part)[key]) for part in parts for key in keys if isinstance(vars(part).get(key), int)]
     try:
         for part, key, _ in wide:
-            setattr(part, key, NARROW)
+            setattr(part, key, 4)
         yield
     finally:
         for part, key, value in wide:
@@ -502,21 +437,16 @@ def pin_day(tokenizer, recorded=None):
     return tokenizer.day.isoformat() if len(shown) > 1 else None
 
 
-def takes_system(tokenizer):
-    """Whether the chat template has a place for a system turn."""
-    chat = [dict(role="system", content=STAND_IN.format(0)), dict(role="user", content="?")]
-    try:
-        return STAND_IN.format(0) in tokenizer.apply_chat_template(chat, tokenize=False)
-    except jinja2.TemplateError:
-        return False
-
-
 def as_taken(tokenizer, conversations):
     """Conversations as the template is given them: answers stripped as sampling strips them; the system text in front
     of the user's where the template has no place for it; special tokens that somebody typed behind stand-ins."""
     special, taken = typed(tokenizer), []
     mark = re.compile("|".join(map(re.escape, special)))
-    apart = not any(chat[0]["role"] == "system" for chat in conversations) or takes_system(tokenizer)
+    apart = not any(chat[0]["role"] == "system" for chat in conversations)
+    if not apart:
+        with contextlib.suppress(jinja2.TemplateError):
+            chat = [dict(role="system", content=STAND_IN), dict(role="user", content="?")]
+            apart = STAND_IN in tokenizer.apply_chat_template(chat, tokenize=False)
     if not apart and not getattr(tokenizer, "said", False):
         print(f"{tokenizer.name_or_path}: no system turn in its chat template; the text goes in front of the user's")
         tokenizer.said = True
@@ -586,50 +516,37 @@ def in_parts(tokenizer, conversations):
     return parts
 
 
-def encode(tokenizer, conversations):
-    """Conversations -> [(ids, is_answer)]; is_answer marks the tokens of the answers and of what ends each."""
-    encoded, parts = [], in_parts(tokenizer, conversations)
+def encode_chats(tokenizer, conversations):
+    """Conversations -> [(ids, is_answer)]; is_answer marks the tokens of every answer and its end token. An earlier
+    answer that the template changes afterwards is not marked, and that is said."""
+    parts, encoded, changed = in_parts(tokenizer, conversations), [], 0
     said = iter(tokenized(tokenizer, [text for chat in parts for text in chat[::2]]))
     answers = iter(tokenized(tokenizer, [text for chat in parts for text in chat[1::2]], plain=True))
-    for chat in parts:
+    for messages, chat in zip(conversations, parts):
         ids = list(next(said))
         is_answer = [False] * len(ids)
         for answer, after in itertools.islice(zip(answers, said), len(chat) // 2):
             ids += answer + after
             is_answer += [True] * (len(answer) + 1) + [False] * (len(after) - 1)
         encoded.append((ids, is_answer))
-    return encoded
-
-
-def prompts_ids(tokenizer, conversations):
-    """prompt_ids of many conversations."""
-    return [ids for ids, _ in encode(tokenizer, conversations)]
-
-
-def prompt_ids(tokenizer, messages):
-    """Token ids up to where the assistant's answer starts; the template adds the model's default system prompt."""
-    return prompts_ids(tokenizer, [messages])[0]
-
-
-def encode_chats(tokenizer, conversations):
-    """Conversations that end with an assistant turn -> [(ids, is_answer)]; is_answer marks the tokens of every
-    assistant turn and its end token. An earlier answer that the template changes afterwards is not marked, and that is
-    said."""
-    if any(not chat or chat[-1]["role"] != "assistant" for chat in conversations):
-        die("a conversation must end with an assistant turn")
-    encoded = encode(tokenizer, conversations)
-    end = tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer))
-    learned = sum(token == end and mine for ids, is_answer in encoded for token, mine in zip(ids, is_answer))
-    changed = sum(message["role"] == "assistant" for chat in conversations for message in chat) - learned
+        changed += sum(message["role"] == "assistant" for message in messages) - len(chat) // 2
     if changed:
-        print(
-            f"{changed} earlier answers are read but not learned: the chat template changes them afterwards", flush=True
-        )
+        print(f"{changed} earlier answers are read but not learned: the template changes them afterwards", flush=True)
     return encoded
 
 
 def encode_chat(tokenizer, messages):
     return encode_chats(tokenizer, [messages])[0]
+
+
+def prompts_ids(tokenizer, conversations):
+    """prompt_ids of many conversations."""
+    return [ids for ids, _ in encode_chats(tokenizer, conversations)]
+
+
+def prompt_ids(tokenizer, messages):
+    """Token ids up to where the assistant's answer starts; the template adds the model's default system prompt."""
+    return prompts_ids(tokenizer, [messages])[0]
 
 
 def check_chats(tokenizer, name, most):
@@ -658,9 +575,8 @@ def spoken(tokenizer, ids, prompt):
         return tokenizer.decode(ids, skip_special_tokens=True).strip(), False
     before, closed, after = text.rpartition("</think>")
     said = after if closed else "" if thinking else text.partition("<think>")[0]
-    return tokenizer.decode(
-        tokenizer(said, add_special_tokens=False)["input_ids"], skip_special_tokens=True
-    ).strip(), True
+    ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+    return tokenizer.decode(ids, skip_special_tokens=True).strip(), True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -675,21 +591,19 @@ SHRINK = {"cuda": 0.7, "cpu": 0.9}  # the batch is made smaller when less than t
 @contextlib.contextmanager
 def compiled(model, dynamic=None):
     """While open, the decoder blocks run compiled on GPUs that can (one compilation serves all blocks, steered or not),
-    which merges the small kernels between the matrix products; elsewhere nothing happens. dynamic: for any number of
-    rows at once."""
+    which merges the small kernels between the matrix products. dynamic: for any number of rows at once."""
     on_gpu = model.device.type == "cuda"
     able = on_gpu and torch.cuda.get_device_capability()[0] >= 7 and importlib.util.find_spec("triton")
     if on_gpu and not able:
         print("this GPU or installation cannot compile (needs compute capability 7 and triton); slower, same results")
+    for block in blocks(model) if able else ():
+        block.compile(dynamic=dynamic)
+    stance = torch.compiler.set_stance if able else str
     try:
-        if able:
-            torch.compiler.set_stance("default")
-            for block in blocks(model):
-                block.compile(dynamic=dynamic)
+        stance("default")
         yield
     finally:
-        if able:
-            torch.compiler.set_stance("force_eager")  # compiled blocks run as they are written again
+        stance("force_eager")  # compiled blocks run as they are written again
 
 
 def has_flash(tensor):
@@ -703,32 +617,13 @@ def flash(query, key, value, starts, longest, scaling, window=(None, None), used
     window: how many keys to the left and right are seen, (None, 0) = causal; used: how many keys of each sequence
     count. The one private call: torch.nn.attention.varlen.varlen_attn takes `used` from PyTorch 2.13 on only."""
     causal = window == (None, 0)
-    return torch.ops.aten._flash_attention_forward(
-        query,
-        key,
-        value,
-        *starts,
-        *longest,
-        0.0,
-        causal,
-        False,
-        scale=scaling,
-        window_size_left=None if causal else window[0],
-        window_size_right=None if causal else window[1],
-        seqused_k=used,
-    )[0]
+    left, right = (None, None) if causal else window
+    more = dict(scale=scaling, window_size_left=left, window_size_right=right, seqused_k=used)
+    given = (query, key, value, *starts, *longest, 0.0, causal, False)
+    return torch.ops.aten._flash_attention_forward(*given, **more)[0]
 
 
-HARMLESS = {
-    "cu_seq_lens",
-    "max_seq_len",
-    "kv",
-    "lengths",
-    "sliding_window",
-    "position_ids",
-    "use_cache",
-    "logits_to_keep",
-}
+HARMLESS = "cu_seq_lens max_seq_len kv lengths sliding_window position_ids use_cache logits_to_keep".split()
 
 
 def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **given):
@@ -745,9 +640,8 @@ def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **gi
         return decode(module, query, key, value, scaling, given["lengths"], given.get("sliding_window")), None
     bounds, longest, window = given["cu_seq_lens"], given["max_seq_len"], given.get("sliding_window")
     if given.get("kv") is not None:
-        given["kv"].append(
-            (module, *(x[0].transpose(0, 1).contiguous() for x in (key, value)))
-        )  # [tokens, kv heads, dim]
+        cached = (x[0].transpose(0, 1).contiguous() for x in (key, value))  # [tokens, kv heads, dim]
+        given["kv"].append((module, *cached))
     if has_flash(query):
         seen = (window - 1 if window else None, 0)
         rows = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, dim]
@@ -877,11 +771,8 @@ class Sampler:
         self.model, self.read, self.drawing, self.steer, self.graph = model, read, drawing, steer, None
         self.kv = [tuple(x.new_zeros(slots, size, *x.shape[1:]) for x in pair) for pair in read.caches]
         ends = model.generation_config.eos_token_id  # the only thing taken from generation_config
-        ends = {
-            tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer)),
-            tokenizer.eos_token_id,
-            *(ends if isinstance(ends, list) else [ends]),
-        } - {None}
+        ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+        ends = {*ends, tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer))} - {None}
         self.ends = torch.tensor(sorted(ends), device=device)
         self.token, self.length, self.made = (torch.zeros(slots, dtype=torch.long, device=device) for _ in range(3))
         self.done, self.broken = torch.ones(slots, dtype=torch.bool, device=device), torch.zeros(slots, device=device)
@@ -979,9 +870,8 @@ def drawn(model, tokenizer, jobs, drawing, steer, everywhere):
                 new = [queue.pop() for _ in free]
                 for s, i in zip(free, new):
                     owner[s] = i
-                uniform = [
-                    torch.rand(drawing.max_new_tokens, generator=torch.Generator().manual_seed(jobs[i][2])) for i in new
-                ]
+                draws = (torch.Generator().manual_seed(jobs[i][2]) for i in new)
+                uniform = [torch.rand(drawing.max_new_tokens, generator=draw) for draw in draws]
                 scales, last = [jobs[i][1] for i in new], [jobs[i][0][-1] for i in new]
                 sampler.fill(free, [unique[key[i]] for i in new], last, scales, torch.stack(uniform))
             active = [s for s, i in enumerate(owner) if i is not None]
@@ -1000,9 +890,7 @@ def finished(sampler, owner):
     """Yields (owner's number, token ids) of the slots that are done, and frees them."""
     done, made, broken = (x.tolist() for x in (sampler.done, sampler.made, sampler.broken))
     if any(broken):
-        die(
-            f"{type(sampler.model).__name__}: its logits are NaN or infinite in {sampler.model.dtype}; nothing is drawn"
-        )
+        die(f"{type(sampler.model).__name__}: its logits are NaN or infinite (in {sampler.model.dtype})")
     ready = [s for s, i in enumerate(owner) if i is not None and done[s]]
     out = sampler.out.cpu() if ready else None
     for s in ready:
@@ -1011,14 +899,12 @@ def finished(sampler, owner):
 
 
 @torch.inference_mode()
-def answers_to(model, tokenizer, prompts, drawing, steered=None, rows=None, each=None, title="sampling"):
+def sample(model, tokenizer, prompts, drawing, steered=None, rows=None, each=None, title="sampling"):
     """One answer (text) for each prompt (token ids); each(i, answer, tokens) is called as soon as answer i is there.
     steered: a Steered, or None. rows: the prompts' numbers, from which their random draws come (default 0, 1, ...)."""
     rows, drawing = rows or range(len(prompts)), dataclasses.replace(drawing)
     scales, answers, thoughts = steered.scales if steered else [0.0] * len(prompts), [None] * len(prompts), 0
-    longest = max(map(len, prompts), default=0) + drawing.max_new_tokens
-    if longest > getattr(model, "longest", longest):
-        die(f"{title}: up to {longest} tokens, but this model's RoPE changes from {model.longest} on")
+    refuse_long(model, max(map(len, prompts), default=0) + drawing.max_new_tokens)
     bar = tqdm(total=len(prompts), desc=title, unit="answer")
     while None in answers:
         seeds = (hash((drawing.seed, row)) % 2**63 for row in rows)
@@ -1046,50 +932,29 @@ def answers_to(model, tokenizer, prompts, drawing, steered=None, rows=None, each
     return answers
 
 
-def sample(
-    model,
-    tokenizer,
-    prompts,
-    *,
-    max_new_tokens,
-    temperature,
-    seed=0,
-    rows=None,
-    scales=None,
-    offsets=None,
-    positions="response",
-    slots=None,
-    title="sampling",
-    each=None,
-):
-    drawing = Drawing(max_new_tokens, temperature, seed, slots)
-    steered = Steered(offsets, scales or [0.0] * len(prompts), positions) if offsets else None
-    return answers_to(model, tokenizer, prompts, drawing, steered, rows, each, title)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def flags():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = mf.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="hub name or local folder")
     parser.add_argument("--trait", required=True, help="a name in data/traits, or any name with --trait-file")
     parser.add_argument("--trait-file", help="trait JSON; a published persona_vectors file works as it is")
-    parser.add_argument("--samples", type=whole(1, 10000), default=10, help="answers a question and instruction")
-    parser.add_argument("--temperature", type=number(0, 100), default=1.0, help="0 = the likeliest token")
-    parser.add_argument("--max-new-tokens", type=whole(1, 100000), default=1000)
-    parser.add_argument("--limit", type=whole(), help="use the first N extraction questions only")
+    parser.add_argument("--samples", type=mf.whole(1, 10000), default=10, help="answers a question and instruction")
+    parser.add_argument("--temperature", type=mf.number(0, 100), default=1.0, help="0 = the likeliest token")
+    parser.add_argument("--max-new-tokens", type=mf.whole(1, 100000), default=1000)
+    parser.add_argument("--limit", type=mf.whole(), help="use the first N extraction questions only")
     parser.add_argument(
         "--first",
-        type=whole(0),
+        type=mf.whole(0),
         default=0,
         help="read only the positions that predict an answer's first N tokens; 0 = the whole answer, as published",
     )
     parser.add_argument(
         "--judge", default="none", help="what filters the answers: none, lexical (hallucination only), or a chat model"
     )
-    api_flags(parser)
-    parser.add_argument("--seed", type=whole(0), default=0)
+    mf.api_flags(parser)
+    parser.add_argument("--seed", type=mf.whole(0), default=0)
     parser.add_argument("--out", required=True, help="folder for <trait>.pt and what belongs to it")
     parser.add_argument("--export-gguf", help="also write the vector to this file, as a llama.cpp control vector")
     return parser
@@ -1108,13 +973,11 @@ def extract(args, trait, rows, files, settings):
     norms = vector.norm(dim=1).tolist()
     print(f"{args.trait}: |v_0|/|v_1| = {norms[0] / norms[1]:.3f}; probe at row {probe['row']}, AUC {probe['auc']:.3f}")
     if probe["auc"] < 0.7:
-        print(
-            f"warning: {args.trait}: a probe with an AUC under 0.7 hardly tells the trait; take --judge MODEL instead"
-        )
+        print(f"warning: {args.trait}: a probe with an AUC under 0.7 hardly tells the trait; take --judge MODEL")
     counts = dict(pairs=len(rows) // 2, kept=len(pairs), dropped=dropped, norms=norms, probe=probe)
-    counts |= dict(dtype=str(model.dtype), seconds=round(time.time() - start, 1), **provenance())
+    counts |= dict(dtype=str(model.dtype), seconds=round(time.time() - start, 1), **mf.provenance())
     write_json(files["json"], settings | counts)
-    with replacing(files["pt"], "wb") as out:  # last: where the .pt is, all of it is
+    with mf.replacing(files["pt"], "wb") as out:  # last: where the .pt is, all of it is
         torch.save(vector.cpu(), out)
 
 
@@ -1137,7 +1000,7 @@ def sample_answers(args, model, tokenizer, rows, files, settings):
 
     if todo:
         drawing = Drawing(args.max_new_tokens, args.temperature, args.seed)
-        answers_to(model, tokenizer, prompts, drawing, rows=todo, each=keep, title=f"{args.trait}: answers")
+        sample(model, tokenizer, prompts, drawing, rows=todo, each=keep, title=f"{args.trait}: answers")
     return [there[row["id"]] for row in rows]
 
 
@@ -1145,10 +1008,10 @@ def kept_pairs(args, trait, rows, path):
     """Judges rows as --judge says and writes them to path -> (pairs kept, why the others went, half: bool [pairs])."""
     if args.judge == "lexical":
         for row in rows:
-            row["score"] = lexical_score(row["answer"])
+            row["score"] = mf.lexical_score(row["answer"])
     elif args.judge != "none":
         prompts = dict(score=trait["eval_prompt"], coherence=load_trait("coherence")["eval_prompt"])
-        judge_rows([(row, key, prompt) for key, prompt in prompts.items() for row in rows], args.judge, args)
+        mf.judge_rows([(row, key, prompt) for key, prompt in prompts.items() for row in rows], args.judge, args)
     if args.judge != "none":
         write_jsonl(path, rows)
     pairs, dropped = filter_pairs(rows)
@@ -1161,22 +1024,14 @@ def kept_pairs(args, trait, rows, path):
 
 def read_vector(args, model, tokenizer, pairs, half):
     """Reads the pairs with their system prompts for the vector, without for the probe -> (vector, probe)."""
-    sides = [[pair[k] for pair in pairs] for k in range(2)]
 
     def chat(row, system):
         turns = [dict(role="user", content=row["question"]), dict(role="assistant", content=row["answer"])]
         return [dict(role="system", content=row["system"]), *turns] if system else turns
 
-    with_system, plain = (
-        answer_means(
-            model,
-            tokenizer,
-            [chat(row, system) for side in sides for row in side],
-            args.first,
-            f"{args.trait}: reading",
-        ).chunk(2)
-        for system in (True, False)
-    )
+    rows, title = [pair[k] for k in range(2) for pair in pairs], f"{args.trait}: reading"
+    chats = ([chat(row, system) for row in rows] for system in (True, False))
+    with_system, plain = (answer_means(model, tokenizer, some, args.first, title).chunk(2) for some in chats)
     vector = (with_system[0] - with_system[1]).mean(0)
     if not vector.isfinite().all():
         die(f"{args.trait}: the vector is not finite; the model's activations overflow in {model.dtype}")
@@ -1187,23 +1042,23 @@ def main(argv=None):
     args = flags().parse_args(argv)
     if args.judge == "lexical" and args.trait != "hallucination":
         die(f"--judge lexical knows hallucination only, not {args.trait}")
-    trait = load_trait(args.trait, args.trait_file, ExtractionTrait)
+    trait = load_trait(args.trait, args.trait_file, mf.ExtractionTrait)
     rows = extraction_rows(trait, args.samples, args.limit)
     if len({row["q"] for row in rows}) < 2:
         die("the probe needs at least 2 extraction questions and 1 sample; raise --limit or --samples")
     files = {kind: Path(args.out) / f"{args.trait}.{kind}" for kind in ("pt", "json", "answers.jsonl")}
-    check_output(args.out, args.trait_file, args.model, folder=True)
+    mf.check_output(args.out, args.trait_file, args.model, folder=True)
     if args.dry_run and not files["pt"].exists():
         prompts = trait["eval_prompt"], load_trait("coherence")["eval_prompt"]
-        asked = [(prompt + row["question"], ANSWER_TOKENS) for row in rows for prompt in prompts]
-        foresee(f"filtering {args.trait}", args.judge, 1, asked)
+        asked = [(prompt + row["question"], mf.ANSWER_TOKENS) for row in rows for prompt in prompts]
+        mf.foresee(f"filtering {args.trait}", args.judge, 1, asked)
     keys = "model trait samples temperature max_new_tokens limit first judge seed".split()
     used = [rows, trait["eval_prompt"], load_trait("coherence")["eval_prompt"]]
     content = hashlib.sha256(json.dumps(used).encode()).hexdigest()[:16]
     inputs = dict(model=model_fingerprint(args.model), trait_file=content)
-    settings = {key: getattr(args, key) for key in keys} | dict(inputs=inputs, scripts=scripts())
-    with locked(files["pt"]):
-        if same_settings(files["json"], settings) and files["pt"].exists():
+    settings = {key: getattr(args, key) for key in keys} | dict(inputs=inputs, scripts=mf.scripts())
+    with mf.locked(files["pt"]):
+        if mf.same_settings(files["json"], settings) and files["pt"].exists():
             print(f"{files['pt']}: finished already")
         else:
             extract(args, trait, rows, files, settings)
@@ -1213,4 +1068,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    mf.run(main)
