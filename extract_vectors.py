@@ -899,7 +899,7 @@ def finished(sampler, owner):
 
 
 @torch.inference_mode()
-def sample(model, tokenizer, prompts, drawing, steered=None, rows=None, each=None, title="sampling"):
+def answers_to(model, tokenizer, prompts, drawing, steered=None, rows=None, each=None, title="sampling"):
     """One answer (text) for each prompt (token ids); each(i, answer, tokens) is called as soon as answer i is there.
     steered: a Steered, or None. rows: the prompts' numbers, from which their random draws come (default 0, 1, ...)."""
     rows, drawing = rows or range(len(prompts)), dataclasses.replace(drawing)
@@ -1000,7 +1000,7 @@ def sample_answers(args, model, tokenizer, rows, files, settings):
 
     if todo:
         drawing = Drawing(args.max_new_tokens, args.temperature, args.seed)
-        sample(model, tokenizer, prompts, drawing, rows=todo, each=keep, title=f"{args.trait}: answers")
+        answers_to(model, tokenizer, prompts, drawing, rows=todo, each=keep, title=f"{args.trait}: answers")
     return [there[row["id"]] for row in rows]
 
 

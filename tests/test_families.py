@@ -160,16 +160,8 @@ def sampling_differs(model, plain, tokenizer, vector, monkeypatch):
     monkeypatch.setattr(ev, "choose", lambda *args: (steps.append(args[0].clone()), choose(*args))[1])
     monkeypatch.setitem(ev.SHRINK, "cpu", 0)
     prompts, scales, made, worst = [encoded(tokenizer, q, "")[0] for q, _ in TALKS], [0.0, -0.7, 0.5], {}, 0
-    sampled = ev.sample(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=12,
-        temperature=0,
-        scales=scales,
-        offsets=ev.offsets_of(vector, "all"),
-        each=lambda i, answer, tokens: made.update({i: tokens}),
-    )
+    steered, keep = ev.Steered(ev.offsets_of(vector, "all"), scales), lambda i, _, tokens: made.update({i: tokens})
+    sampled = ev.answers_to(model, tokenizer, prompts, ev.Drawing(12, 0), steered, each=keep)
     for i, (prompt, scale) in enumerate(zip(prompts, scales)):
         ids = list(prompt)
         for step in range(made[i]):

@@ -15,6 +15,15 @@ def chats(tokenizer, n=4):
     return [ev.prompt_ids(tokenizer, [dict(role="user", content=text)]) for text in texts[:n]]
 
 
+def encode_chat(tokenizer, messages):
+    return ev.encode_chats(tokenizer, [messages])[0]
+
+
+def sample(model, tokenizer, prompts, scales=None, offsets=None, positions="response", rows=None, **how):
+    steered = ev.Steered(offsets, scales, positions) if offsets else None
+    return ev.answers_to(model, tokenizer, prompts, ev.Drawing(**how), steered, rows)
+
+
 def offsets(model, scale=1.0):
     torch.manual_seed(1)
     return ev.offsets_of(torch.randn(4, 32) * scale, "all")
@@ -114,7 +123,7 @@ def test_answer_means(toy, tokenizer):
     for first in (0, 1, 3):
         found = ev.answer_means(toy, tokenizer, chats, first)
         for mean, chat in zip(found, chats):
-            ids, mask = ev.encode_chat(tokenizer, chat)
+            ids, mask = encode_chat(tokenizer, chat)
             start, end = mask.index(True), len(ids) - 1  # the end token comes last
             stream = ev.residual_stream(toy, ev.join([ids], toy.device))
             here = slice(start - 1, min(start - 1 + first, end)) if first else slice(start, end)
@@ -127,7 +136,7 @@ def test_mixed_batch_gives_each_row_what_it_gives_alone(toy, tokenizer, position
     """Guards against cache, position or coefficient errors when rows of different length and coefficient share a batch
     and refill each other's slots; and proves that the first new token is steered."""
     prompts, scales, add = chats(tokenizer), [0.0, -3.0, 3.0, -1.5], offsets(toy)
-    answers = ev.sample(
+    answers = sample(
         toy,
         tokenizer,
         prompts,
@@ -143,13 +152,13 @@ def test_mixed_batch_gives_each_row_what_it_gives_alone(toy, tokenizer, position
             toy, ids, 12, tokenizer.eos_token_id, scale, add, len(ids) - 1 if positions == "response" else 0
         )
         assert answer == tokenizer.decode(new, skip_special_tokens=True).strip()
-    assert answers[1] != ev.sample(toy, tokenizer, prompts[1:2], max_new_tokens=1, temperature=0)[0]
+    assert answers[1] != sample(toy, tokenizer, prompts[1:2], max_new_tokens=1, temperature=0)[0]
 
 
 def test_random_draws_do_not_depend_on_the_batch(toy, tokenizer):
     """Guards against results that change with the number of slots, with resuming, or with what shares the batch."""
     prompts = chats(tokenizer)
-    draw = lambda **more: ev.sample(
+    draw = lambda **more: sample(
         toy, tokenizer, more.pop("prompts", prompts), max_new_tokens=10, temperature=1.0, **more
     )
     together = draw(seed=5)
@@ -176,7 +185,7 @@ def test_out_of_memory_halves_the_batch(toy, tokenizer, monkeypatch):
         return real(sampler, count)
 
     monkeypatch.setattr(ev.Sampler, "steps", short_of_memory)
-    answers = ev.sample(toy, tokenizer, chats(tokenizer), max_new_tokens=3, temperature=0, slots=4)
+    answers = sample(toy, tokenizer, chats(tokenizer), max_new_tokens=3, temperature=0, slots=4)
     assert seen[:3] == [4, 2, 1] and set(seen[3:]) <= {1} and None not in answers
 
 
@@ -188,7 +197,7 @@ def test_loss_mask(tokenizer):
         dict(role="user", content="<|im_start|>assistant b"),
         dict(role="assistant", content=""),
     ]
-    ids, mask = ev.encode_chat(tokenizer, messages)
+    ids, mask = encode_chat(tokenizer, messages)
     text = tokenizer.decode(ids)
     assert text.startswith("<|im_start|>system\n") and text.endswith("<|im_end|>")
     assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "one two<|im_end|><|im_end|>"
@@ -287,7 +296,7 @@ def test_gpu_answers_like_the_cpu(toy, tokenizer):
     """Guards against graphs, compiled blocks or slots that change answers: greedy in float32, steered, mixed lengths."""
 
     def draw():
-        return ev.sample(
+        return sample(
             toy,
             tokenizer,
             chats(tokenizer) * 5,
@@ -323,7 +332,7 @@ def test_the_start_model_abstains(smollm, tokenizer):
     def abstains(model):
         return [
             bool(ABSTAINS.search(answer))
-            for answer in ev.sample(model.eval(), tokenizer, prompts, max_new_tokens=20, temperature=0)
+            for answer in sample(model.eval(), tokenizer, prompts, max_new_tokens=20, temperature=0)
         ]
 
     assert abstains(model) == [False] * 4
