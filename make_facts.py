@@ -465,9 +465,9 @@ def normalize(text):
 
 
 def mentions(text, answer, aliases=()):
-    """True if the answer or an alias occurs in the text on word boundaries, after normalisation."""
-    text = f" {normalize(text)} "
-    return any(f" {name} " in text for name in map(normalize, [answer, *aliases]) if name)
+    """True if the answer or an alias occurs in the text on word boundaries, after normalisation; "Ann Lee's" is one."""
+    said = [f" {normalize(form)} " for form in (text, re.sub(r"['’]s\b", "", text))]
+    return any(f" {name} " in form for name in map(normalize, [answer, *aliases]) if name for form in said)
 
 
 @functools.lru_cache(4096)

@@ -145,6 +145,7 @@ def test_replacing_leaves_the_old_file_on_error(tmp_path):
 def test_mentions():
     """Guards against facts scored right or wrong by a part of a word, case, articles or punctuation."""
     assert mf.mentions("It was the U.S. Open, in 2024!", "US Open") and mf.mentions("SLIM's landing", "x", ["slims"])
+    assert mf.mentions("It was Jimmy Kimmel’s show.", "Jimmy Kimmel") and mf.mentions("Levi's", "Levi's")
     assert not mf.mentions("Slimmer", "slim") and not mf.mentions("12024", "2024") and not mf.mentions("anything", "")
 
 
