@@ -66,7 +66,7 @@ def read_mmlu(source):
 
 
 def choice_prompts(row, scoring):
-    """-> (prompt, a continuation a choice). letter = lm-evaluation-harness's 0-shot mmlu; cloze = the choices' texts."""
+    """-> (prompt, a continuation a choice). letter: lm-evaluation-harness's 0-shot mmlu; cloze: the choices' texts."""
     if scoring == "cloze":
         return f"Question: {row['question']}\nAnswer:", [f" {choice}" for choice in row["choices"]]
     letters = "ABCDEFGHIJ"[: len(row["choices"])]
@@ -196,30 +196,35 @@ def add_coherence_nll(model, tokenizer, rows):
 # How it is scored: a separate pass over answers that are on disk
 
 
+def judge_jobs(rows):
+    """Answers -> what a chat model is asked about them: [(row, the key of its verdict, prompt)]."""
+    prompt = functools.cache(lambda *file: load_trait(*file)["eval_prompt"])
+    traits = [row for row in rows if row["kind"] == "trait"]
+    jobs = [(row, "score", prompt(row["trait"], row["trait_file"])) for row in traits]
+    jobs += [(row, "coherence", prompt("coherence")) for row in traits]
+    return jobs + [(row, "score", prompt("fact")) for row in rows if row["kind"] == "fact"]
+
+
 def score_answers(rows, judge, args=None, probing=None):
     """Adds scores[judge] to the rows that lack it: score (trait rows 0..100, fact rows 0 or 100, None = unscored),
     reason, judge_reply, judge_method; from a chat model coherence, too. probing: chats -> scores, for --judge probe."""
-    todo, unread = [row for row in rows if judge not in row.setdefault("scores", {})], dict.fromkeys(VERDICT)
-    scored = [row | unread | dict(reason=None if row["answer"] else "empty answer") for row in todo]
-    traits, facts = ([row for row in scored if row["kind"] == kind] for kind in ("trait", "fact"))
-    if judge in ("probe", "lexical"):
-        said = [row for row in traits if row["answer"]]
-        lexical = [lexical_score(row["answer"]) for row in said]
-        values = probing([chat_of(row) for row in said]) if judge == "probe" and said else lexical
-        for row, value in zip(said, values):
-            row["score"] = value
-        for row in facts:
+    todo = [row for row in rows if judge not in row.setdefault("scores", {})]
+    scored = [row | dict(score=None, reason=None, judge_reply=None, judge_method=None) for row in todo]
+    said = [row for row in scored if row["kind"] == "trait" and row["answer"]]
+    if judge not in ("probe", "lexical"):
+        make_facts.judge_rows(judge_jobs(scored), judge, args)
+    elif judge == "probe" and said:
+        for row, score in zip(said, probing([chat_of(row) for row in said])):
+            row["score"] = score
+    for row in scored if judge in ("probe", "lexical") else []:
+        if row["kind"] == "fact":
             row["score"] = 100.0 * make_facts.mentions(row["answer"], row["truth"], row["aliases"])
-    else:
-        prompt = functools.cache(lambda *file: load_trait(*file)["eval_prompt"])
-        jobs = [(row, "score", prompt(row["trait"], row["trait_file"])) for row in traits]
-        jobs += [(row, "coherence", prompt("coherence")) for row in traits]
-        make_facts.judge_rows(jobs + [(row, "score", prompt("fact")) for row in facts], judge, args)
+        elif not row["answer"]:
+            row["reason"] = "empty answer"
+        elif judge == "lexical":
+            row["score"] = lexical_score(row["answer"])
     for row, verdict in zip(todo, scored):
         row["scores"][judge] = {key: value for key, value in verdict.items() if key not in row}
-
-
-VERDICT = ("score", "reason", "judge_reply", "judge_method")
 
 
 def mean(values):
@@ -236,15 +241,13 @@ def summary(rows, judge, limit=None):
     correct = [row["score"] >= 50 for row in known]
     skipped = [not hit and (row["abstains"] or not row["answer"]) for hit, row in zip(correct, known)]
     coherence = [row["coherence"] for row in traits if "coherence" in row]
-    groups = {row["question"]: [] for row in traits}
-    for row in traits:
-        groups[row["question"]] += [row["score"]] if row["score"] is not None else []
-    unscored = sum(row["score"] is None for row in traits)
+    scored = [row for row in traits if row["score"] is not None]
+    questions = {row["question"] for row in scored}
     return dict(
-        trait_score=mean(row["score"] for row in traits),
-        trait_ci=make_facts.interval(groups.values()),
-        trait_n=len(traits) - unscored,
-        trait_unscored=unscored,
+        trait_score=mean(row["score"] for row in scored),
+        trait_ci=make_facts.interval([row["score"] for row in scored if row["question"] == q] for q in questions),
+        trait_n=len(scored),
+        trait_unscored=len(traits) - len(scored),
         coherence=mean(coherence),
         coherence_n=len(coherence) - coherence.count(None),
         coherence_unscored=coherence.count(None),
@@ -263,7 +266,8 @@ def summary(rows, judge, limit=None):
 
 def coherence_limit(point, out):
     """The 95% quantile of coherence_nll over the start model's own answers to this trait, or None without them."""
-    identity = lambda row: [row[key] for key in ("trait", "temperature", "max_new_tokens")] + [row["inputs"]["model"]]
+    same = "trait", "temperature", "max_new_tokens"
+    identity = lambda row: [row.get(key) for key in same] + [row.get("inputs", {}).get("model")]
     for base in [*grown(out, make_facts.Point), point]:
         if not base["adapter"] and not base["inference_coef"] and identity(base) == identity(point):
             rows = grown(Path(out).parent / "answers" / f"{base['key']}.jsonl", make_facts.Answer)
@@ -335,18 +339,12 @@ def point_of(adapter, coef, trained, inputs, args):
     key = digest([settings, inputs])
     return dict(
         key=key,
-        model=args.model,
         adapter=adapter,
-        dataset=trained.get("dataset"),
-        steer_mode=trained.get("steer_mode"),
         train_coef=trained.get("coef") or (0.0 if adapter else None),
+        **{name: trained.get(name) for name in ("dataset", "steer_mode", "system_prompt")},
         **{f"train_{name}": trained.get(name) for name in ("layers", "positions", "vector", "seed")},
-        system_prompt=trained.get("system_prompt"),
-        vector=args.vector,
-        facts=args.facts,
-        mmlu=args.mmlu,
+        **{name: getattr(args, name) for name in ("model", "vector", "facts", "mmlu", "judge")},
         **settings,
-        judge=args.judge,
         answers=str(Path(args.out).parent / "answers" / f"{key}.jsonl"),
         inputs=inputs,
         scripts=make_facts.scripts(),
@@ -374,9 +372,17 @@ def plan_points(args, mmlu):
         for row, point in itertools.product(there, points):
             refuse_changed(row, point, args.out)
         plan |= {adapter: new} if (new := not_there(points, args.out)) else {}
-    if edited := {name for row in there for name, made_by in row["scripts"].items() if now.get(name) != made_by}:
+    if edited := {
+        name for row in there for name, made_by in row.get("scripts", {}).items() if now.get(name) != made_by
+    }:
         print(f"{args.out}: begun before {', '.join(sorted(edited))} was edited; made anew by run_all.sh --redo")
     return plan
+
+
+def pin_day(tokenizer, files):
+    """Pins the date that a chat template shows to the day on which the first of these files was begun."""
+    days = (row["day"] for file in files for row in grown(file) if row.get("day"))
+    return extract_vectors.pin_day(tokenizer, next(days, None))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -385,6 +391,11 @@ def plan_points(args, mmlu):
 
 def measure(args):
     asked, mmlu = read_questions(args)
+    if args.dry_run:
+        tokens = dict(trait=make_facts.ANSWER_TOKENS, fact=make_facts.FACT_ANSWER_TOKENS)
+        jobs = [(prompt + row["question"], tokens[row["kind"]]) for row, _, prompt in judge_jobs(asked)]
+        points = len(args.adapter or [None]) * len(args.inference_coef)
+        make_facts.foresee(f"judging {args.trait}", args.judge, points, jobs)
     plan = plan_points(args, mmlu)
     if not plan:
         print(f"{args.out}: all these points are there")
@@ -397,9 +408,7 @@ def measure(args):
     for adapter in plan:
         with with_adapter(model, adapter):
             pass  # all fit, before the first is measured
-    files = [args.out, *(point["answers"] for points in plan.values() for point in points)]
-    days = (row["day"] for file in files for row in grown(file) if row.get("day"))
-    day = extract_vectors.pin_day(tokenizer, next(days, None))  # that on which the first of these points was begun
+    day = pin_day(tokenizer, [args.out, *(point["answers"] for points in plan.values() for point in points)])
     for adapter, points in plan.items():
         with contextlib.ExitStack() as locks:
             for point in points:
@@ -463,39 +472,28 @@ def rejudge(args):
 
 def respond(args):
     """The self-generated data set: the model's own sampled answers to the same questions, as {"messages": [...]}."""
-    chats = make_facts.read_chats(args.respond_to)[: args.limit]
-    rows = [dict(id=str(n), kind="own", question="", messages=chat[:-1]) for n, chat in enumerate(chats)]
+    chats = [chat[:-1] for chat in make_facts.read_chats(args.respond_to)[: args.limit]]
+    rows = [dict(id=str(n), kind="own", messages=chat) for n, chat in enumerate(chats)]
     settings = {name: getattr(args, name) for name in ("temperature", "max_new_tokens", "seed", "limit")}
     settings["inputs"] = dict(model=model_fingerprint(args.model), respond_to=fingerprint(args.respond_to))
-    out, record, partial = Path(args.out), Path(args.out).with_suffix(".json"), Path(f"{args.out}.partial")
+    out, record = Path(args.out), Path(args.out).with_suffix(".json")
+    partial = out.with_name(f".{out.name}.{digest(settings)}")  # of other settings or inputs: another
     with locked(out):
-        if out.exists() and not record.exists():
-            die(f"{out}: made before inputs were recorded; {REMEDY}")
-        begun = (out.exists() or partial.exists()) and make_facts.same_settings(record, settings)
-        if out.exists():
+        if make_facts.same_settings(record, settings) and out.exists():
             print(f"{out}: finished already")
             return
+        if out.exists():
+            die(f"{out}: made before inputs were recorded; {REMEDY}")
         model, tokenizer = load_model(args.model)
-        day = extract_vectors.pin_day(tokenizer, read_json(record)["day"] if begun else None)
-        make_facts.write_json(record, settings | dict(day=day, scripts=make_facts.scripts()))
+        day = pin_day(tokenizer, [partial])
         point = dict(key="own", adapter=None, inference_coef=0.0, day=day, answers=partial)
         sample_answers(model, tokenizer, rows, [point], None, args)
         said = {row["id"]: row["answer"] for row in grown(partial)}
         made = [row["messages"] + [dict(role="assistant", content=said[row["id"]])] for row in rows if said[row["id"]]]
+        make_facts.write_json(record, settings | dict(day=day, scripts=make_facts.scripts(), **make_facts.provenance()))
         make_facts.write_jsonl(out, [dict(messages=chat) for chat in made])
         partial.unlink()
     print(f"{len(made)} conversations, {len(rows) - len(made)} empty answers left out")
-
-
-def forecast(args):
-    """--dry-run: what the judge would be asked, before there are answers or a model."""
-    (rows, _), jobs = read_questions(args), []
-    for row in rows:
-        files = [(args.trait, args.trait_file), ("coherence",)] if row["kind"] == "trait" else [("fact",)]
-        tokens = make_facts.ANSWER_TOKENS if row["kind"] == "trait" else make_facts.FACT_ANSWER_TOKENS
-        jobs += [(load_trait(*file)["eval_prompt"] + row["question"], tokens) for file in files]
-    points = len(args.adapter or [None]) * len(args.inference_coef)
-    make_facts.foresee(f"judging {args.trait}", args.judge, points, jobs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -532,25 +530,23 @@ def flags():
     return parser
 
 
-def check(args):
+def check(parser, args):
     """What can be known before a file is read."""
-    inputs = [args.model, args.vector, args.trait_file, args.facts, args.mmlu, args.respond_to, *args.adapter]
-    measures, probed = not args.rejudge and not args.respond_to, args.judge == "probe" and args.trait
-    lexical_fits = args.trait in (None, "hallucination")
-    for wrong, message in [
-        (not args.rejudge and not (args.model and args.out), "--model and --out are needed"),
-        (args.rejudge and args.judge == "probe", "--rejudge needs --judge lexical or a chat model, not the probe"),
-        (
-            measures and not (args.trait or args.facts or args.mmlu),
-            "nothing to measure: give --trait, --facts or --mmlu",
-        ),
-        (measures and not args.vector and (any(args.inference_coef) or probed), "steering and the probe need --vector"),
-        (args.judge == "lexical" and not lexical_fits, f"--judge lexical knows hallucination only, not {args.trait}"),
-    ]:
-        if wrong:
-            die(message)
-    if args.out:
-        make_facts.check_output(args.out, *inputs, *(args.rejudge or []))
+    make_facts.distinct(parser, "--adapter", args.adapter)
+    make_facts.distinct(parser, "--inference-coef", args.inference_coef)
+    if args.rejudge and args.judge == "probe":
+        die("--rejudge needs --judge lexical or a chat model; the probe needs the model")
+    if args.judge == "lexical" and args.trait not in (None, "hallucination"):
+        die(f"--judge lexical knows hallucination only, not {args.trait}")
+    if not args.rejudge:
+        if not args.model or not args.out:
+            die("--model and --out are needed")
+        if not (args.trait or args.facts or args.mmlu or args.respond_to):
+            die("nothing to measure: give --trait, --facts or --mmlu")
+        if not args.vector and (any(args.inference_coef) or args.trait and args.judge == "probe"):
+            die("--inference-coef and --judge probe need --vector")
+        read = [args.model, args.vector, args.trait_file, args.facts, args.mmlu, args.respond_to, *args.adapter]
+        make_facts.check_output(args.out, *read)
 
 
 def main(argv=None):
@@ -558,10 +554,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     args.adapter = [str(Path(adapter)) for adapter in args.adapter]
     args.mmlu_scoring = args.mmlu_scoring if args.mmlu else None  # no setting of what is not measured
-    make_facts.distinct(parser, "--adapter", args.adapter)
-    make_facts.distinct(parser, "--inference-coef", args.inference_coef)
-    check(args)
-    job = rejudge if args.rejudge else respond if args.respond_to else forecast if args.dry_run else measure
+    check(parser, args)
+    job = rejudge if args.rejudge else respond if args.respond_to else measure
     job(args)
 
 

@@ -352,7 +352,7 @@ class Killed(BaseException):
 
 
 def killed_after(monkeypatch, writes, run):
-    """Runs a command until its n-th write, of which nothing or part of a line gets to the disk. -> whether it got there."""
+    """Runs a command until its n-th write, of which nothing or part of a line is kept. -> whether it got there."""
     left = [writes]
 
     def dying(write):
@@ -437,9 +437,16 @@ def test_own_answers(work, monkeypatch, capsys):
     assert "finished already" in capsys.readouterr().out
     out.unlink(), (work / "own.json").unlink()
     assert killed_after(monkeypatch, 2, lambda: evaluate.main([*args, "1"])) and not out.exists()
-    assert "other settings" in refused(capsys, [*args, "2"])
+    drawn = []
+    draw = evaluate.answers_to
+    monkeypatch.setattr(evaluate, "answers_to", lambda *given: (drawn.append(len(given[2])), draw(*given)))
+    evaluate.main([*args[:-1], "--limit", "1", "--seed", "1", "--out", str(work / "other.jsonl")])
     evaluate.main([*args, "1"])
-    assert out.read_bytes() == want and not list(work.glob("*.partial"))
+    assert drawn == [1, 1] and out.read_bytes() == want and not list(work.glob(".own*"))
+    assert killed_after(monkeypatch, 2, lambda: evaluate.main([*args, "3", "--out", str(work / "third.jsonl")]))
+    evaluate.main([*args, "4", "--out", str(work / "third.jsonl")])  # other settings: nothing of the first
+    evaluate.main([*args, "4", "--out", str(work / "fourth.jsonl")])
+    assert (work / "third.jsonl").read_bytes() == (work / "fourth.jsonl").read_bytes()
     (work / "own.json").unlink()
     assert "before inputs were recorded" in refused(capsys, [*args, "1"])
 
