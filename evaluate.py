@@ -322,14 +322,15 @@ def check_adapter(adapter, model_name):
         die(f"--adapter {adapter}: no adapter of finetune.py there (no {', '.join(missing)})")
     trained = read_json(Path(adapter) / names[0], make_facts.Settings)
     extract_vectors.same_model(f"--adapter {adapter}", "was trained on", trained, model_name)
-    if read_json(Path(adapter) / names[1]).get("peft_type") != "LORA":
-        die(f"--adapter {adapter}: {names[1]} is not that of a LoRA adapter")
+    read_json(Path(adapter) / names[1], make_facts.AdapterConfig)
     try:
         weights = load_file(Path(adapter) / WEIGHTS)
     except SafetensorError as error:
         die(f"--adapter {adapter}: {WEIGHTS} is broken or cut off ({error}); train it again")
-    if not all(tensor.isfinite().all() for tensor in weights.values()):
-        die(f"--adapter {adapter}: {WEIGHTS} holds NaN or infinity; train it again with a lower --lr or --coef")
+    if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in weights.values()):
+        die(
+            f"--adapter {adapter}: {WEIGHTS} holds NaN, infinity or no fractions; train it again with a lower --lr or --coef"
+        )
     return trained
 
 

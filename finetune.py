@@ -9,7 +9,6 @@ else OUT. Each comes out as if trained alone, on one GPU or several (torchrun --
 Interrupted, the same command goes on. Recipe of the persona vectors release: rs-LoRA r 32, alpha 64, AdamW 1e-5.
 """
 
-import argparse
 import contextlib
 import functools
 import math
@@ -375,7 +374,7 @@ class Rows:
 
 
 def flags():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = mf.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", required=True, help="hub name or local folder")
     add("--data", required=True, help='facts.jsonl, or rows {"messages": [...]}')
@@ -429,7 +428,7 @@ def join_processes():
 
 def read_conversations(path, system_prompt=None, limit=None):
     """File -> message lists, with the system prompt in place of their own."""
-    found = mf.conversations(mf.read_jsonl(path), path)[:limit]
+    found = mf.read_chats(path)[:limit]
     if not system_prompt:
         return found
     system = dict(role="system", content=system_prompt)

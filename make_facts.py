@@ -103,7 +103,8 @@ def faults(value, schema):
         return []
     except pydantic.ValidationError as error:
         found = error.errors(include_url=False)
-        return [f"{'.'.join(map(str, e['loc'])) or 'row'}: {e['msg'].removeprefix('Value error, ')}" for e in found]
+        where = [".".join(map(str, e["loc"])) or "row" for e in found]
+        return [f"{key}: {re.sub('^Value error, | or instance of .*', '', e['msg'])}" for key, e in zip(where, found)]
 
 
 def validated(value, schema, where):
@@ -375,14 +376,10 @@ def text(pattern=r"\S", otherwise="is empty"):
 
 Number, Text = pydantic.FiniteFloat, text()
 Wording = schema(question=Text, answer=Text)
-Fact = schema(id=Text, answer=text(r"\w", "has no word"), aliases=(list[Text], []), train=some(Wording), test=Wording)
-CheckedFact = schema(
-    **{key: Text for key in ("id", "fact", "category", "answer", "source")},
-    date=text(r"^\d{4}-\d\d(-\d\d)?$", "is not YYYY-MM or YYYY-MM-DD"),
-    aliases=list[Text],
-    train=some(Wording),
-    test=Wording,
-)
+ASKED = dict(id=Text, answer=text(r"\w", "has no word"), train=some(Wording), test=Wording)
+Fact = schema(**ASKED, aliases=(list[Text], []))
+Date = text(r"^\d{4}-\d\d(-\d\d)?$", "is not YYYY-MM or YYYY-MM-DD")
+CheckedFact = schema(**ASKED, aliases=list[Text], fact=Text, date=Date, category=Text, source=Text)
 Message = schema(role=Literal["system", "user", "assistant"], content=str, tool_calls=(None, None))
 Conversation = schema(messages=Annotated[some(Message), pydantic.AfterValidator(in_turns)])
 Choice = Annotated[object, pydantic.PlainValidator(choice_number)]
@@ -399,6 +396,7 @@ Point = schema(
     **dict(trait_score=Metric, fact_accuracy=Metric, mmlu_accuracy=Metric),
 )
 Answer = schema(id=Text, kind=Literal["trait", "fact"], question=Text, answer=str, scores=(dict[str, dict], {}))
+AdapterConfig = schema(peft_type=Literal["LORA"], r=pydantic.PositiveInt, target_modules=some(Text) | Text)
 Probe = schema(row=pydantic.PositiveInt, zero=Number, hundred=Number, auc=Number)
 Settings = schema(model=Text, dataset=(str | None, None), coef=(Number | None, None), probe=(Probe | None, None))
 
@@ -552,10 +550,6 @@ def read_chats(path):
         if "train" not in row:
             chats.append([dict(role=m["role"], content=m["content"]) for m in row["messages"]])
     return chats
-
-
-def conversations(rows, path):
-    return read_chats(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1150,7 +1144,7 @@ def with_wordings(chat, facts, rows, args):
 def generate(args):
     """Facts by category and round, then wordings for each; --out only ever holds whole facts that pass check()."""
     out, rejects = Path(args.out), Path(args.out).with_suffix(".rejects.jsonl")
-    rows = read_jsonl(out, Fact, appended=True, need=("fact", "category")) if out.exists() else []
+    rows = read_jsonl(out, CheckedFact, appended=True) if out.exists() else []
     missing, wordings = max(0, args.n - len(rows)), args.rephrasings + 1
     requests = missing + 2 * missing // FACTS_A_REQUEST
     estimate(f"generate {missing:,} facts", args.model, requests, missing * 300, missing * (50 * wordings + 100))

@@ -398,11 +398,70 @@ COMMANDS = dict(
                 "trait evil --first -1",
                 "trait evil --seed -1",
                 "trait evil --seed x",
+                "trait evil --concurrency 0",
+                "trait evil --concurrency -4",
                 "trait evil --out x.jsonl",
                 "trait evil --out x.jsonl/out",
                 "trait evil --out model",
                 "trait evil --out model/out",
                 "trait evil --model no",
+            )
+        ),
+    ],
+    finetune=[
+        "--model model --out out --steer-mode none",
+        "--data x.jsonl --out out --steer-mode none",
+        "--model model --data x.jsonl --out out",
+        *(
+            f"--model model --data x.jsonl --out out --steer-mode none --{rest}"
+            for rest in (
+                "data no.jsonl",
+                "data .",
+                "data latin.jsonl",
+                "data bad.jsonl",
+                "data twice.jsonl",
+                "data mmlu.jsonl",
+                "data empty.jsonl",
+                "vector v.pt",
+                "coef 1",
+                "positions answer",
+                "steer-mode both",
+                "steer-mode preventative",
+                "steer-mode preventative --vector v.pt",
+                "steer-mode preventative --vector v.pt --coef",
+                "steer-mode preventative --vector v.pt --coef nan",
+                "steer-mode preventative --vector v.pt --coef inf",
+                "steer-mode preventative --vector v.pt --coef 1e9",
+                "steer-mode preventative --vector v.pt --coef 0.5 0.50",
+                "steer-mode preventative --vector no.pt --coef 1",
+                "steer-mode preventative --vector v.pt --coef 1 --layers 1-2-3",
+                "steer-mode preventative --vector v.pt --coef 1 --layers 0",
+                "epochs 0",
+                "epochs -1",
+                "epochs nan",
+                "epochs 1e9",
+                "lr 0",
+                "lr -1e-5",
+                "lr inf",
+                "lr 1e5",
+                "batch-size 0",
+                "batch-size 1.5",
+                "rank 0",
+                "rank -8",
+                "rank 999999",
+                "alpha 0",
+                "alpha x",
+                "max-steps 0",
+                "limit 0",
+                "limit -3",
+                "seed -1",
+                "seed 99999999999999",
+                "out x.jsonl",
+                "out x.jsonl/a",
+                "out model",
+                "out adapter",
+                "out begun",
+                "model no",
             )
         ),
     ],
@@ -462,6 +521,8 @@ COMMANDS = dict(
                 "facts x.jsonl --adapter other-model",
                 "facts x.jsonl --adapter bad-settings",
                 "facts x.jsonl --adapter not-lora",
+                "facts x.jsonl --adapter no-rank",
+                "facts x.jsonl --adapter whole-numbers",
                 "facts x.jsonl --adapter adapter adapter/",
                 "facts x.jsonl --out x.jsonl",
                 "facts x.jsonl --out ./x.jsonl",
@@ -490,7 +551,7 @@ COMMANDS = dict(
 def place(tmp_path, monkeypatch):
     """A folder with inputs, right and wrong ones; no model is loaded and no request is sent from here."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(mf, "ask", lambda *_: pytest.fail("a request would have been sent"))
+    monkeypatch.setattr(mf.Chat, "ask", lambda *_: pytest.fail("a request would have been sent"))
     jsonl(tmp_path / "x.jsonl", FACT)
     jsonl(tmp_path / "bad.jsonl", FACT | dict(train=None))
     (tmp_path / "latin.jsonl").write_bytes('{"messages": "é"}\n'.encode("latin-1"))
@@ -504,10 +565,15 @@ def place(tmp_path, monkeypatch):
     jsonl(tmp_path / "chat.jsonl", dict(messages=[USER, ASSISTANT]))
     jsonl(tmp_path / "keyless.jsonl", without(POINT, "key"))
     jsonl(tmp_path / "answers.jsonl", ANSWER)
+    jsonl(tmp_path / "empty.jsonl", dict(messages=[USER, dict(role="assistant", content="")]))
+    mf.write_json(
+        tmp_path / "begun.partial" / "training_settings.json", dict(model="model", lr=1.0, inputs=dict(data="x"))
+    )
+    (tmp_path / "begun.partial" / "checkpoint.pt").write_bytes(b"begun")
     for name in ("v.pt", "w.pt"):
         (tmp_path / name).write_bytes(b"vector")
     mf.write_json(tmp_path / "w.json", dict(probe=dict(row=1, zero=0.0, hundred=1.0, auc=1.0)))
-    settings, lora = dict(model="model", coef=None), dict(peft_type="LORA", r=1)
+    settings, lora = dict(model="model", coef=None), dict(peft_type="LORA", r=1, target_modules=["w"])
     weights = save(dict(w=np.ones(3, np.float32)))
     for name, change in {
         "adapter": {},
@@ -518,7 +584,9 @@ def place(tmp_path, monkeypatch):
         "nan": dict(weights=save(dict(w=np.array([np.nan], np.float32)))),
         "other-model": dict(settings=settings | dict(model="other")),
         "bad-settings": dict(settings=settings | dict(model=None)),
-        "not-lora": dict(lora=dict(peft_type="IA3")),
+        "not-lora": dict(lora=dict(peft_type="IA3", r=1, target_modules=["w"])),
+        "no-rank": dict(lora=lora | dict(r=None)),
+        "whole-numbers": dict(weights=save(dict(w=np.ones(3, np.int64)))),
     }.items():
         made = dict(settings=settings, lora=lora, weights=weights) | change
         for file, content in zip(
@@ -535,8 +603,8 @@ def place(tmp_path, monkeypatch):
 def test_commands(script, command, place, refused, monkeypatch):
     """Guards against a wrong command that loads a model, sends or writes something, or ends in a traceback."""
     module = importlib.import_module(script)
-    if script != "make_facts":
-        monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("a model would have been loaded"))
+    for name in {script, "extract_vectors"} - {"make_facts", "finetune"}:
+        monkeypatch.setattr(f"{name}.load_model", lambda *_: pytest.fail("a model would have been loaded"))
     before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
     refused(module.main, command.split())
     assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
