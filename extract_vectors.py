@@ -633,7 +633,7 @@ def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **gi
     Joined: one row; given cu_seq_lens int32 [n + 1] says where the conversations start and end; each sees only itself,
     and of that the last sliding_window tokens where there is one. With a list kv, keys and values are appended to it.
     Decoding (given lengths): see decode. What changes attention in any other way is refused."""
-    odd = [name for name, value in given.items() if name not in HARMLESS and not isinstance(value, bool | None)]
+    odd = [name for name, value in given.items() if name not in HARMLESS and not isinstance(value, (bool, type(None)))]
     if attention_mask is not None or dropout or odd or given.get("is_causal") is False:
         raise NotImplementedError(f"attention with {', '.join(odd) or 'a mask or dropout'}")
     if given.get("lengths") is not None:

@@ -1,5 +1,5 @@
 """Families of chat models, tiny and random in float32: what the scripts compute is what plain transformers computes
-with eager attention, one conversation at a time, with hooks written here. What cannot be exact is refused at loading."""
+with eager attention, one conversation at a time, with hooks written here. What cannot be exact is refused."""
 
 import contextlib
 import copy
@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 
 import evaluate
 import extract_vectors as ev
@@ -452,3 +453,82 @@ def test_a_template_that_loses_text_is_refused(form, capsys):
         with pytest.raises(SystemExit) as stop:
             ev.check_chats(tokenizer, "m", len(tokenizer))
         assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What runs on GPUs only
+
+
+def flash_by_hand(query, key, value, starts, longest, scaling, window=(None, None), used=None):
+    """What the kernel is documented to do: queries stand at the end of their sequence's keys, of which `used` count; a
+    query sees `window` keys to its left and right."""
+    (of_queries, of_keys), out = (x.tolist() for x in starts), []
+    value, key = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (value, key))
+    for n, (a, b) in enumerate(zip(of_queries, of_queries[1:])):
+        c, d = of_keys[n], of_keys[n + 1] if used is None else of_keys[n] + int(used[n])
+        assert b - a <= longest[0] and d - c <= longest[1]
+        distance = torch.arange(d - c)[None] - torch.arange(b - a)[:, None] - (d - c) + (b - a)  # key - query
+        seen = torch.ones_like(distance, dtype=torch.bool)
+        seen &= distance >= -window[0] if window[0] is not None else True
+        seen &= distance <= window[1] if window[1] is not None else True
+        scores = torch.einsum("qhd,khd->hqk", query[a:b], key[c:d]) * scaling
+        out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), value[c:d]))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("family", ["Qwen2, tied", "Mistral, window", "Gemma 3"])
+def test_the_flash_path_is_exact(family, letters, monkeypatch):
+    """Guards against windows, shared key heads or cache lengths that are handed to the GPU's kernel wrongly."""
+    monkeypatch.setattr(ev, "has_flash", lambda _: True)
+    monkeypatch.setattr(ev, "flash", flash_by_hand)
+    plain = tiny(*WORK[family])
+    model = copy.deepcopy(plain)
+    ev.prepare(model, family)
+    ev.check_model(model, letters, family)
+    vector = 0.3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
+    assert rows_differ(model, plain, letters) < 1e-5
+    with monkeypatch.context() as patch:
+        patch.setattr(patch, "undo", lambda: None)
+        assert sampling_differs(model, plain, letters, vector, patch) < 1e-5
+
+
+def test_the_private_kernel_is_there():
+    """Names the one private call: aten's flash attention with the arguments that flash() hands over. Where this fails
+    after an update of PyTorch, torch.nn.attention.varlen.varlen_attn (with seqused_k, from 2.13 on) takes its place."""
+    arguments = {argument.name for argument in torch.ops.aten._flash_attention_forward.default._schema.arguments}
+    assert {"scale", "window_size_left", "window_size_right", "seqused_k"} <= arguments
+
+
+@torch.library.custom_op("tests::flash", mutates_args=())
+def flash_op(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, scaling: float, causal: bool, used: Tensor | None
+) -> Tensor:
+    return flash_by_hand(q, k, v, (a, b), (99, 99), scaling, (None, 0 if causal else None), used)
+
+
+flash_op.register_fake(lambda q, *_: torch.empty_like(q))
+
+
+def test_blocks_compile_whole(letters, monkeypatch):
+    """Guards against code in the attention that breaks the compiled graph of a block, on which a GPU's speed rests."""
+    model = tiny(*WORK["Qwen3"])
+    ev.prepare(model, "Qwen3")
+    monkeypatch.setattr(ev, "has_flash", lambda _: True)
+    take = lambda q, k, v, starts, _, scaling, window=(None, None), used=None: flash_op(
+        q, k, v, *starts, scaling, window[1] == 0, used
+    )
+    monkeypatch.setattr(ev, "flash", take)
+    inputs, found = ev.join([[1, 2, 3], [4, 5]], "cpu"), []
+    prompts, offsets = [[1, 2, 3], [4, 5]], {l: torch.ones(32) for l in (1, 2, 3)}
+    for compile in (False, True):
+        for block in ev.blocks(model) if compile else ():
+            block.compile(fullgraph=True, backend="eager")
+        with ev.steering(model, offsets) as steer, torch.no_grad():
+            read = ev.prefill(model, prompts, [0.0, 0.0], None) if not compile else read  # noqa: F821
+            steer.scale = torch.tensor(0.5)
+            found.append(model(**inputs).logits)
+            sampler = ev.Sampler(model, letters, read, 2, 9, ev.Drawing(4), steer)
+            sampler.fill([0, 1], [0, 1], [3, 5], [0.0, 1.0], torch.zeros(2, 4))
+            found.append(sampler.logits())
+            sampler.close()
+    assert torch.allclose(found[0], found[2], atol=1e-5) and torch.allclose(found[1], found[3], atol=1e-5)
