@@ -461,9 +461,10 @@ def notes(points, folder):
     probes = [(v["trait"], v["probe"]) for v in map(read_json, sorted(folder.glob("vectors/*.json"))) if v.get("probe")]
     lines = [f"Probe of {name}: row {p['row']}, AUC {p['auc']:.2f}{', weak' * (p['auc'] < 0.7)}." for name, p in probes]
     adapters = {p["adapter"]: tuple(map(p.get, keys)) for p in points if p.get("adapter")}
-    for some in grouped(adapters, adapters.get).values():
-        told = f"{', '.join(sorted(some))}: of the same settings; the figures show the one measured last."
-        lines += [told] if len(some) > 1 else []
+    alike = [sorted(some) for some in grouped(adapters, adapters.get).values() if len(some) > 1]
+    if alike:
+        told = f"{', '.join(alike[0])} have the same settings in the points, and so have {len(alike) - 1} other groups"
+        lines.append(f"{told}: figures mix them, showing what was measured last. Give them points files of their own.")
     return lines
 
 
