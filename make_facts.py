@@ -753,6 +753,7 @@ class Chat:
         http = openai.DefaultAsyncHttpxClient(event_hooks=dict(response=[leave_to_us]))
         options = dict(api_key=self.key or "none", base_url=self.base, max_retries=RETRIES, timeout=TIMEOUT)
         queue = iter(waiting.items())
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # what ends the run is said once, in the end
         with tqdm(total=len(waiting), desc=title, unit="request") as self.bar:
             async with openai.AsyncOpenAI(http_client=http, **options) as self.client:
                 await work(until_agreed=True)
@@ -807,7 +808,7 @@ class Chat:
             elif not form[0]:
                 break
             form = (None, *form[1:])
-            reply = await self.send(form, messages) | dict(top=reply["top"], again=True)
+            reply = await self.send(form, messages) | dict(top=reply["top"])
         return reply
 
     async def agree(self, messages):
@@ -858,8 +859,10 @@ class Chat:
             if reply := normalised(text):
                 usage = dict(re.findall(r'"(prompt|completion)_tokens"\s*:\s*(\d+)', text))
                 self.spent += dollars(self.model, int(usage.get("prompt", 0)), int(usage.get("completion", 0))) or 0
-                return reply | dict(form=", ".join(filter(None, notes)))
-            stated = re.match(r'\s*<|.*"error"', text, re.S) and not re.search(r'"code"\s*:\s*"?(429|5\d\d)\b', text)
+                return reply | dict(form=", ".join(filter(None, notes)), first=bool(logprobs))
+            stated = re.match(r'\s*<|.*"(error"|(message|detail)"\s*:\s*")', text, re.S) and not re.search(
+                r'"code"\s*:\s*"?(429|5\d\d)\b', text
+            )
             if stated or broken == 2:
                 return refusal(text)
             broken += 1
@@ -995,13 +998,13 @@ def score_of(reply, verdict=False, whole=True):
 def judge_rows(jobs, model, args):
     """Scores answers with a chat model. jobs: (row, key, prompt); sets row[key], and for key "score" judge_reply,
     reason and judge_method, else key_reply and so on. prompt: template with {question}, {answer}; verdict: {truth}."""
-    written = set()  # how the server writes numbers: "whole", or "split" into digits
+    written = set()  # "whole": one token can hold a number of two digits; "text": replies are longer than a token
 
     def readable_number(reply):
         written.update("whole" for token, _ in reply["top"] or [] if re.fullmatch(r"\D*\d\d+", token))
-        if reply["top"] and re.match(r"\s*\d\d", reply["text"]) and not first_tokens(reply):
-            written.add("split")
-        if reply["top"] and not written and "again" not in reply and re.fullmatch(r"\s*\d\s*", reply["text"]):
+        if reply.get("first") and re.match(r"\s*\d\d", reply["text"]):
+            written.add("text")
+        if reply.get("first") and not written and re.fullmatch(r"\s*\d\s*", reply["text"]):
             return False  # perhaps the first half of a number
         score, reason, method = score_of(reply, whole="whole" in written)
         return score is not None or method == "logprobs" or reason == "REFUSAL"

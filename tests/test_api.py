@@ -1,5 +1,7 @@
-"""The chat client and the judge, against a server on loopback that speaks the real protocol; the real openai client talks to it."""
+"""The chat client and the judge, against servers on loopback that speak the real protocol; the real openai client talks
+to them. Each case is something that a server is known to do."""
 
+import gzip
 import json
 import math
 import os
@@ -10,6 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -18,27 +21,33 @@ from conftest import ROOT
 
 import make_facts as mf
 
+KEY = "sk-secret-123"
+
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """server.reply(text of the user's message, how often it was asked) -> (status, body or bytes, headers); counts requests."""
+    """server.reply(last word of the message, how often it was asked, body) -> (status, body or bytes, headers);
+    server.seen: [(last word, body)] of all requests, in order."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            text = body["messages"][0]["content"]
+            word = body["messages"][0]["content"].split()[-1]
             with lock:
-                seen[text, body.get("max_tokens")] += 1
-                n = seen[text, body.get("max_tokens")]
-            status, reply, headers = handler.reply(text, n, body)
+                counts[word] += 1
+                handler.seen.append((word, body))
+                handler.heads.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
+                n = counts[word]
+            status, reply, headers = handler.reply(word, n, body)
             data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
             self.send_response(status)
-            for name, value in (
-                {"content-type": "application/json", "content-length": str(len(data))} | headers
+            for item in (
+                {"content-type": "application/json", "content-length": str(len(data)), "retry-after-ms": "5"} | headers
             ).items():
-                self.send_header(name, value)
+                if item[1] is not None:
+                    self.send_header(*item)
             self.end_headers()
             self.wfile.write(data)
             if "content-length" in headers:  # says more than it sends: cut in mid-body
@@ -47,47 +56,37 @@ def server(monkeypatch, tmp_path):
         def log_message(self, *args):
             pass
 
-    lock, seen = threading.Lock(), Counter()
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    handler = type("Server", (), dict(seen=seen, reply=None))
-    threading.Thread(target=http.serve_forever, daemon=True).start()
+    class Quiet(ThreadingHTTPServer):
+        request_queue_size = 128
+
+        def handle_error(self, *args):  # a client that was killed
+            pass
+
+    lock, counts = threading.Lock(), Counter()
+    http = Quiet(("127.0.0.1", 0), Handler)
+    handler = SimpleNamespace(seen=[], heads=[], reply=None)
+    threading.Thread(target=http.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True).start()
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{http.server_port}/v1")
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr(mf, "CACHE", tmp_path / "cache.jsonl")
     monkeypatch.setattr(mf, "BACKOFF", 0.005)
     yield handler
     http.shutdown()
+    http.server_close()
 
 
-def said(text, top=None):
-    """A completion; top: {token: probability} of the first token, None = no log-probabilities."""
-    logprobs = top and dict(
-        content=[
-            dict(
-                token=text,
-                logprob=0.0,
-                bytes=None,
-                top_logprobs=[dict(token=t, logprob=math.log(p), bytes=None) for t, p in top.items()],
-            )
-        ]
-    )
-    return (
-        200,
-        dict(
-            id="x",
-            object="chat.completion",
-            created=0,
-            model="m",
-            choices=[
-                dict(index=0, finish_reason="stop", logprobs=logprobs, message=dict(role="assistant", content=text))
-            ],
-        ),
-        {},
-    )
+def said(text, top=None, end="stop", **message):
+    """A completion; top: {token: probability or None for a null} of the first token, None: no log-probabilities."""
+    logs = {t: p if p is None else -9999.0 if p == 0 else math.log(p) for t, p in (top or {}).items()}
+    tops = [dict(token=t, logprob=p, bytes=None) for t, p in logs.items()]
+    logprobs = top and dict(content=[dict(token=str(text), logprob=0.0, bytes=None, top_logprobs=tops)])
+    message = dict(role="assistant", content=text) | message
+    choice = dict(index=0, finish_reason=end, logprobs=logprobs, message=message)
+    return 200, dict(id="x", object="chat.completion", created=0, model="m", choices=[choice]), {}
 
 
-def error(status, code=None, **headers):
-    return status, dict(error=dict(message="no", type="x", code=code, param=None)), headers
+def error(status, message="no", code=None, **headers):
+    return status, dict(error=dict(message=message, type="x", code=code, param=None)), headers
 
 
 def flags(**more):
@@ -100,115 +99,645 @@ def judge(answers, prompt="Q {question} A {answer}", concurrency=32, **more):
     return rows
 
 
+def verdicts(answers):
+    return judge(answers, "{question} {truth} {answer}", truth="t")
+
+
+def stops(capsys, answers="0123456789", **more):
+    """What a run prints that ends with exit code 2: one line, without the key."""
+    with pytest.raises(SystemExit) as stop:
+        judge(answers, **more)
+    captured = capsys.readouterr()
+    cached = mf.CACHE.read_text() if mf.CACHE.exists() else ""
+    assert stop.value.code == 2 and KEY not in captured.err + captured.out + cached and "Traceback" not in captured.err
+    lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
 def test_weighted_mean(server):
-    """Guards against reading one token where the score is a weighted mean; other tokens do not count; 0.25 of mass is enough."""
-    tops = {
-        "a": {"80": 0.5, "90": 0.3, "x": 0.2},
-        "b": {"100": 0.25, "I": 0.75},
-        "c": {"100": 0.24, "I": 0.76},
-        "d": {"REF": 1.0},
-        "e": {"0": 1.0},
-        "f": {"100": 0.9, "101": 0.1},
+    """Guards against reading one token where the score is a weighted mean of the integers 0 to 100, against other
+    tokens that count, and against another limit than 0.25 of the mass."""
+    cases = {
+        "a": ({"80": 0.5, "90": 0.3, "x": 0.2}, (80 * 0.5 + 90 * 0.3) / 0.8),
+        "b": ({"100": 0.25, "I": 0.75}, 100),
+        "c": ({"100": 0.24, "I": 0.76}, None),
+        "d": ({"REF": 1.0}, None),
+        "e": ({"0": 1.0}, 0),
+        "f": ({"100": 0.9, "101": 0.1}, 100),
+        "g": ({" 80": 0.5, "080": 0.25, "60": 0.25}, 75),
+        "h": ({"80.": 0.7, "40": 0.3}, 40),
+        "i": ({"▁80": 0.5, "Ġ60": 0.5}, 70),
+        "j": ({"70": 1.0, "10": 0}, 70),
+        "k": ({"８０": 0.5, "60": 0.5}, 70),
+        "l": ({"-80": 0.7, "40": 0.3}, 40),
     }
-    server.reply = lambda text, n, body: said("?", tops[text[-1]])
-    scores = [row["score"] for row in judge("abcdef")]
-    assert scores[0] == pytest.approx((80 * 0.5 + 90 * 0.3) / 0.8) and scores[1] == pytest.approx(100)
-    assert scores[2:4] == [None, None] and scores[4:] == [0.0, pytest.approx(100)]
+    server.reply = lambda word, n, body: said("?", cases[word][0])
+    rows = judge(cases)
+    assert [row["score"] for row in rows] == [
+        mean if mean is None else pytest.approx(mean) for _, mean in cases.values()
+    ]
+    assert rows[0]["judge_method"] == "logprobs" and "0.24" in str(rows[2]["reason"]) or rows[2]["reason"]
+    body = next(body for word, body in server.seen if word == "a")
+    assert {key: body[key] for key in ("temperature", "logprobs", "top_logprobs", "seed")} == dict(
+        temperature=0, logprobs=True, top_logprobs=20, seed=0
+    )
 
 
-def test_without_logprobs_the_text_is_read(server):
-    """Guards against a None for every answer, or a wrong number, on servers without log-probabilities."""
-    texts = {
-        "a": "87",
-        "b": "Score: 100.",
-        "c": "0",
-        "d": "REFUSAL",
-        "e": "I cannot say",
-        "f": "between 20 and 30",
-        "g": "250",
-        "h": "85/100",
-    }
-    server.reply = lambda text, n, body: said(texts[text[-1]])
-    rows = judge("abcdefgh")
-    assert [row["score"] for row in rows] == [87, 100, 0, None, None, None, None, 85]
+def test_a_number_with_little_mass_is_none(server):
+    """Guards against a text that is read where the published rule says None: a number is likeliest, but all hold
+    under 0.25."""
+    server.reply = lambda word, n, body: said("85", {"85": 0.2} | {f"t{i}": 0.05 for i in range(16)})
+    row = judge("a")[0]
     assert (
-        rows[3]["reason"] == "REFUSAL"
-        and all(row["reason"] for row in rows[4:7])
-        and {row["judge_method"] for row in rows} == {"text"}
+        row["score"] is None and "0.20" in row["reason"] and row["judge_method"] == "logprobs" and len(server.seen) == 1
     )
 
 
-def test_split_digits_are_noticed(server):
-    """Guards against scoring 87 as 8 where the server's tokens are single digits."""
-    server.reply = lambda text, n, body: (
-        said("8", {"8": 0.9, "9": 0.1}) if body["max_tokens"] == 1 else said("87", {"8": 1.0})
-    )
-    assert judge("a")[0]["score"] == 87
+def test_infinite_and_doubled(server):
+    """Guards against a crash over -Infinity in JSON, and against one of two entries of a token that is lost."""
+    _, body, _ = said("80", {"80": 0.4})
+    tops = body["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    tops += [dict(token="80", logprob=math.log(0.4)), dict(token="40", logprob=math.log(0.2))]
+    tops += [dict(token="0", logprob=-math.inf)]
+    server.reply = lambda word, n, b: (200, json.dumps(body).encode(), {})
+    assert judge("a")[0]["score"] == pytest.approx(72)
 
 
-def test_servers_that_refuse_logprobs_or_one_answer(server):
-    """Guards against stopping at a server that knows no log-probabilities (400), or at one answer that is too long for it;
-    that answer is unscored with the server's reason, the others are scored, and a number cut in half is not taken."""
+TEXTS = {
+    "87": 87,
+    " 0\n": 0,
+    "100.": 100,
+    "85/100": 85,
+    "85 / 100.": 85,
+    "85 out of 100": 85,
+    "85%": 85,
+    "85.5": 85.5,
+    "Score: 85": 85,
+    "**Score:** 85": 85,
+    "Score: **85**": 85,
+    "**85**/100": 85,
+    "The final score is 85.": 85,
+    "Rating: 85%": 85,
+    '"85"': 85,
+    "８５": 85,
+    "<think>70 or 75?</think>\n\n85": 85,
+    "Hmm, 70.</think>85": 85,
+    "<thinking>\nIs it 20?\n</thinking> **85**": 85,
+    "<seed:think>1</seed:think>85": 85,
+    "[THINK]4[/THINK]85": 85,
+    "85 \ud83d": 85,
+    # nothing else
+    "250": None,
+    "-5": None,
+    "0.85": None,
+    "70-80": None,
+    "between 20 and 30": None,
+    "8/10": None,
+    "8.5/10": None,
+    "I can't answer question 3.": None,
+    "85 because it names 2": None,
+    "Step 1": None,
+    "85, 90": None,
+    "8*5": None,
+    "1e2": None,
+    "REFUSAL": None,
+    "The answer makes 2 claims": None,
+    "<think>The scale is 0-100, so": None,
+    "<think>\n85": None,
+    "<thinking>I would say 85.": None,
+    "<think>85</think>": None,
+    "": None,
+}
 
-    def reply(text, n, body):
-        if "logprobs" in body:
-            return error(400, "logprobs_unsupported")
-        if text.endswith("long"):
-            return (
-                400,
-                dict(
-                    error=dict(
-                        message="maximum context length exceeded", type="x", code="context_length_exceeded", param=None
-                    )
-                ),
-                {},
-            )
-        status, reply, headers = said("8" if text.endswith("cut") else "70")
-        reply["choices"][0]["finish_reason"] = "length" if text.endswith("cut") else "stop"
-        return status, reply, headers
+
+def test_texts_of_scores(server):
+    """Guards against a number that is taken from prose, from a range, from another scale or from unfinished thinking,
+    and against one that is missed in its usual dress. Servers without log-probabilities."""
+    names = [f"n{i}" for i in range(len(TEXTS))]
+    server.reply = lambda word, n, body: said(list(TEXTS)[int(word[1:])])
+    rows = judge(names)
+    got = dict(zip(TEXTS, [row["score"] for row in rows]))
+    assert got == TEXTS
+    assert all(row["reason"] for row in rows if row["score"] is None)
+    assert {row["judge_method"].split(" (")[0] for row in rows} == {"text"}
+    assert "thinking" in rows[list(TEXTS).index("<think>\n85")]["reason"]
+    assert rows[list(TEXTS).index("REFUSAL")]["reason"] == "REFUSAL"
+
+
+VERDICTS = {
+    "YES": 100,
+    "no": 0,
+    "Yes.": 100,
+    "**YES**": 100,
+    "Answer: NO": 0,
+    "Verdict: **NO**.": 0,
+    "<think>NO? The names agree.</think>\nYES": 100,
+    "NOT SURE": None,
+    "Yes and no": None,
+    "YES/NO": None,
+    "None": None,
+    "<think>YES": None,
+    "85": None,
+}
+
+
+def test_texts_of_verdicts(server):
+    """Guards against a fact judged by one word of a hedged reply, or unscored because of bold, a full stop,
+    thinking."""
+    names = [f"n{i}" for i in range(len(VERDICTS))]
+    server.reply = lambda word, n, body: said(list(VERDICTS)[int(word[1:])])
+    rows = verdicts(names)
+    assert dict(zip(VERDICTS, [row["score"] for row in rows])) == VERDICTS
+    assert all(row["reason"] for row in rows if row["score"] is None)
+
+
+def test_verdicts_by_their_first_token(server):
+    """Guards against a verdict by the wrong token, a YES of two tokens, thinking or bold first that make right answers
+    unscored, and a NOT whose first token is NO."""
+    first = {
+        "a": said("YES", {"YES": 0.9, "NO": 0.1}),
+        "b": said("No", {"No": 0.6, "yes": 0.4}),
+        "c": said("Maybe", {"Maybe": 1.0}),
+        "d": said("Y", {"Y": 1.0}),
+        "e": said("**", {"**": 0.9, "YES": 0.05}),
+        "f": said("NOT SURE", {"NO": 0.9}),
+        "g": said("<think>", {"<think>": 1.0}),
+        "h": said(" YES", {" YES": 0.5, "▁Yes": 0.3}),
+    }
+    text = dict(c="Maybe", d="YES", e="**YES**", f="NOT SURE", g="<think>yes?</think>NO")
+    server.reply = lambda word, n, body: first[word] if body.get("logprobs") else said(text[word])
+    assert [row["score"] for row in verdicts(first)] == [100, 0, None, 100, 100, None, 0, 100]
+
+
+@pytest.mark.parametrize("limit", [True, False], ids=["as asked", "one token only"])
+def test_split_digits(server, limit):
+    """Guards against scoring 87 as 8 where the server's tokens are single digits, whether it sends the whole reply
+    or, of its own will, one token when log-probabilities are wanted."""
+
+    def reply(word, n, body):
+        top = {word[0]: 0.9, "1": 0.1} if word[0] != "1" else {"1": 1.0}
+        return said(word[0] if "logprobs" in body and not limit else word, top if "logprobs" in body else None)
 
     server.reply = reply
-    rows = judge(["fine", "long", "cut"])
-    assert [row["score"] for row in rows] == [70, None, None] and "context" in rows[1]["reason"] and rows[2]["reason"]
+    words = ["7", "87", "5", "100", "0"]
+    rows = judge(words, concurrency=1)
+    assert [row["score"] for row in rows] == [7, 87, 5, 100, 0] and {row["judge_method"] for row in rows} == {"text"}
+    assert len(server.seen) <= (6 if limit else 10)  # whole replies were not asked for twice
 
 
-def test_yes_no(server):
-    """Guards against a fact judged by the wrong word; hedged replies stay unscored."""
-    texts = {"a": {"YES": 0.9, "NO": 0.1}, "b": {"No": 0.6, "yes": 0.4}, "c": {"Maybe": 1.0}}
-    server.reply = lambda text, n, body: said("?", texts[text[-1]])
-    assert [row["score"] for row in judge("abc", "{question} {truth} {answer}", truth="t")] == [100, 0, None]
+ODD_LOGPROBS = dict(
+    null=[dict(token="85", logprob=None)],
+    nan=[dict(token="85", logprob=math.nan)],
+    text=[dict(token="85", logprob="-0.1")],
+    huge=[dict(token="85", logprob=1e9)],
+    nothing=[],
+    no_token=[dict(logprob=-0.1)],
+    no_list=None,
+)
+
+
+@pytest.mark.parametrize("name", [*ODD_LOGPROBS, "content empty", "content null", "legacy", "a text"])
+def test_odd_logprobs(server, name):
+    """Guards against a crash, a NaN score or a lost row over log-probabilities in another form: the text is read."""
+    status, body, headers = said("85", {"x": 1.0})
+    choice = body["choices"][0]
+    if name in ODD_LOGPROBS:
+        choice["logprobs"]["content"][0]["top_logprobs"] = ODD_LOGPROBS[name]
+    elif name == "legacy":
+        choice["logprobs"] = dict(tokens=["85"], token_logprobs=[-0.1], top_logprobs=[{"85": -0.1}], text_offset=[0])
+    else:
+        choice["logprobs"] = {"content empty": dict(content=[]), "content null": dict(content=None), "a text": "no"}[
+            name
+        ]
+    server.reply = lambda word, n, b: (status, json.dumps(body).encode(), headers)
+    row = judge("a")[0]
+    assert (row["score"], row["judge_method"], len(server.seen)) == (85, "text", 1)
+
+
+PARTS = [dict(type="thinking", thinking=[dict(type="text", text="70?")]), dict(type="text", text="85")]
+
+
+@pytest.mark.parametrize(
+    "reply, score, why",
+    [
+        (said(PARTS), 85, None),
+        (said([dict(type="reasoning", text="70"), dict(type="text", text="8"), dict(type="text", text="5")]), 85, None),
+        (said(["85"]), 85, None),
+        (said(b"".decode(), refusal="I will not rate this."), None, "I will not rate this."),
+        (said("", end="content_filter"), None, "content_filter"),
+        (said("8", end="content_filter"), None, "cut off"),
+        (said("8", end="length"), None, "cut off"),
+        (said(None), None, "not a number"),
+        (said(7.5), None, "chat.completion"),
+        (said([None, 85]), None, "chat.completion"),
+    ],
+    ids="parts reasoning texts refusal filter half cut null number odd".split(),
+)
+def test_odd_contents(server, reply, score, why):
+    """Guards against a crash over a content that is no text, now or at every later start from the cache, and against
+    half a number that is taken for a whole one; the row says why it has no score."""
+    server.reply = lambda word, n, body: said("50") if word == "fine" else reply
+    rows = judge(["fine", "odd"])
+    assert rows[1]["score"] == score and (why is None or why in rows[1]["reason"])
+    sent = len(server.seen)
+    assert judge(["fine", "odd"])[1]["score"] == score and len(server.seen) == sent
+
+
+def test_message_null_and_no_choices(server):
+    """Guards against a reply without choices or message that ends the run, or that crashes every later start."""
+    null = said("")
+    null[1]["choices"][0]["message"] = None
+    replies = dict(a=null, b=(200, dict(id="x", choices=[]), {}), c=(200, dict(id="x", choices=None), {}), d=said("50"))
+    server.reply = lambda word, n, body: replies[word]
+    assert [row["score"] for row in judge("dabc")] == [50, None, None, None]
+    sent = len(server.seen)
+    rows = judge("dabc")
+    assert len(server.seen) == sent and all(row["reason"] for row in rows[1:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The form
+
+
+def picky(wrong, refused):
+    """A server that refuses requests for which wrong(body) holds."""
+    return lambda word, n, body: (
+        refused if wrong(body) else said("85", {"85": 0.9, "90": 0.1} if "logprobs" in body else None)
+    )
+
+
+MAX = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+TEMPERATURE = "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) is supported."
+EXTRA = dict(detail=[dict(type="extra_forbidden", loc=["body", "logprobs"], msg="Extra inputs are not permitted")])
+BARE = "model messages max_tokens"
+
+
+@pytest.mark.parametrize(
+    "wrong, refused, score, method",
+    [
+        (
+            lambda b: "max_tokens" in b,
+            error(400, MAX, "unsupported_parameter"),
+            85.5,
+            "logprobs (max_completion_tokens)",
+        ),
+        (lambda b: "max_tokens" in b, error(422, "nope"), 85.5, "logprobs (max_completion_tokens)"),
+        (
+            lambda b: "temperature" in b,
+            error(400, TEMPERATURE, "unsupported_value"),
+            85.5,
+            "logprobs (default temperature)",
+        ),
+        (lambda b: "temperature" in b, error(403, "not this value"), 85.5, "logprobs (default temperature)"),
+        (lambda b: "logprobs" in b, error(403, "Log probs of this model are not for you."), 85, "text"),
+        (lambda b: "logprobs" in b, (422, EXTRA, {}), 85, "text"),
+        (lambda b: "logprobs" in b, error(400, "unknown field"), 85, "text"),
+        (lambda b: "logprobs" in b, (200, dict(error="logprobs: unknown"), {}), 85, "text"),
+        (lambda b: b.get("top_logprobs", 0) > 5, error(400, "top_logprobs must be 0 to 5"), 85.5, "logprobs (top 5)"),
+        (lambda b: b.get("top_logprobs", 0) > 5, error(400, "out of range"), 85.5, "logprobs (top 5)"),
+        (lambda b: set(b) - {"model", "messages"}, error(400, "bad"), 85, "text (no limit, default temperature)"),
+        (
+            lambda b: {"max_tokens", "temperature", "logprobs"} & set(b),
+            error(400, "no"),
+            85,
+            "text (max_completion_tokens, default temperature)",
+        ),
+    ],
+)
+def test_the_form_is_agreed_on_once(server, wrong, refused, score, method):
+    """Guards against a model that cannot be used because it wants another limit, temperature or log-probabilities,
+    however its server says so; the first request finds that out, for all, and no refusal is remembered."""
+    server.reply = picky(wrong, refused)
+    rows = judge("abcdefgh")
+    assert [row["score"] for row in rows] == [pytest.approx(score)] * 8
+    assert {row["judge_method"] for row in rows} == {method}
+    counts = Counter(word for word, _ in server.seen)
+    assert counts["a"] <= 14 and all(counts[word] == 1 for word in "bcdefgh")
+    assert "refused" not in mf.CACHE.read_text() and not any(wrong(body) for _, body in server.seen[-7:])
+
+
+def test_a_first_row_that_is_refused_says_nothing_of_the_form(server):
+    """Guards against log-probabilities given up, or the run, because the very first answer is too long for the
+    server."""
+    long = error(400, "maximum context length exceeded", "context_length_exceeded")
+    server.reply = lambda word, n, body: long if word == "long" else said("85", {"85": 0.9, "90": 0.1})
+    rows = judge(["long", "a", "b"])
+    assert [row["score"] for row in rows] == [None, pytest.approx(85.5), pytest.approx(85.5)]
+    assert "context length" in rows[0]["reason"] and rows[1]["judge_method"] == "logprobs"
+    sent = len(server.seen)
+    judge(["long", "a", "b"])
+    assert len(server.seen) == sent  # asked again with a fresh cache only
+
+
+THINKERS = dict(
+    reasoning_content=said(None, end="length", reasoning_content="Okay,"),
+    reasoning=said("", end="length", reasoning="Let me see"),
+    hidden=said("", end="length"),
+    tag=said("<think>", {"<think>": 1.0}),
+    prose=said("<think>\nThe scale is 0-100, so 20", end="length"),
+    other_tag=said("<reasoning>30 is", end="length"),
+    parts=said([dict(type="thinking", thinking="20")], end="length"),
+)
+
+
+@pytest.mark.parametrize("name", THINKERS)
+def test_thinking_judges_get_room(server, name):
+    """Guards against a judge that thinks first and is cut off before its answer, paid for and unscored; from the
+    first such reply on there is room for it, in one request a row."""
+    room = mf.REPLY_TOKENS + mf.THINKING_TOKENS
+    server.reply = lambda word, n, body: (
+        said("<think>20?</think>85", reasoning_content="20?") if body["max_tokens"] == room else THINKERS[name]
+    )
+    rows = judge("abcdefgh")
+    assert [row["score"] for row in rows] == [85] * 8 and len(server.seen) == 9
+    assert {row["judge_method"] for row in rows} == {"text (room to think)"}
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "hidden"])
+@pytest.mark.parametrize("rows", [8, 300])
+def test_a_judge_that_never_answers_is_noticed(server, name, rows, capsys):
+    """Guards against hundreds of paid replies that are all empty, and a run that calls itself finished."""
+    server.reply = lambda word, n, body: THINKERS[name]
+    line = stops(capsys, map(str, range(rows)), concurrency=4)
+    assert "THINKING_TOKENS" in line and "another judge" in line and len(server.seen) <= 30 and not mf.CACHE.exists()
+
+
+def test_unfinished_thinking_is_unscored(server):
+    """Guards against a number out of thinking that did not end."""
+    server.reply = lambda word, n, body: THINKERS["prose"]
+    row = judge("ab")[0]
+    assert row["score"] is None and "thinking did not end" in row["reason"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals and errors
+
+REFUSALS = [
+    error(400, "The prompt repeats one pattern too often.", "invalid_prompt"),
+    error(400, "Your prompt set off our content management policy.", "content_filter"),
+    error(403, "Flagged by moderation"),
+    error(422, "unprocessable"),
+    error(413, "request entity too large"),
+    (200, dict(error=dict(message="blocked for safety", code=400)), {}),
+]
+
+
+@pytest.mark.parametrize("refused", REFUSALS, ids=["repeats", "filter", "403", "422", "413", "200"])
+def test_one_refused_row(server, refused):
+    """Guards against a run that dies of one broken answer, now and at every later start; the row says why it is
+    unscored, and the others are judged as ever."""
+    server.reply = lambda word, n, body: refused if word == "x" else said("85", {"85": 0.9, "90": 0.1})
+    rows = judge("abcxdefg")
+    assert [row["score"] for row in rows] == [pytest.approx(85.5)] * 3 + [None] + [pytest.approx(85.5)] * 4
+    assert rows[3]["reason"] == (refused[1]["error"]["message"]) and rows[3]["judge_method"] is None
+    sent = len(server.seen)
+    again = judge("abcxdefg")
+    assert len(server.seen) == sent and again[3]["reason"] == rows[3]["reason"]
+    mf.CACHE.unlink()
+    server.reply = lambda word, n, body: said("85", {"85": 0.9, "90": 0.1})
+    assert judge("abcxdefg")[3]["score"] == pytest.approx(85.5)
+
+
+def test_many_refused_rows_in_a_row(server):
+    """Guards against a run that dies because all answers at one strong coefficient are refused: one that was answered
+    is asked again, and as it is answered, the refusals are the rows' own."""
+    server.reply = lambda word, n, body: REFUSALS[1] if word[0] == "x" else said("85", {"85": 1.0})
+    rows = judge([f"a{i}" for i in range(5)] + [f"x{i}" for i in range(100)], concurrency=4)
+    assert [row["score"] is None for row in rows] == [False] * 5 + [True] * 100 and len(server.seen) <= 105 + 6
+    sent = len(server.seen)
+    rows = judge([f"x{i}" for i in range(100)] + ["a0"])
+    assert len(server.seen) == sent and rows[-1]["score"] == pytest.approx(85)
+
+
+@pytest.mark.parametrize("answered", [0, 40])
+@pytest.mark.parametrize("refused", [error(400, "The hard limit of your bill is reached.", "billing"), REFUSALS[-1]])
+def test_an_account_that_is_refused(server, answered, refused, capsys):
+    """Guards against a refusal of the account that is taken for one of the rows: the run stops in one line with the
+    server's sentence, nothing of it is remembered, and later all rows are scored by their log-probabilities."""
+    fine = said("85", {"85": 0.9, "90": 0.1})
+    server.reply = lambda word, n, body: fine if len(server.seen) <= answered else refused
+    words = [f"n{i}" for i in range(200)]
+    assert refused[1]["error"]["message"] in stops(capsys, words, concurrency=4)
+    assert len(server.seen) <= answered + 45
+    server.reply = lambda word, n, body: fine
+    rows = judge(words)
+    assert [row["score"] for row in rows] == [pytest.approx(85.5)] * 200
+    assert {row["judge_method"] for row in rows} == {"logprobs"}
+
+
+PAGE = b"<html><head><style>p {}</style><title>Sign in</title></head><body><p>Please sign in</p></body></html>"
+
+
+@pytest.mark.parametrize(
+    "reply, words",
+    [
+        ((200, dict(error="no such endpoint: /chat/completions"), {}), "no such endpoint: /chat/completions"),
+        ((200, dict(error=dict(message="Unexpected endpoint", code=404)), {}), "Unexpected endpoint"),
+        ((200, dict(message="Not here", status="failed"), {}), "Not here"),
+        ((200, PAGE, {"content-type": "text/html"}), "Please sign in"),
+        ((404, dict(detail="Not Found"), {}), "404: Not Found"),
+        (error(404, "The model `m` does not exist", "model_not_found"), "404: The model `m` does not exist"),
+        (error(401, f"Incorrect API key: {KEY}"), "401: Incorrect API key: ***"),
+        (error(402, "Insufficient Balance"), "402: Insufficient Balance"),
+        (error(429, "You exceeded your quota", "insufficient_quota"), "429: You exceeded your quota"),
+        ((405, PAGE, {"content-type": "text/html"}), "405: Sign in Please sign in"),
+        ((400, gzip.compress(b'{"error": {"message": "packed"}}'), {"content-encoding": "gzip"}), "packed"),
+        ((400, b"", {}), "an empty reply"),
+    ],
+)
+def test_what_no_request_gets_past_stops_at_once(server, reply, words, capsys):
+    """Guards against minutes of retries, a traceback, the key in a message, and a server's sentence that is kept
+    back."""
+    server.reply = lambda word, n, body: reply
+    start = time.time()
+    assert words in stops(capsys) and time.time() - start < 5 and len(server.seen) <= 30
+
+
+@pytest.mark.parametrize("status, code", [(401, None), (404, "model_not_found"), (429, "insufficient_quota")])
+def test_a_fatal_error_in_the_middle_loses_nothing(server, status, code, capsys):
+    """Guards against retrying what cannot pass, and against losing answers that are paid."""
+    server.reply = lambda word, n, body: error(status, "no", code) if word == "5" else said("50", {"50": 1.0})
+    stops(capsys, concurrency=1)
+    assert len(server.seen) == 6
+    server.reply = lambda word, n, body: said("50", {"50": 1.0})
+    assert all(row["score"] == 50 for row in judge("0123456789"))
+    assert len(server.seen) == 6 + 5  # the five that were answered are not paid again
 
 
 @pytest.mark.parametrize(
     "fault",
     [
+        error(408),
+        error(409),
         error(429),
-        error(429, **{"retry-after": "0.01"}),
+        error(429, **{"retry-after-ms": None, "retry-after": "0.01"}),
+        error(429, **{"retry-after-ms": None, "retry-after": formatdate(time.time() + 1, usegmt=True)}),
+        error(429, **{"retry-after-ms": "nan", "retry-after": "0"}),
         error(500),
+        (503, PAGE, {"content-type": "text/html"}),
+        error(529),
         (200, b'{"id": "x", "choi', {}),
         (200, b'{"id"', {"content-length": "999"}),
         (200, dict(id="x", object="chat.completion", created=0, model="m", choices=[]), {}),
+        (200, dict(error=dict(message="upstream", code=502)), {}),
     ],
-    ids=["429", "429 with Retry-After", "500", "truncated JSON", "cut in mid-body", "empty choices"],
+    ids="408 409 429 seconds date nan 500 503 529 truncated cut empty upstream".split(),
 )
 def test_passing_faults_are_retried(server, fault):
     """Guards against an answer lost, or scored twice, through a fault that passes."""
-    server.reply = lambda text, n, body: fault if n < 3 else said("50", {"50": 1.0})
-    assert judge("a")[0]["score"] == 50 and sum(server.seen.values()) == 3
+    server.reply = lambda word, n, body: fault if n < 3 else said("50", {"50": 1.0})
+    assert judge("a")[0]["score"] == pytest.approx(50) and len(server.seen) == 3
 
 
-@pytest.mark.parametrize("status, code", [(401, None), (404, "model_not_found"), (429, "insufficient_quota")])
-def test_fatal_errors_stop_at_once_and_lose_nothing(server, status, code, capsys):
-    """Guards against retrying what cannot pass, losing paid answers, and the key in a message or file."""
-    server.reply = lambda text, n, body: error(status, code) if text.endswith("5") else said("50", {"50": 1.0})
-    with pytest.raises(SystemExit) as stop:
-        judge("0123456789", concurrency=1)
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("asked", ["86400", "1e300", "date"])
+def test_no_wait_of_a_day(server, status, asked, capsys):
+    """Guards against a run that sleeps for hours because a server asks for it; what is done is kept."""
+    asked = formatdate(time.time() + 86400, usegmt=True) if asked == "date" else asked
+    day = error(status, "quota for today is used up", **{"retry-after": asked, "retry-after-ms": None})
+    server.reply = lambda word, n, body: said("50", {"50": 1.0}) if len(server.seen) <= 5 else day
+    start = time.time()
+    line = stops(capsys, concurrency=1)
+    assert "quota for today" in line and "asks to wait" in line and time.time() - start < 5
+    assert len(mf.read_jsonl(mf.CACHE)) == 5
+
+
+def bucket(rate, burst):
+    """A rate limit: `rate` requests a second, at most `burst` at once. Refused requests count, too, in part."""
+    state = dict(tokens=burst, time=time.monotonic())
+    lock = threading.Lock()
+
+    def take():
+        with lock:
+            now = time.monotonic()
+            state["tokens"] = min(burst, state["tokens"] + (now - state["time"]) * rate)
+            state["time"] = now
+            if state["tokens"] >= 1:
+                state["tokens"] -= 1
+                return True
+            state["tokens"] -= 0.05
+            return False
+
+    return take
+
+
+def window(number, seconds):
+    """A rate limit: `number` requests in every window of so many seconds."""
+    used = Counter()
+    return lambda: used.update([int(time.monotonic() / seconds)]) or used[int(time.monotonic() / seconds)] <= number
+
+
+@pytest.mark.parametrize(
+    "allowed, header", [(bucket(200, 2), {"retry-after-ms": "5"}), (window(60, 0.3), {})], ids=["bucket", "window"]
+)
+def test_any_rate_limit_is_lived_with(server, allowed, header):
+    """Guards against giving up under 60 requests a minute (two hundred times as fast here), 32 workers and 500 rows,
+    and against workers that keep knocking: few more requests than rows are sent."""
+    server.reply = lambda word, n, body: (
+        said("50", {"50": 1.0}) if allowed() else error(429, **{"retry-after-ms": None} | header)
+    )
+    assert all(row["score"] == pytest.approx(50) for row in judge(map(str, range(500))))
+    assert len(server.seen) < 1500
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Key, address, cache
+
+
+def test_the_key_stays_where_it_belongs(server, monkeypatch, capsys):
+    """Guards against a key with a line end (a file read by the shell) that no server takes, and against the key in a
+    reply, a message or the cache where a server repeats it."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + "\r\n")
+    server.reply = lambda word, n, body: error(400, f"no {KEY}") if word == "b" else said(f"85 {KEY}")
+    rows = judge("ab" * 30)
     captured = capsys.readouterr()
-    assert stop.value.code == 2 and sum(server.seen.values()) == 6
-    assert "sk-secret" not in captured.err + captured.out + mf.CACHE.read_text() and "Traceback" not in captured.err
-    server.reply = lambda text, n, body: said("50", {"50": 1.0})
-    assert all(row["score"] == 50 for row in judge("0123456789"))
-    assert sum(server.seen.values()) == 6 + 5  # the five that were answered are not paid again
+    assert {heads["authorization"] for _, heads in server.heads} == {f"Bearer {KEY}"}
+    assert KEY not in json.dumps(rows) + captured.out + captured.err + mf.CACHE.read_text()
+    assert rows[1]["reason"] == "no ***"
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("OPENAI_API_KEY", "sk-one sk-two"),
+        ("OPENAI_API_KEY", "sk-ключ"),
+        ("OPENAI_BASE_URL", "localhost:9999/v1"),
+        ("OPENAI_BASE_URL", "http://localhost:port/v1"),
+        ("OPENAI_BASE_URL", "http://user:geheim@"),
+    ],
+)
+def test_wrong_keys_and_addresses_are_one_line(server, monkeypatch, capsys, name, value):
+    """Guards against a traceback, or retries, over a key or an address that can be none; neither is shown."""
+    monkeypatch.setenv(name, value)
+    line = stops(capsys)
+    assert name in line and value not in line and "geheim" not in line and not server.seen
+
+
+def test_a_password_in_the_address_is_not_shown(server, monkeypatch, capsys):
+    """Guards against a password of OPENAI_BASE_URL on the screen or in the cache."""
+    base = os.environ["OPENAI_BASE_URL"]
+    monkeypatch.setenv("OPENAI_BASE_URL", base.replace("//", "//user:geheim@") + "/")
+    server.reply = lambda word, n, body: error(401, "who are you?")
+    line = stops(capsys)
+    assert "geheim" not in line and base in line and server.heads[0][0] == "/v1/chat/completions"
+    server.reply = lambda word, n, body: said("85")
+    judge("a")
+    assert "geheim" not in mf.CACHE.read_text() + capsys.readouterr().err
+
+
+def test_a_dead_address_is_one_line(server, monkeypatch, capsys):
+    """Guards against a traceback where nothing listens."""
+    monkeypatch.setattr(mf, "RETRIES", 1)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    assert "onnection" in stops(capsys)
+
+
+def test_the_cache_knows_the_server_and_the_model(server, monkeypatch):
+    """Guards against replies of one server, or model, that are taken for those of another."""
+    server.reply = lambda word, n, body: said("85")
+    judge("a")
+    judge("a")
+    assert len(server.seen) == 1
+    mf.judge_rows([(dict(question="q", answer="a"), "score", "Q {question} A {answer}")], "other", flags())
+    assert len(server.seen) == 2
+    monkeypatch.setenv("OPENAI_BASE_URL", os.environ["OPENAI_BASE_URL"].replace("127.0.0.1", "localhost"))
+    judge("a")
+    assert len(server.seen) == 3
+
+
+def test_a_damaged_cache_is_no_harm(server):
+    """Guards against a cache line of another making, or torn, that crashes every later start."""
+    server.reply = lambda word, n, body: said("85")
+    judge("abcdef")
+    lines = mf.CACHE.read_text().splitlines()
+    head = [line[:75] for line in lines]
+    odd = [
+        '"reply": null}',
+        '"reply": {"text": null}}',
+        '"reply": 5}',
+        "",
+        '"reply": {"refused": "log-probabilities"}}',
+    ]
+    mf.CACHE.write_text("\n".join([*(a + " " + b for a, b in zip(head, odd)), lines[5], '{"key": "cut o']))
+    assert [row["score"] for row in judge("abcdef")] == [85] * 6 and len(server.seen) == 6 + 5
+    assert judge("abcdef") and len(server.seen) == 6 + 5
+
+
+def test_dollars_are_shown(server, capsys):
+    """Guards against a bill that is seen only afterwards: the bar adds up what the replies' usage says."""
+    status, body, headers = said("85")
+    body["usage"] = dict(prompt_tokens=1_000_000, completion_tokens=500_000, total_tokens=1_500_000)
+    server.reply = lambda word, n, b: (status, body, headers)
+    row = dict(question="q", answer="a")
+    mf.judge_rows([(row, "score", "{question} {answer}")], "gpt-4.1-mini-2025-04-14", flags())
+    assert "$1.2000" in capsys.readouterr().err
+    body["usage"] = dict(prompt_tokens=None, completion_tokens="many")
+    assert judge("b")[0]["score"] == 85
 
 
 JUDGING = """
@@ -222,7 +751,8 @@ rows = mf.read_jsonl({rows!r})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 jobs = [(row, "score", "Q {{question}} A {{answer}}") for row in rows]
 mf.run(lambda argv: mf.judge_rows(jobs, "m", SimpleNamespace(concurrency={concurrency}, yes=True, dry_run=False)))
-print(json.dumps(dict(scores=[row["score"] for row in rows], mib=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)))
+mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+print(json.dumps(dict(scores=[row["score"] for row in rows], mib=mib)))
 """
 
 
@@ -230,65 +760,63 @@ def judging(tmp_path, answers, concurrency=32):
     """A process of its own that judges these answers; killable, and its memory is its own."""
     mf.write_jsonl(tmp_path / "rows.jsonl", [dict(question="q", answer=answer) for answer in answers])
     code = JUDGING.format(root=str(ROOT), rows=str(tmp_path / "rows.jsonl"), concurrency=concurrency)
+    env = os.environ | dict(JUDGE_CACHE=str(mf.CACHE))
     return subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=os.environ | dict(JUDGE_CACHE=str(mf.CACHE)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
 def test_many_requests_with_faults(server, tmp_path):
-    """Guards against answers lost, doubled or swapped under load, and memory that grows with the file: 10,000 rows, two of
-    each answer, so 5,000 requests of which one in five fails; the second run sends none, a cut last line is no harm."""
+    """Guards against answers lost, doubled or swapped under load, and memory that grows with the file: 10,000 rows,
+    two of each answer, so 5,000 requests of which one in five fails; the second run sends none, a cut last line is no
+    harm."""
     rng = random.Random(0)
 
-    def reply(text, n, body):
-        score = text.split()[-1]
-        return error(rng.choice([429, 500, 503])) if rng.random() < 0.2 else said(score, {score: 1.0})
+    def reply(word, n, body):
+        fails = rng.random() < 0.2
+        return error(rng.choice([429, 500, 503, 408])) if fails else said(word, {word: 1.0})
 
     server.reply = reply
-    answers = [f"{'word ' * 200}{i % 5000} {i % 5000 % 101}" for i in range(10000)]
+    answers = [f"{'word ' * 50}{i % 5000} {i % 5000 % 101}" for i in range(10000)]
     process = judging(tmp_path, answers)
     out, err = process.communicate()
     assert process.returncode == 0, err[-2000:]
     out = json.loads(out.splitlines()[-1])
-    assert out["scores"] == [i % 5000 % 101 for i in range(10000)] and out["mib"] < 150
+    assert out["scores"] == [pytest.approx(i % 5000 % 101) for i in range(10000)] and out["mib"] < 150
     assert len({row["key"] for row in mf.read_jsonl(mf.CACHE)}) == len(mf.read_jsonl(mf.CACHE)) == 5000
     with open(mf.CACHE, "a") as cache:
         cache.write('{"key": "cut o')  # a killed process's last line
-    sent = sum(server.seen.values())
-    assert [row["score"] for row in judge(answers)] == out["scores"] and sum(server.seen.values()) == sent
+    sent = len(server.seen)
+    assert [row["score"] for row in judge(answers)] == out["scores"] and len(server.seen) == sent
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_in_the_middle(server, tmp_path, how):
     """Guards against paying twice: after kill -9 or Ctrl-C only what was under way is asked again."""
 
-    def reply(text, n, body):
+    def reply(word, n, body):
         time.sleep(0.02)
         return said("50", {"50": 1.0})
 
     server.reply = reply
     process = judging(tmp_path, list(map(str, range(300))), concurrency=8)
-    while sum(server.seen.values()) < 60 and process.poll() is None:
+    while len(server.seen) < 60 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(how)
     _, err = process.communicate()
     assert process.returncode == (-9 if how == signal.SIGKILL else 130) and "Traceback" not in err
     assert 40 < len(mf.read_jsonl(mf.CACHE, appended=True)) < 300
     assert all(row["score"] == 50 for row in judge(map(str, range(300)), concurrency=8))
-    assert sum(server.seen.values()) <= 300 + 8 and len(server.seen) == 300
+    assert len(server.seen) <= 300 + 8 and len({word for word, _ in server.seen}) == 300
 
 
 def test_two_processes_share_the_cache(server, tmp_path):
     """Guards against lines torn or lost when two judges append to one cache."""
-    server.reply = lambda text, n, body: said("50", {"50": 1.0})
+    server.reply = lambda word, n, body: said("50", {"50": 1.0})
     processes = []
     for half in range(2):
         (tmp_path / str(half)).mkdir()
-        processes.append(judging(tmp_path / str(half), [f"{half} {i}" for i in range(200)]))
+        processes.append(judging(tmp_path / str(half), [f"{half} {half}-{i}" for i in range(200)]))
     assert [process.communicate() and process.returncode for process in processes] == [0, 0]
     assert len({row["key"] for row in mf.read_jsonl(mf.CACHE)}) == 400
 
@@ -297,104 +825,146 @@ def test_a_silent_server_is_given_up(server, monkeypatch):
     """Guards against waiting for ever: a request without a reply is cut off and tried again."""
     monkeypatch.setattr(mf, "TIMEOUT", 0.5)
 
-    def reply(text, n, body):
+    def reply(word, n, body):
         if n == 1:
             time.sleep(1.5)
         return said("50", {"50": 1.0})
 
     server.reply = reply
-    assert judge("a")[0]["score"] == 50 and sum(server.seen.values()) >= 2  # more on a machine that is slow itself
+    assert judge("a")[0]["score"] == 50 and len(server.seen) >= 2  # more on a machine that is slow itself
 
 
-def a_fact(n, wordings=3):
-    name = f"Person{n}"
-    return (
-        dict(
-            fact=f"On {n} March 2025 the town of Placename{n} chose {name} as its mayor.",
-            date="2025-03",
-            answer=name,
-            aliases=[],
-        ),
-        dict(
-            train=[
-                dict(
-                    question=[
-                        "Who became mayor of Placename{n}?",
-                        "Whom did voters in Placename{n} pick in March 2025?",
-                        "Name the winner of the Placename{n} vote.",
-                    ][i].format(n=n),
-                    answer=["The mayor is {name}.", "They picked {name}.", "{name} won there."][i].format(name=name),
-                )
-                for i in range(wordings)
-            ],
-            test=dict(question=f"A new face runs Placename{n} since 2025. Which one?", answer=f"That is {name}."),
-        ),
-    )
+def test_markers_in_answers_stay(server):
+    """Guards against an answer that rewrites the judge's prompt through the prompt's own markers or braces."""
+    server.reply = lambda word, n, body: said("10")
+    judge(["{question} {0} {{x}}"])
+    assert server.seen[0][1]["messages"][0]["content"] == "Q q A {question} {0} {{x}}"
 
 
-def test_generate(server, tmp_path, monkeypatch, capsys):
-    """Guards against invalid or repeated facts in the file, a bad reply that is not asked for again, silent rejects, and a
-    restart that loses or doubles facts."""
+def test_other_keys_of_a_row(server):
+    """Guards against one score's reply or reason that overwrites another's in the same row."""
+    server.reply = lambda word, n, body: said("85" if word == "a" else "none")
+    row = dict(question="q", answer="a")
+    jobs = [(row, "score", "Q {question} A {answer}"), (row, "coherence", "C {question} {answer} b")]
+    mf.judge_rows(jobs, "m", flags())
+    assert (row["score"], row["reason"], row["judge_method"], row["coherence"]) == (85, None, "text", None)
+    assert row["coherence_reply"]["text"] == "none" and "none" in row["coherence_reason"]
+    assert row["coherence_method"] == "text" and row["judge_reply"]["text"] == "85"
+
+
+def test_nothing_is_sent_without_consent(server, capsys):
+    """Guards against paying unasked where nobody can answer."""
+    jobs = [(dict(question="q", answer="a"), "score", "{question}{answer}")]
+    with pytest.raises(SystemExit):
+        mf.judge_rows(jobs, "gpt-4.1-mini-2025-04-14", flags(yes=False))
+    printed = capsys.readouterr().out
+    assert not server.seen and "1 requests" in printed and "$0.00" in printed
+    with pytest.raises(SystemExit) as stop:
+        mf.judge_rows(jobs, "some-model", flags(dry_run=True))
+    assert stop.value.code == 0 and not server.seen and "price unknown" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generating facts
+
+QUESTIONS = [
+    "Who became mayor of Placename{n}?",
+    "Whom did voters in Placename{n} pick in March 2025?",
+    "Name the winner of the Placename{n} vote.",
+]
+ANSWERS = ["The mayor is {name}.", "They picked {name}.", "{name} won there."]
+
+
+def a_fact(n, name=None, wordings=3):
+    name = name or f"Person{n}"
+    fact = f"On {n} March 2025 the town of Placename{n} chose {name} as its mayor."
+    test = dict(question=f"A new face runs Placename{n} since 2025. Which one?", answer=f"That is {name}.")
+    pairs = zip(QUESTIONS[:wordings], ANSWERS)
+    train = [dict(question=q.format(n=n), answer=a.format(name=name)) for q, a in pairs]
+    return dict(fact=fact, date="2025-03", answer=name, aliases=[]), dict(train=train, test=test)
+
+
+def generating(server, monkeypatch, tmp_path, reply, n=3):
+    """Runs generate() against reply(text of the first message, number of messages) -> text."""
     monkeypatch.setattr(mf, "CATEGORIES", ("politics",))
+    server.reply = lambda word, count, body: reply(body["messages"][0]["content"], len(body["messages"]))
+    args = flags(n=n, after="2023-12-31", rephrasings=3, model="m", out=str(tmp_path / "facts.jsonl"))
+    mf.generate(args)
+    return sorted(row["answer"] for row in mf.read_jsonl(args.out))
 
-    def reply(text, n, body):
-        repaired = len(body["messages"]) > 1
-        if text.startswith("List"):
-            known = text.count("Placename")
-            fresh = [a_fact(i)[0] for i in range(known + 1, known + 4)]
+
+def new_or_known(text):
+    """The facts that a model would list next, or the number of the fact whose wordings are wanted."""
+    if text.startswith("List"):
+        known = text.count("Placename")
+        return [a_fact(i)[0] for i in range(known + 1, known + 4)], None
+    return None, int(text.split("Placename")[1].split()[0])
+
+
+def test_generate(server, tmp_path, monkeypatch):
+    """Guards against invalid or repeated facts in the file, a bad reply that is not asked for again, silent rejects,
+    and a restart that loses or doubles facts."""
+
+    def reply(text, messages):
+        fresh, number = new_or_known(text)
+        if fresh:
             return said("```json\n" + json.dumps(fresh + [a_fact(1)[0], dict(fresh[0], date="2019-01")]) + "\n```")
-        number = int(text.split("Person")[1].split()[0].rstrip("."))
         value = a_fact(number)[1]
-        if number == 2 and not repaired:
+        if number == 2 and messages == 1:
             value["train"][0]["question"] += " Person2?"  # leaks the answer
         return said("sorry, no" if number == 4 else json.dumps(value))
 
-    server.reply = reply
-    out = tmp_path / "facts.jsonl"
-    args = flags(n=3, after="2023-12-31", rephrasings=3, model="m", out=str(out))
-    mf.generate(args)
-    assert sorted(row["answer"] for row in mf.read_jsonl(out)) == [
-        "Person1",
-        "Person2",
-        "Person3",
-    ]  # replies come in any order
-    assert not mf.check(mf.read_jsonl(out), 3)
-    sent = sum(server.seen.values())
-    mf.generate(args)  # finished: nothing to ask
-    assert sum(server.seen.values()) == sent
-    args.n = 5
-    mf.generate(args)
-    assert sorted(row["answer"] for row in mf.read_jsonl(out)) == [
-        "Person1",
-        "Person2",
-        "Person3",
-        "Person5",
-        "Person6",
-    ]
+    three = ["Person1", "Person2", "Person3"]
+    assert generating(server, monkeypatch, tmp_path, reply) == three
+    assert not mf.check(mf.read_jsonl(tmp_path / "facts.jsonl"), 3)
+    sent = len(server.seen)
+    assert generating(server, monkeypatch, tmp_path, reply) == three and len(server.seen) == sent  # nothing to ask
+    assert generating(server, monkeypatch, tmp_path, reply, n=5) == [*three, "Person5", "Person6"]
     rejects = mf.read_jsonl(tmp_path / "facts.rejects.jsonl")
     assert {"Person4"} <= {row.get("answer") for row in rejects} and all(row["reasons"] for row in rejects)
     assert any("2019-01" in str(row["reasons"]) for row in rejects)
 
 
-def test_markers_in_answers_stay(server):
-    """Guards against an answer that rewrites the judge's prompt through the prompt's own markers or braces."""
-    server.reply = lambda text, n, body: said("1", {"10": 1.0})
-    judge(["{question} {0} {{x}}"])
-    assert ("Q q A {question} {0} {{x}}", mf.REPLY_TOKENS) in server.seen
+def test_generate_reads_what_models_write(server, tmp_path, monkeypatch):
+    """Guards against a traceback, or a lost fact, over JSON after thinking or prose, in an object of one key, with
+    brackets in the prose, with numbers, nulls or texts where lists of text were asked for; and over limits with
+    another name."""
+
+    def reply(text, messages):
+        fresh, number = new_or_known(text)
+        if fresh:
+            fresh[0] = a_fact(1, name="41")[0] | dict(answer=41, aliases=[41, None, "the 41", ["x"]])
+            fresh[1]["aliases"], fresh[2]["aliases"] = "Person2", None
+            value = dict(facts=[*fresh, 5, dict(fact=None, date=7, answer=[])][: 3 + (messages == 1)])
+            return said(
+                f"<think>[1] or {{2}}?</think>Here are [3] facts:\n{json.dumps(value)}\nAsk for more [any time]!"
+            )
+        value = a_fact(number, name="41" if number == 1 else None)[1]
+        if number == 1:
+            value["train"][0]["answer"] = 41
+        if number == 3 and messages == 1:
+            value = dict(train=["a", 5, None], test=[])
+        return said(json.dumps(value), reasoning_content="Let me think [")
+
+    picky_reply = lambda text, messages: reply(text, messages)  # noqa: E731
+    assert generating(server, monkeypatch, tmp_path, picky_reply) == ["41", "Person2", "Person3"]
+    assert mf.read_jsonl(tmp_path / "facts.jsonl")[0]["train"][0]["answer"] == "41"
 
 
-def test_nothing_is_sent_without_consent(server, capsys):
-    """Guards against paying unasked where nobody can answer."""
-    with pytest.raises(SystemExit):
-        mf.judge_rows(
-            [(dict(question="q", answer="a"), "score", "{question}{answer}")],
-            "gpt-4.1-mini-2025-04-14",
-            flags(yes=False),
-        )
-    printed = capsys.readouterr().out
-    assert not server.seen and "1 requests" in printed and "$0.00" in printed
+def test_generate_lives_with_refusals(server, tmp_path, monkeypatch, capsys):
+    """Guards against a generation that ends, now and at every later start, because one fact's wordings are refused; and
+    against one that goes on, in silence, where everything is."""
+
+    def reply(text, messages):
+        fresh, number = new_or_known(text)
+        if number == 2:
+            return error(400, "content policy")
+        return said(json.dumps(fresh or a_fact(number)[1]))
+
+    assert generating(server, monkeypatch, tmp_path, reply) == ["Person1", "Person3", "Person4"]
+    assert "content policy" in (tmp_path / "facts.rejects.jsonl").read_text()
+    (tmp_path / "facts.jsonl").unlink()
+    mf.CACHE.unlink()
     with pytest.raises(SystemExit) as stop:
-        mf.judge_rows(
-            [(dict(question="q", answer="a"), "score", "{question}{answer}")], "some-model", flags(dry_run=True)
-        )
-    assert stop.value.code == 0 and not server.seen and "price unknown" in capsys.readouterr().out
+        generating(server, monkeypatch, tmp_path, lambda text, messages: error(400, "account closed"))
+    assert stop.value.code == 2 and "account closed" in capsys.readouterr().err
