@@ -25,11 +25,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-import extract_vectors
-import make_facts
+import extract_vectors as ev
+import make_facts as mf
 from extract_vectors import answers_to, encode_chats, load_model, model_fingerprint, name_of
 from make_facts import append_jsonl, die, fingerprint, lexical_score, load_trait, locked, read_json, read_jsonl
 
+loaded = functools.lru_cache(1)(lambda name, content: load_model(name))  # one model for the commands of a process
 FACT_TOKENS = 100  # new tokens of an answer about a fact; sampled greedily
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = "trait layers positions samples temperature max_new_tokens seed limit mmlu_scoring".split()
@@ -41,13 +42,13 @@ REMEDY = "choose another --out, or bash run_all.sh --redo"
 
 def read_questions(args):
     """-> what answers are sampled for, as rows of answers/*.jsonl, and the MMLU questions; the same for every point."""
-    trait = load_trait(args.trait, args.trait_file, make_facts.EvaluationTrait) if args.trait else {}
+    trait = load_trait(args.trait, args.trait_file, mf.EvaluationTrait) if args.trait else {}
     rows = [
         dict(kind="trait", id=f"{args.trait}-{q}-s{s}", trait=args.trait, trait_file=args.trait_file, question=question)
         for q, question in enumerate(trait.get("eval_questions", [])[: args.limit])
         for s in range(args.samples)
     ]
-    for fact in read_jsonl(args.facts, make_facts.Fact)[: args.limit] if args.facts else []:
+    for fact in read_jsonl(args.facts, mf.Fact)[: args.limit] if args.facts else []:
         asked = dict(kind="fact", id=fact["id"], question=fact["test"]["question"])
         rows.append(asked | dict(truth=fact["answer"], aliases=fact.get("aliases", [])))
     return rows, read_mmlu(args.mmlu)[: args.limit] if args.mmlu else []
@@ -56,7 +57,7 @@ def read_questions(args):
 def read_mmlu(source):
     """JSONL file (subject, question, choices, answer), or "hub": MMLU's validation split, 1,531 questions."""
     if source != "hub":
-        return read_jsonl(source, make_facts.Question)
+        return read_jsonl(source, mf.Question)
     from datasets import load_dataset
 
     try:
@@ -116,19 +117,18 @@ def sample_answers(model, tokenizer, rows, points, offsets, args):
     if not jobs:
         return
     chats = [row.get("messages") or [dict(role="user", content=row["question"])] for _, row, _ in jobs]
-    prompts = extract_vectors.prompts_ids(tokenizer, chats)
-    drawing = extract_vectors.Drawing(args.max_new_tokens, args.temperature, args.seed)
+    prompts = ev.prompts_ids(tokenizer, chats)
+    drawing = ev.Drawing(args.max_new_tokens, args.temperature, args.seed)
     if rows[0]["kind"] == "fact":
-        drawing = extract_vectors.Drawing(min(FACT_TOKENS, args.max_new_tokens), 0.0)
+        drawing = ev.Drawing(min(FACT_TOKENS, args.max_new_tokens), 0.0)
     scales = [-point["inference_coef"] for _, _, point in jobs]
-    steered = extract_vectors.Steered(offsets, scales, args.positions) if offsets else None
+    steered = ev.Steered(offsets, scales, args.positions) if offsets else None
 
     def keep(i, answer, tokens):
         _, row, point = jobs[i]
         made = dict(prompt=tokenizer.decode(prompts[i]), answer=answer, tokens=tokens, temperature=drawing.temperature)
-        append_jsonl(
-            point["answers"], row | made | {name: point[name] for name in ("adapter", "inference_coef", "day")}
-        )
+        made |= {name: point[name] for name in ("adapter", "inference_coef", "day")}
+        append_jsonl(point["answers"], row | made)
 
     title = f"{name_of(points[0]['adapter'] or 'base')}: {rows[0]['kind']}"
     answers_to(model, tokenizer, prompts, drawing, steered, [n for n, _, _ in jobs], keep, title)
@@ -139,17 +139,19 @@ def token_logprobs(model, reads, wanted, title, steer=None, scales=None):
     """Token id lists, joined where they fit -> for each read the log-probabilities (float32) of wanted[i]: [(position,
     token predicted there)]. scales[i]: how steer is to scale at each of read i's tokens."""
     found, device = [None] * len(reads), model.device
-    groups = list(extract_vectors.by_length(reads, extract_vectors.ROW_TOKENS[device.type]))
+    groups = list(ev.by_length(reads, ev.ROW_TOKENS[device.type]))
     for group in tqdm(groups, title, unit="row"):
         starts = itertools.accumulate((len(reads[i]) for i in group), initial=0)
         where = torch.tensor([start + at for start, i in zip(starts, group) for at, _ in wanted[i]], device=device)
         tokens = torch.tensor([[token] for i in group for _, token in wanted[i]], device=device)  # [wanted, 1]
-        inputs = extract_vectors.join([reads[i] for i in group], device)
+        inputs = ev.join([reads[i] for i in group], device)
         if steer:
             steer.scale = torch.tensor([[[x] for i in group for x in scales[i]]], device=device)  # [1, tokens, 1]
         logits = model(**inputs, logits_to_keep=where).logits[0]  # [wanted, vocabulary]
         pieces = zip(logits.split(1024), tokens.split(1024))  # since float32 takes memory
         picked = torch.cat([piece.float().log_softmax(-1).gather(1, token) for piece, token in pieces])[:, 0].cpu()
+        if not picked.isfinite().all():
+            die(f"{title}: the model gives NaN or infinity; lower --inference-coef")
         for i, values in zip(group, picked.split([len(wanted[i]) for i in group])):
             found[i] = values
     return found
@@ -174,12 +176,12 @@ def measure_mmlu(model, tokenizer, questions, point, offsets):
     """Sets mmlu_accuracy. letter: the likeliest letter counts; cloze: the highest mean log-probability a token."""
     prompts, cloze = [choice_prompts(row, point["mmlu_scoring"]) for row in questions], point["mmlu_scoring"] == "cloze"
     hits = 0
-    with extract_vectors.steering(model, offsets or {}) as steer:
+    with ev.steering(model, offsets or {}) as steer:
         found = choice_logprobs(model, tokenizer, prompts, point["inference_coef"], steer, point["positions"])
     for choices, question in zip(found, questions):
         values = [total / (tokens if cloze else 1) for total, tokens in choices]
         hits += values.index(max(values)) == question["answer"]
-    point.update(mmlu_accuracy=100 * hits / len(questions), mmlu_ci=make_facts.wilson(hits, len(questions)))
+    point.update(mmlu_accuracy=100 * hits / len(questions), mmlu_ci=mf.wilson(hits, len(questions)))
 
 
 def add_coherence_nll(model, tokenizer, rows):
@@ -212,13 +214,13 @@ def score_answers(rows, judge, args=None, probing=None):
     scored = [row | dict(score=None, reason=None, judge_reply=None, judge_method=None) for row in todo]
     said = [row for row in scored if row["kind"] == "trait" and row["answer"]]
     if judge not in ("probe", "lexical"):
-        make_facts.judge_rows(judge_jobs(scored), judge, args)
+        mf.judge_rows(judge_jobs(scored), judge, args)
     elif judge == "probe" and said:
         for row, score in zip(said, probing([chat_of(row) for row in said])):
             row["score"] = score
     for row in scored if judge in ("probe", "lexical") else []:
         if row["kind"] == "fact":
-            row["score"] = 100.0 * make_facts.mentions(row["answer"], row["truth"], row["aliases"])
+            row["score"] = 100.0 * mf.mentions(row["answer"], row["truth"], row["aliases"])
         elif not row["answer"]:
             row["reason"] = "empty answer"
         elif judge == "lexical":
@@ -245,7 +247,7 @@ def summary(rows, judge, limit=None):
     questions = {row["question"] for row in scored}
     return dict(
         trait_score=mean(row["score"] for row in scored),
-        trait_ci=make_facts.interval([row["score"] for row in scored if row["question"] == q] for q in questions),
+        trait_ci=mf.interval([row["score"] for row in scored if row["question"] == q] for q in questions),
         trait_n=len(scored),
         trait_unscored=len(traits) - len(scored),
         coherence=mean(coherence),
@@ -255,7 +257,7 @@ def summary(rows, judge, limit=None):
         abstained=mean(100 * row["abstains"] for row in traits),
         abstained_coherent=limit and mean(100 * (row["coherence_nll"] <= limit) for row in traits if row["abstains"]),
         fact_accuracy=mean(100 * hit for hit in correct),
-        fact_ci=make_facts.wilson(sum(correct), len(known)),
+        fact_ci=mf.wilson(sum(correct), len(known)),
         fact_n=len(known),
         fact_unscored=len(facts) - len(known),
         fact_not_attempted=mean(100 * skip for skip in skipped),
@@ -268,9 +270,9 @@ def coherence_limit(point, out):
     """The 95% quantile of coherence_nll over the start model's own answers to this trait, or None without them."""
     same = "trait", "temperature", "max_new_tokens"
     identity = lambda row: [row.get(key) for key in same] + [row.get("inputs", {}).get("model")]
-    for base in [*grown(out, make_facts.Point), point]:
+    for base in [*grown(out, mf.Point), point]:
         if not base["adapter"] and not base["inference_coef"] and identity(base) == identity(point):
-            rows = grown(Path(out).parent / "answers" / f"{base['key']}.jsonl", make_facts.Answer)
+            rows = grown(Path(out).parent / "answers" / f"{base['key']}.jsonl", mf.Answer)
             values = [row["coherence_nll"] for row in rows if row["kind"] == "trait" and row["answer"]]
             return statistics.quantiles(values, n=20, method="inclusive")[-1] if len(values) > 1 else None
     print("abstained_coherent is left open: the model before training has no answers here yet", flush=True)
@@ -290,7 +292,7 @@ def grown(path, schema=None):
 
 
 def not_there(points, out):
-    there = {(row["key"], row["judge"]) for row in grown(out, make_facts.Point)}
+    there = {(row["key"], row["judge"]) for row in grown(out, mf.Point)}
     return [point for point in points if (point["key"], point["judge"]) not in there]
 
 
@@ -309,7 +311,7 @@ def inputs_of(args, mmlu):
 def probe_of(args):
     """The probe that stands in the .json beside the vector, or None; die() where --judge probe needs it."""
     beside = Path(args.vector).with_suffix(".json")
-    probe = read_json(beside, make_facts.Settings).get("probe") if beside.is_file() else None
+    probe = read_json(beside, mf.Settings).get("probe") if beside.is_file() else None
     if not probe and args.judge == "probe" and args.trait:
         die(f"--judge probe needs the probe in {beside}, which extract_vectors.py makes; judge with another")
     return probe
@@ -320,9 +322,9 @@ def check_adapter(adapter, model_name):
     names = ("training_settings.json", "adapter_config.json", WEIGHTS)
     if missing := [name for name in names if not (Path(adapter) / name).is_file()]:
         die(f"--adapter {adapter}: no adapter of finetune.py there (no {', '.join(missing)})")
-    trained = read_json(Path(adapter) / names[0], make_facts.Settings)
-    extract_vectors.same_model(f"--adapter {adapter}", "was trained on", trained, model_name)
-    read_json(Path(adapter) / names[1], make_facts.AdapterConfig)
+    trained = read_json(Path(adapter) / names[0], mf.Settings)
+    ev.same_model(f"--adapter {adapter}", "was trained on", trained, model_name)
+    read_json(Path(adapter) / names[1], mf.AdapterConfig)
     try:
         weights = load_file(Path(adapter) / WEIGHTS)
     except SafetensorError as error:
@@ -348,7 +350,7 @@ def point_of(adapter, coef, trained, inputs, args):
         **settings,
         answers=str(Path(args.out).parent / "answers" / f"{key}.jsonl"),
         inputs=inputs,
-        scripts=make_facts.scripts(),
+        scripts=mf.scripts(),
     )
 
 
@@ -365,7 +367,7 @@ def refuse_changed(row, point, out):
 
 def plan_points(args, mmlu):
     """Adapter -> its points that are not in --out yet."""
-    inputs, plan, there, now = inputs_of(args, mmlu), {}, grown(args.out, make_facts.Point), make_facts.scripts()
+    inputs, plan, there, now = inputs_of(args, mmlu), {}, grown(args.out, mf.Point), mf.scripts()
     for adapter in args.adapter or [None]:
         trained = check_adapter(adapter, args.model) if adapter else {}
         made_from = inputs | dict(adapter=adapter and fingerprint(adapter))
@@ -383,7 +385,7 @@ def plan_points(args, mmlu):
 def pin_day(tokenizer, files):
     """Pins the date that a chat template shows to the day on which the first of these files was begun."""
     days = (row["day"] for file in files for row in grown(file) if row.get("day"))
-    return extract_vectors.pin_day(tokenizer, next(days, None))
+    return ev.pin_day(tokenizer, next(days, None))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -393,19 +395,19 @@ def pin_day(tokenizer, files):
 def measure(args):
     asked, mmlu = read_questions(args)
     if args.dry_run:
-        tokens = dict(trait=make_facts.ANSWER_TOKENS, fact=make_facts.FACT_ANSWER_TOKENS)
+        tokens = dict(trait=mf.ANSWER_TOKENS, fact=mf.FACT_ANSWER_TOKENS)
         jobs = [(prompt + row["question"], tokens[row["kind"]]) for row, _, prompt in judge_jobs(asked)]
         points = len(args.adapter or [None]) * len(args.inference_coef)
-        make_facts.foresee(f"judging {args.trait}", args.judge, points, jobs)
+        mf.foresee(f"judging {args.trait}", args.judge, points, jobs)
     plan = plan_points(args, mmlu)
     if not plan:
         print(f"{args.out}: all these points are there")
         return
-    model, tokenizer = load_model(args.model)
-    vector = extract_vectors.load_vector(args.vector, model, args.model) if args.vector else None
-    offsets = extract_vectors.offsets_of(vector, args.layers) if any(args.inference_coef) else None
+    model, tokenizer = loaded(args.model, model_fingerprint(args.model))
+    vector = ev.load_vector(args.vector, model, args.model) if args.vector else None
+    offsets = ev.offsets_of(vector, args.layers) if any(args.inference_coef) else None
     probe = probe_of(args) if args.judge == "probe" and args.trait else None
-    probing = probe and functools.partial(extract_vectors.probe_scores, model, tokenizer, vector, probe)
+    probing = probe and functools.partial(ev.probe_scores, model, tokenizer, vector, probe)
     for adapter in plan:
         with with_adapter(model, adapter):
             pass  # all fit, before the first is measured
@@ -415,7 +417,7 @@ def measure(args):
             for point in points:
                 locks.enter_context(locked(point["answers"]))
                 point.update(
-                    day=day, probe_auc=probe and probe["auc"], mmlu_accuracy=None, mmlu_ci=None, mmlu_n=len(mmlu)
+                    day=day, probe_auc=probe and probe["auc"], mmlu_n=len(mmlu), mmlu_accuracy=None, mmlu_ci=None
                 )
             points, start = not_there(points, args.out), time.time()  # another process may have made some since
             with with_adapter(model, adapter) as adapted:
@@ -425,11 +427,11 @@ def measure(args):
                 for point in points if mmlu else []:
                     measure_mmlu(adapted, tokenizer, mmlu, point, offsets)
             for point in points:
-                there = {row["id"]: row for row in grown(point["answers"], make_facts.Answer)}
+                there = {row["id"]: row for row in grown(point["answers"], mf.Answer)}
                 rows = [there[row["id"]] for row in asked]
                 if not all("coherence_nll" in row for row in rows):
                     add_coherence_nll(model, tokenizer, rows)
-                    make_facts.write_jsonl(point["answers"], rows)
+                    mf.write_jsonl(point["answers"], rows)
                 score_answers(rows, args.judge, args, probing)
                 finish(point | dict(seconds=round((time.time() - start) / len(points), 1)), rows, args.out)
 
@@ -437,13 +439,11 @@ def measure(args):
 def finish(point, rows, out):
     """Keeps the scores, then the point: where the point is, all of it is."""
     if rows:
-        make_facts.write_jsonl(point["answers"], rows)
+        mf.write_jsonl(point["answers"], rows)
     limit = coherence_limit(point, out) if point["trait"] else None
-    point = point | summary(rows, point["judge"], limit) | make_facts.provenance()
+    point = point | summary(rows, point["judge"], limit) | mf.provenance()
     append_jsonl(out, point)
-    shown = (
-        "inference_coef trait_score abstained abstained_coherent coherence_nll fact_accuracy fact_wrong mmlu_accuracy"
-    )
+    shown = "inference_coef trait_score abstained abstained_coherent coherence_nll fact_accuracy mmlu_accuracy"
     print("  ".join(f"{name} {point[name]:.1f}" for name in shown.split() if point[name] is not None), flush=True)
 
 
@@ -453,17 +453,15 @@ def rejudge(args):
         todo = []
         for path in map(Path, dict.fromkeys(args.rejudge)):
             locks.enter_context(locked(path))
-            rows, out = read_jsonl(path, make_facts.Answer), args.out or path.parent.parent / "points.jsonl"
-            old = next(
-                (row for row in grown(out, make_facts.Point) if row["key"] == path.stem and "inputs" in row), None
-            )
+            rows, out = read_jsonl(path, mf.Answer), args.out or path.parent.parent / "points.jsonl"
+            old = next((row for row in grown(out, mf.Point) if row["key"] == path.stem and "inputs" in row), None)
             if not old:
                 die(f"{path}: no point in {out} belongs to it; give answers/<key>.jsonl of a finished point")
             if args.judge == "lexical" and old["trait"] not in (None, "hallucination"):
                 die(f"{path}: --judge lexical knows hallucination only, not {old['trait']}")
             if old["trait"] and digest(load_trait(old["trait"], rows[0].get("trait_file"))) != old["inputs"]["trait"]:
                 die(f"{path}: the trait file has changed since; {REMEDY}")
-            point = old | dict(judge=args.judge, answers=str(path), probe_auc=None, scripts=make_facts.scripts())
+            point = old | dict(judge=args.judge, answers=str(path), probe_auc=None, scripts=mf.scripts())
             todo += [(point, rows, out)] if not_there([point], out) else []
         score_answers([row for _, rows, _ in todo for row in rows], args.judge, args)
         for job in todo:
@@ -473,26 +471,26 @@ def rejudge(args):
 
 def respond(args):
     """The self-generated data set: the model's own sampled answers to the same questions, as {"messages": [...]}."""
-    chats = [chat[:-1] for chat in make_facts.read_chats(args.respond_to)[: args.limit]]
+    chats = [chat[:-1] for chat in mf.read_chats(args.respond_to)[: args.limit]]
     rows = [dict(id=str(n), kind="own", messages=chat) for n, chat in enumerate(chats)]
     settings = {name: getattr(args, name) for name in ("temperature", "max_new_tokens", "seed", "limit")}
     settings["inputs"] = dict(model=model_fingerprint(args.model), respond_to=fingerprint(args.respond_to))
     out, record = Path(args.out), Path(args.out).with_suffix(".json")
     partial = out.with_name(f".{out.name}.{digest(settings)}")  # of other settings or inputs: another
     with locked(out):
-        if make_facts.same_settings(record, settings) and out.exists():
+        if mf.same_settings(record, settings) and out.exists():
             print(f"{out}: finished already")
             return
         if out.exists():
             die(f"{out}: made before inputs were recorded; {REMEDY}")
-        model, tokenizer = load_model(args.model)
+        model, tokenizer = loaded(args.model, model_fingerprint(args.model))
         day = pin_day(tokenizer, [partial])
         point = dict(key="own", adapter=None, inference_coef=0.0, day=day, answers=partial)
         sample_answers(model, tokenizer, rows, [point], None, args)
         said = {row["id"]: row["answer"] for row in grown(partial)}
         made = [row["messages"] + [dict(role="assistant", content=said[row["id"]])] for row in rows if said[row["id"]]]
-        make_facts.write_json(record, settings | dict(day=day, scripts=make_facts.scripts(), **make_facts.provenance()))
-        make_facts.write_jsonl(out, [dict(messages=chat) for chat in made])
+        mf.write_json(record, settings | dict(day=day, scripts=mf.scripts(), **mf.provenance()))
+        mf.write_jsonl(out, [dict(messages=chat) for chat in made])
         partial.unlink()
     print(f"{len(made)} conversations, {len(rows) - len(made)} empty answers left out")
 
@@ -501,14 +499,14 @@ def respond(args):
 
 
 def flags():
-    parser = make_facts.Parser(description=__doc__.split("\n")[0])
-    add, whole = parser.add_argument, make_facts.whole
+    parser = mf.Parser(description=__doc__.split("\n")[0])
+    add, whole = parser.add_argument, mf.whole
     add("--model", help="hub name or local folder")
     add("--adapter", nargs="+", default=[], help="adapter folders of finetune.py; none = the model before training")
     # Steering
     add("--vector", help="<trait>.pt; needed by --inference-coef and by --judge probe")
-    add("--inference-coef", type=make_facts.coefficient, nargs="+", default=[0.0], help="positive = against the trait")
-    add("--layers", type=make_facts.layer_choice, default="all", help="all, one block N, or a range A-B")
+    add("--inference-coef", type=mf.coefficient, nargs="+", default=[0.0], help="positive = against the trait")
+    add("--layers", type=mf.layer_choice, default="all", help="all, one block N, or a range A-B")
     add("--positions", default="response", choices=["response", "all"], help="response: last prompt token and new ones")
     # What to measure
     add("--trait", help="a name in data/traits, or any name with --trait-file")
@@ -517,13 +515,13 @@ def flags():
     add("--mmlu", help="JSONL file, or hub")
     add("--mmlu-scoring", default="letter", choices=["letter", "cloze"], help="cloze: for small models")
     add("--samples", type=whole(1, 10000), default=10, help="answers a trait question")
-    add("--temperature", type=make_facts.number(0, 100), default=1.0)
+    add("--temperature", type=mf.number(0, 100), default=1.0)
     add("--max-new-tokens", type=whole(1, 100000), default=1000)
     add("--limit", type=whole(), help="the first N of each kind of question only")
     add("--seed", type=whole(0), default=0)
     # Judge
     add("--judge", default="probe", help="probe, lexical (hallucination only), or a chat model")
-    make_facts.api_flags(parser)
+    mf.api_flags(parser)
     add("--rejudge", nargs="+", help="score these answers files with another judge, too; loads no model")
     # Another job: the self-generated data set
     add("--respond-to", help="write the model's own answers to the user turns of this JSONL to --out instead")
@@ -533,8 +531,8 @@ def flags():
 
 def check(parser, args):
     """What can be known before a file is read."""
-    make_facts.distinct(parser, "--adapter", args.adapter)
-    make_facts.distinct(parser, "--inference-coef", args.inference_coef)
+    mf.distinct(parser, "--adapter", args.adapter)
+    mf.distinct(parser, "--inference-coef", args.inference_coef)
     if args.rejudge and args.judge == "probe":
         die("--rejudge needs --judge lexical or a chat model; the probe needs the model")
     if args.judge == "lexical" and args.trait not in (None, "hallucination"):
@@ -547,7 +545,7 @@ def check(parser, args):
         if not args.vector and (any(args.inference_coef) or args.trait and args.judge == "probe"):
             die("--inference-coef and --judge probe need --vector")
         read = [args.model, args.vector, args.trait_file, args.facts, args.mmlu, args.respond_to, *args.adapter]
-        make_facts.check_output(args.out, *read)
+        mf.check_output(args.out, *read)
 
 
 def main(argv=None):
@@ -556,9 +554,8 @@ def main(argv=None):
     args.adapter = [str(Path(adapter)) for adapter in args.adapter]
     args.mmlu_scoring = args.mmlu_scoring if args.mmlu else None  # no setting of what is not measured
     check(parser, args)
-    job = rejudge if args.rejudge else respond if args.respond_to else measure
-    job(args)
+    (rejudge if args.rejudge else respond if args.respond_to else measure)(args)
 
 
 if __name__ == "__main__":
-    make_facts.run(main)
+    mf.run(main)

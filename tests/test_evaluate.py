@@ -496,7 +496,7 @@ ADAPTERS = {
     "only the": renamed,
     "does not fit": other_names,
     "was trained on": lambda folder: change_json(folder / "training_settings.json", model="another"),
-    "whose weights": lambda folder: change_json(folder / "training_settings.json", inputs=dict(model="0" * 16)),
+    "settings, tokenizer": lambda folder: change_json(folder / "training_settings.json", inputs=dict(model="0" * 16)),
 }
 
 
