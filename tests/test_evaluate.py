@@ -488,7 +488,7 @@ ADAPTERS = {
     "no adapter_model": lambda folder: (folder / evaluate.WEIGHTS).unlink(),
     "no training_settings": lambda folder: (folder / "training_settings.json").unlink(),
     "not JSON": lambda folder: (folder / "adapter_config.json").write_text("{"),
-    "not that of a LoRA": lambda folder: (folder / "adapter_config.json").write_text("{}"),
+    "peft_type": lambda folder: (folder / "adapter_config.json").write_text("{}"),
     "cut off": cut_off,
     "NaN": not_a_number,
     "of shape": other_rank,
