@@ -890,7 +890,9 @@ def finished(sampler, owner):
     """Yields (owner's number, token ids) of the slots that are done, and frees them."""
     done, made, broken = (x.tolist() for x in (sampler.done, sampler.made, sampler.broken))
     if any(broken):
-        die(f"{type(sampler.model).__name__}: its logits are NaN or infinite (in {sampler.model.dtype})")
+        raise FloatingPointError(
+            f"{type(sampler.model).__name__}: its logits are NaN or infinite in {sampler.model.dtype}"
+        )
     ready = [s for s, i in enumerate(owner) if i is not None and done[s]]
     out = sampler.out.cpu() if ready else None
     for s in ready:
@@ -918,14 +920,15 @@ def answers_to(model, tokenizer, prompts, drawing, steered=None, rows=None, each
                     if each:
                         each(i, answers[i], len(ids))
                     bar.update()
+        except FloatingPointError as error:
+            bar.close()
+            die(error)
         except torch.cuda.OutOfMemoryError:
             if drawing.slots == 1:
                 raise
             drawing.slots //= 2
-        else:
-            break
-        torch.cuda.empty_cache()
-        tqdm.write(f"out of GPU memory: going on with {drawing.slots} answers at a time")
+            tqdm.write(f"out of GPU memory: going on with {drawing.slots} answers at a time")
+        torch.cuda.empty_cache()  # not before: the error holds what it came from
     bar.close()
     if thoughts:
         print(f"{title}: {thoughts} answers held a thought; it is not stored", flush=True)

@@ -1,6 +1,7 @@
 """The model side on a toy model: steering, sampling, joined conversations, chats, vectors."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ def logits(model, sequences):
 
 
 def test_joined_conversations_do_not_see_each_other(toy, tokenizer):
-    """Guards against attention or positions leaking between conversations in one row: equal to stock attention, one by one."""
+    """Guards against attention or positions leaking between conversations in one row: equal to stock attention, one by
+    one."""
     sequences = chats(tokenizer)
     joined = logits(toy, sequences).split([len(s) for s in sequences])
     toy.config._attn_implementation = "eager"
@@ -115,7 +117,8 @@ def greedy_by_hand(model, ids, n, end, scale=0.0, add=None, first=None):
 
 
 def test_answer_means(toy, tokenizer):
-    """Guards against means over prompt or end tokens, answers mixed up by sorting, and a first answer token off by one."""
+    """Guards against means over prompt or end tokens, answers mixed up by sorting, and a first answer token off by
+    one."""
     chats = [
         [dict(role="user", content=q), dict(role="assistant", content=a)]
         for q, a in (("How many?", "One two three four five."), ("Hm?", "No."), ("Which of the two?", "The red one."))
@@ -190,7 +193,8 @@ def test_out_of_memory_halves_the_batch(toy, tokenizer, monkeypatch):
 
 
 def test_loss_mask(tokenizer):
-    """Guards against training on prompts, on the template's newline, or not on the end token; several turns, empty answer."""
+    """Guards against training on prompts, on the template's newline, or not on the end token; several turns, empty
+    answer."""
     messages = [
         dict(role="user", content="a"),
         dict(role="assistant", content="one two"),
@@ -293,7 +297,8 @@ def test_choice_logprobs_equal_one_by_one(toy, tokenizer):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_answers_like_the_cpu(toy, tokenizer):
-    """Guards against graphs, compiled blocks or slots that change answers: greedy in float32, steered, mixed lengths."""
+    """Guards against graphs, compiled blocks or slots that change answers: greedy in float32, steered, mixed
+    lengths."""
 
     def draw():
         return sample(
@@ -313,8 +318,8 @@ def test_gpu_answers_like_the_cpu(toy, tokenizer):
 
 
 def test_the_start_model_abstains(smollm, tokenizer):
-    """Guards against a start adapter that does not belong to the embedded model, or was not merged: it says that it does not
-    know what does not exist, and answers what does."""
+    """Guards against a start adapter that does not belong to the embedded model, or was not merged: it says that it
+    does not know what does not exist, and answers what does."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -342,3 +347,149 @@ def test_the_start_model_abstains(smollm, tokenizer):
         False,
         False,
     ]
+
+
+def talk(question, answer):
+    return [dict(role="user", content=question), dict(role="assistant", content=answer)]
+
+
+def refused(capsys, f, *args, **more):
+    """The one line with which f stops."""
+    with pytest.raises(SystemExit) as stop:
+        f(*args, **more)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2 and len(said) == 1
+    return said[0]
+
+
+@pytest.fixture
+def folder(toy, tokenizer, tmp_path):
+    """The toy as a model folder, float32."""
+    toy.save_pretrained(tmp_path / "toy")
+    tokenizer.save_pretrained(tmp_path / "toy")
+    return tmp_path / "toy"
+
+
+def test_a_loaded_model_generates(folder, tokenizer):
+    """Guards against .generate() that fails, or answers otherwise than sampling does, on what load_model() returns; and
+    against joined attention that is gone afterwards."""
+    model, tokenizer = ev.load_model(folder, torch.float32)
+    prompts = chats(tokenizer)
+    answers = sample(model, tokenizer, prompts, max_new_tokens=8, temperature=0)
+    for prompt, answer in zip(prompts, answers):
+        ids = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :]
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == answer
+    assert sample(model, tokenizer, prompts, max_new_tokens=8, temperature=0) == answers
+
+
+def test_a_vector_is_used_in_plain_transformers(folder, toy, tokenizer):
+    """Guards against a .pt that means something else outside: increments added by a hook after each block of a plain
+    model, at the last prompt token and new ones, give the text that sampling gives."""
+    from transformers import AutoModelForCausalLM
+
+    vector, coef = torch.randn(4, 32, generator=torch.Generator().manual_seed(1)), 1.5
+    plain, prompt = AutoModelForCausalLM.from_pretrained(folder), chats(tokenizer)[1]
+
+    def add(l):
+        def hook(block, args, output):
+            output[:, -1] += coef * (vector[l] - vector[l - 1])  # prefill: the last token; later the only one
+            return output
+
+        return hook
+
+    for l, block in enumerate(plain.model.layers, 1):
+        block.register_forward_hook(add(l))
+    ids = plain.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :]
+    model, tokenizer = ev.load_model(folder, torch.float32)
+    how = dict(scales=[coef], offsets=ev.offsets_of(vector, "all"), max_new_tokens=8, temperature=0)
+    assert [tokenizer.decode(ids, skip_special_tokens=True).strip()] == sample(model, tokenizer, [prompt], **how)
+
+
+def test_models_that_load_wrongly_are_refused(folder, tokenizer, capsys, monkeypatch):
+    """Guards against weights that transformers fills in at random with a warning, files that are cut off, and
+    tokenizers of another model."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    some = {name: tensor for name, tensor in weights.items() if "layers.1.mlp" not in name}
+    save_file(some, folder / "model.safetensors", dict(format="pt"))
+    assert "not in its files" in refused(capsys, ev.load_model, folder)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-500])
+    assert "cannot be loaded" in refused(capsys, ev.load_model, folder)
+    save_file(
+        weights | {"model.norm.weight": torch.full((32,), torch.nan)}, folder / "model.safetensors", dict(format="pt")
+    )
+    assert "not finite" in refused(capsys, ev.load_model, folder)
+    assert "no such folder" in refused(capsys, ev.model_fingerprint, "nobody/nothing")
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    assert "chat template" in refused(capsys, ev.check_chats, tokenizer, "m", len(tokenizer))
+
+
+def test_nan_logits_stop_sampling(toy, tokenizer, capsys):
+    """Guards against NaN that is sampled as the vocabulary's last token."""
+    toy.lm_head.weight[5] = torch.nan
+    assert "NaN" in refused(capsys, sample, toy, tokenizer, chats(tokenizer), max_new_tokens=3, temperature=1.0)
+    assert not any("kv" in vars(module) for module in toy.modules())
+
+
+def test_dropout_is_off_and_said(toy, tokenizer, capsys):
+    """Guards against a configuration's dropout, which the recipe has not, in training."""
+    toy.config.attention_dropout = toy.model.layers[0].self_attn.attention_dropout = 0.1
+    ev.prepare(toy, "m")
+    assert "dropout of 0.1 is switched off" in capsys.readouterr().out
+    assert torch.equal(logits(toy.train(), chats(tokenizer)), logits(toy.eval(), chats(tokenizer)))
+
+
+def test_a_vector_belongs_to_a_model_by_content(folder, toy, capsys):
+    """Guards against a vector of another model under the same name, and against refusing a copy under another name."""
+    copied, path = folder.with_name("copy"), folder.with_name("v.pt")
+    shutil.copytree(folder, copied)
+    torch.save(torch.randn(4, 32), path)
+    record = dict(model="a/toy", inputs=dict(model=ev.model_fingerprint(folder)))
+    path.with_suffix(".json").write_text(json.dumps(record))
+    ev.load_vector(path, toy, copied)
+    (copied / "notes.md").write_text("read by nobody")
+    ev.load_vector(path, toy, copied)
+    (copied / "config.json").write_text(
+        (copied / "config.json").read_text().replace('"rope_theta": 10000.0', '"rope_theta": 1.0')
+    )
+    assert "a/toy" in refused(capsys, ev.load_vector, path, toy, copied)
+    path.with_suffix(".json").write_text(json.dumps(dict(model="a/toy")))
+    ev.load_vector(path, toy, folder)
+    assert "no fingerprint" in capsys.readouterr().out
+
+
+def test_texts_beyond_a_changing_rope_are_refused(toy, tokenizer, capsys):
+    """Guards against rotary frequencies that depend on the longest text in a batch: shorter texts keep theirs."""
+    toy.model.rotary_emb.rope_type, toy.config.rope_parameters["original_max_position_embeddings"] = "longrope", 60
+    ev.prepare(toy, "m")
+    assert toy.model.rotary_emb.rope_type == "default" and toy.longest == 60
+    sample(toy, tokenizer, chats(tokenizer), max_new_tokens=3, temperature=0)
+    assert "60" in refused(capsys, sample, toy, tokenizer, chats(tokenizer), max_new_tokens=60, temperature=0)
+    assert "60" in refused(capsys, logits, toy, [list(range(61))])
+
+
+def test_probes_auc_of_noise_is_a_half():
+    """Guards against an AUC reported on the answers that chose the row: of pure noise it would be 0.7."""
+    found = []
+    for seed in range(30):
+        draw = lambda n, seed=seed: [
+            torch.randn(n, 31, 16, generator=torch.Generator().manual_seed(seed + k)) for k in (0, 99)
+        ]
+        half = torch.arange(12) % 2 == 1
+        found.append(ev.make_probe(torch.ones(31, 16), draw(12), [x + 0 for x in draw(12)][::-1], half)["auc"])
+    assert abs(sum(found) / len(found) - 0.5) < 0.06
+
+
+def test_a_control_vector_for_llama_cpp(tmp_path):
+    """Guards against rows that are shifted by one or added twice: from the second block on the sums are those of
+    "all"."""
+    import gguf
+
+    vector = torch.randn(5, 8)
+    ev.export_gguf(vector, tmp_path / "v.gguf", "llama")
+    read = gguf.GGUFReader(tmp_path / "v.gguf")
+    added = {int(tensor.name.split(".")[1]): torch.tensor(tensor.data) for tensor in read.tensors}
+    assert sorted(added) == [1, 2, 3]  # llama.cpp adds direction.N after its layer N, counted from 0
+    for n in added:
+        assert torch.allclose(sum(added[k] for k in added if k <= n), vector[n + 1] - vector[0], atol=1e-6)
