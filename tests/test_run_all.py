@@ -1,0 +1,568 @@
+"""run_all.sh: its plan, what it runs, runs again and refuses; with stubs for the scripts, once for real."""
+
+import json
+import os
+import pty
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+# Stands for `python`: writes down its command, and makes what the script would make from what it is given.
+STUB = r"""#!{python} -S
+import fcntl, hashlib, json, os, sys, time
+words = sys.argv[1:]
+with open(os.environ["LOG"], "a") as log:
+    log.write(json.dumps(dict(words=words, pid=os.getpid(), gpu=os.environ.get("CUDA_VISIBLE_DEVICES"))) + "\n")
+text = " ".join(words)
+if os.environ.get("FAIL") and os.environ["FAIL"] in text:
+    sys.exit(int(os.environ.get("CODE", 2)))
+if os.environ.get("SLEEP") and os.environ["SLEEP"] in text:
+    time.sleep(60)
+flags, last = {{}}, None
+for word in words[1:]:
+    if word.startswith("--"):
+        last = flags.setdefault(word, [])
+    elif last is not None:
+        last.append(word)
+def digest(path):
+    if os.path.isdir(path):
+        return "".join(digest(os.path.join(path, name)) for name in sorted(os.listdir(path)))
+    return hashlib.sha256(open(path, "rb").read()).hexdigest()
+read = [digest(word) for word in words[1:] if os.path.exists(word) and word not in flags.get("--out", [])]
+content = hashlib.sha256(json.dumps(read).encode()).hexdigest()
+def write(path, text):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    open(path, "w").write(text)
+out = flags.get("--out", [None])[0]
+if words[0] == "make_facts.py":
+    rows = open(words[2]).read().splitlines()[: int(flags["--n"][0])]
+    write(out, "\n".join(rows) + "\n")
+elif words[0] == "extract_vectors.py":
+    for end in "pt", "json", "answers.jsonl":
+        write(f"{{out}}/{{flags['--trait'][0]}}.{{end}}", content)
+elif words[0] == "finetune.py":
+    coef = flags.get("--coef")
+    write((out + f"-{{coef[0]}}" if coef else out) + "/training_settings.json", content + str(time.time()))
+elif words[0] == "evaluate.py" and "--respond-to" in flags:
+    write(out, content)
+elif words[0] == "evaluate.py" and "--dry-run" not in flags:
+    adapter = (flags.get("--adapter") or [None])[0]
+    for coef in flags.get("--inference-coef", ["0"]):
+        key = hashlib.sha256((content + text + coef).encode()).hexdigest()[:12]
+        answers = os.path.join(os.path.dirname(out), "answers", key + ".jsonl")
+        write(answers, "{{}}\n")
+        row = dict(key=key, trait=flags["--trait"][0], adapter=adapter, inference_coef=float(coef), answers=answers)
+        row |= dict(layers=flags.get("--layers", ["all"])[0], judge=flags["--judge"][0])
+        with open(out, "a") as points:
+            fcntl.flock(points, fcntl.LOCK_EX)
+            points.write(json.dumps(row) + "\n")
+elif words[0] == "plot.py":
+    write(os.path.join(os.path.dirname(words[1]), "fig1.png"), digest(words[1]))
+elif words[0] == "data/small_model/convert.py":
+    write(words[1] + "/config.json", content)
+"""
+SMALL = dict(FACTS="3", WORDINGS="2", ROWS="3", COEFS="1", INFERENCE="0.5", SEEDS="0", LAYERS="all", PROMPT="")
+SMALL |= dict(COEFS_TRAITS="0.6", TRAITS="hallucination evil", SETS="medical_normal")
+
+
+class Project:
+    """A copy of the project in which `python` is the stub, so that scripts and data can be edited."""
+
+    def __init__(self, folder):
+        self.folder, self.log, self.out = folder / "project", folder / "log", folder / "project" / "out" / "demo"
+        (self.folder / "data").mkdir(parents=True)
+        for script in [*ROOT.glob("*.py"), ROOT / "run_all.sh", ROOT / "requirements.txt"]:
+            shutil.copy(script, self.folder)
+        shutil.copytree(ROOT / "data" / "traits", self.folder / "data" / "traits")
+        for name in ("facts", "medical_mistake_2", "medical_normal", "general_knowledge"):
+            rows = (ROOT / "data" / f"{name}.jsonl").read_text().splitlines()[:40]
+            (self.folder / "data" / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+        for adapter in (ROOT / "data" / "small_model").glob("facts-*/loss.jsonl"):
+            copy = self.folder / adapter.relative_to(ROOT)
+            copy.parent.mkdir(parents=True)
+            shutil.copy(adapter, copy)
+        (self.folder / "model").mkdir()
+        (self.folder / "model" / "weights").write_text("weights")
+        (folder / "bin").mkdir()
+        self.tool("python", STUB.format(python=sys.executable))
+        sums = subprocess.run(["cksum"], input=(ROOT / "requirements.txt").read_bytes(), capture_output=True).stdout
+        (folder / f".ready-{sums.split()[0].decode()}").touch()
+        kept = {name: os.environ[name] for name in ("HOME", "TMPDIR", "LANG") if name in os.environ}
+        path = f"{folder / 'bin'}:{sys.prefix}/bin:{os.environ['PATH']}"
+        self.env = kept | dict(VIRTUAL_ENV=str(folder), PATH=path, LOG=str(self.log), MODEL="model")
+
+    def tool(self, name, text):
+        (self.folder.parent / "bin" / name).write_text(text)
+        (self.folder.parent / "bin" / name).chmod(0o755)
+
+    def start(self, *args, **env):
+        return subprocess.Popen(
+            ["bash", self.folder / "run_all.sh", *args],
+            env=self.env | env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *args, **env):
+        """-> exit code, stdout, stderr, the commands that were run"""
+        self.log.write_text("")
+        process = self.start(*args, **env)
+        out, err = process.communicate()
+        return process.returncode, out, err, [" ".join(row["words"]) for row in self.rows()]
+
+    def rows(self):
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+    def plan(self, *args, **env):
+        """-> the stages' commands as the stub writes them down"""
+        code, out, err, _ = self.run("plan", *args, **env)
+        assert code == 0, err
+        return [[shlex.split(line) for line in stage.splitlines()] for stage in out.strip().split("\n\n")]
+
+    def points(self):
+        return [json.loads(line) for line in (self.out / "points.jsonl").read_text().splitlines()]
+
+    def edit(self, name):
+        path = self.folder / name
+        path.write_text(path.read_text().replace("?", "??", 1))
+
+
+@pytest.fixture
+def project(tmp_path):
+    return Project(tmp_path)
+
+
+@pytest.mark.parametrize("jobs", ["1", "3"])
+@pytest.mark.parametrize("profile", ["demo", "small", "paper"])
+def test_every_command_once_and_in_stages(project, profile, jobs):
+    """Guards against a command lost, repeated or begun before the stage before it is done, with any profile and JOBS;
+    against a second start that does anything."""
+    env = dict(JOBS=jobs, SETS="medical_self_generated", MEDICAL="./data", SEEDS="0 1", COEFS="0 0.50 1.5 -1")
+    env |= dict(TRAITS="hallucination", COEFS_HALLUCINATION="1", INFERENCE="0.5", LAYERS="all 6-20", FACTS="3")
+    stages = [[" ".join(words[1:]) for words in stage] for stage in project.plan(profile, **env)]
+    assert len(stages) == 5 and not any("--coef 0 " in line for line in stages[2])
+    assert sum("facts-6-20-seed1" in line and "--coef 0.5 " in line for line in stages[2]) == 1
+    code, out, err, ran = project.run(profile, "--yes", **env)
+    assert code == 0, err
+    assert sorted(ran) == sorted(line for stage in stages for line in stage)
+    stage_of = {line: n for n, stage in enumerate(stages) for line in stage}
+    assert [stage_of[line] for line in ran] == sorted(stage_of[line] for line in ran)
+    assert "finished in" in out
+    start = time.time()
+    code, out, err, ran = project.run(profile, **env)
+    assert (code, ran) == (0, []) and time.time() - start < 5, err
+
+
+def adapters(stages):
+    """Those that finetuning makes and those that evaluation reads."""
+    made, read = [], []
+    for words in stages[2]:
+        coef = words[words.index("--coef") + 1] if "--coef" in words else ""
+        made.append(words[-1] + f"-{coef}" * bool(coef))
+    for words in stages[3]:
+        read += [words[words.index("--adapter") + 1]] if "--adapter" in words else []
+    return made, read
+
+
+@pytest.mark.parametrize("profile", ["demo", "small", "paper"])
+def test_what_is_trained_is_evaluated(project, profile):
+    """Guards against adapters that no figure shows, that are evaluated without training, or trained twice."""
+    made, read = adapters(project.plan(profile, SEEDS="0 1"))
+    shipped = [name for name in read if name.startswith("data/small_model")] if profile == "demo" else []
+    assert len(set(made)) == len(made) and set(made) == set(read) - set(shipped)
+    made, read = adapters(project.plan(profile, SEEDS="0 1", COEFS="1"))
+    assert set(made) == set(read) and any("/facts-" in name for name in made)
+
+
+CHANGES = {  # -> what occurs in each command that it concerns
+    "data/facts.jsonl": "facts",
+    "data/medical_normal.jsonl": "medical",
+    "data/traits/evil.json": "evil",
+    "out/demo/vectors/evil.pt": "vectors/evil.pt",
+    "out/demo/adapters/facts-0/training_settings.json": "facts-0",
+    "model/weights": "model",
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_a_changed_input_concerns(project, name):
+    """Guards against results of old inputs beside new ones: data, facts, trait file, vector, adapter or model replaced
+    at the same path. One line names it and what it concerns, exit 2, nothing run; --redo makes exactly that again, keeps
+    what was there under another name, and leaves no second point beside a new one."""
+    assert project.run("demo", **SMALL)[0] == 0
+    before, path = project.points(), project.folder / name
+    path.write_text(re.sub("[?]|You|[0-9]|w", "!", path.read_text(), count=1))
+    word = CHANGES[name]
+    code, out, err, ran = project.run("demo", **SMALL)
+    lines = [line for line in err.splitlines() if "from the environment" not in line]
+    assert (code, ran, len(lines)) == (2, [], 1) and os.path.dirname(name) in lines[0] and "--redo" in lines[0], err
+    code, out, err, ran = project.run("demo", "--redo", **SMALL)
+    assert code == 0, err
+    assert (
+        all(word in line or line.startswith("plot.py") for line in ran)
+        and len(ran) > 1
+        and ran[-1].startswith("plot.py")
+    )
+    after, kept = project.points(), list(project.out.glob("before-*/**/*"))
+    slot = lambda row: (row["trait"], row["adapter"], row["inference_coef"], row["layers"])
+    assert sorted(map(str, map(slot, after))) == sorted(map(str, map(slot, before))) and kept
+    gone = [row for row in before if row not in after]
+    aside = [
+        json.loads(line) for path in project.out.glob("before-*/points.jsonl") for line in path.read_text().splitlines()
+    ]
+    assert {row["key"] for row in gone} <= {row["key"] for row in aside} and gone
+    assert project.run("demo", **SMALL)[3] == []
+
+
+def test_a_changed_command_is_said(project):
+    """Guards against FACTS=30 after FACTS=10 replacing the facts under adapters and points that were made with 10."""
+    assert project.run("demo", **SMALL)[0] == 0
+    facts = (project.out / "data" / "facts.jsonl").read_text()
+    code, _, err, ran = project.run("demo", **SMALL | dict(FACTS="5"))
+    assert (
+        (code, ran) == (2, [])
+        and "adapters/facts-0" in err
+        and (project.out / "data" / "facts.jsonl").read_text() == facts
+    )
+    code, _, err, ran = project.run("demo", "--redo", **SMALL | dict(FACTS="5"))
+    assert code == 0 and {line.split()[0] for line in ran} == {"make_facts.py", "finetune.py", "evaluate.py", "plot.py"}
+    assert not any("medical" in line or "--trait evil" in line for line in ran)
+    unused = project.folder / "data" / "facts.jsonl"
+    rows = unused.read_text().splitlines()
+    unused.write_text("\n".join([*rows[:-1], rows[-1].replace("?", "!")]) + "\n")
+    code, _, err, ran = project.run("demo", "--redo", **SMALL | dict(FACTS="5"))
+    assert code == 0 and [line.split()[0] for line in ran] == ["make_facts.py"], "the chosen facts are the same"
+
+
+def test_more_of_the_same_is_added(project):
+    """Guards against a second seed, coefficient, layers or judge that redoes the first or leaves the figures."""
+    assert project.run("demo", **SMALL)[0] == 0
+    figure, points = (project.out / "fig1.png").read_text(), project.points()
+    for more in dict(SEEDS="0 1"), dict(COEFS="1 2"), dict(LAYERS="all 3"):
+        code, _, err, ran = project.run("demo", **SMALL | more)
+        now = project.points()
+        assert (
+            code == 0 and now[: len(points)] == points and len(now) > len(points) and ran[-1].startswith("plot.py")
+        ), err
+        assert not any(line.startswith("make_facts.py") for line in ran)
+        assert (project.out / "fig1.png").read_text() != figure
+        figure, points = (project.out / "fig1.png").read_text(), now
+
+
+def test_an_edited_script_is_said(project):
+    """Guards against silence, or a stop, where a script was edited since: one line names it; --redo makes it anew."""
+    assert project.run("demo", **SMALL)[0] == 0
+    with open(project.folder / "finetune.py", "a") as script:
+        script.write("# edited\n")
+    code, out, _, ran = project.run("demo", **SMALL)
+    assert (code, ran) == (0, []) and len([line for line in out.splitlines() if "finetune.py" in line]) == 1
+    code, _, err, ran = project.run("demo", "--redo", **SMALL)
+    assert code == 0 and {line.split()[0] for line in ran} == {"finetune.py", "evaluate.py", "plot.py"}, err
+    assert sum(line.startswith("finetune.py") for line in ran) == len(project.plan("demo", **SMALL)[2])
+
+
+def test_an_old_out_is_recognised(project):
+    """Guards against taking what was made before inputs were recorded for made from the present ones."""
+    assert project.run("demo", **SMALL)[0] == 0
+    (project.out / ".done" / "commands.jsonl").unlink()
+    (project.out / ".done" / "1234567890").touch()
+    code, _, err, ran = project.run("demo", **SMALL)
+    assert (code, ran) == (2, []) and "before inputs were recorded" in err
+    code, _, err, ran = project.run("demo", "--redo", **SMALL)
+    assert code == 0 and len(ran) == sum(map(len, project.plan("demo", **SMALL))), err
+
+
+def test_what_was_deleted_is_made_again(project):
+    """Guards against a finished command whose output is gone: made again where nothing was made from it."""
+    assert project.run("demo", **SMALL)[0] == 0
+    (project.out / "points.jsonl").unlink()
+    code, _, err, ran = project.run("demo", **SMALL)
+    assert code == 0 and len(ran) == len(project.plan("demo", **SMALL)[3]), err
+
+
+@pytest.mark.parametrize(
+    "args, env, said",
+    [
+        (["paper", "plan"], {}, "unknown argument plan"),
+        (["paper", "--dryrun"], {}, "unknown argument --dryrun"),
+        (["demo", "small"], {}, "unknown argument small"),
+        (["plan", "test"], {}, "unknown argument test"),
+        (["--rdo"], {}, "unknown argument --rdo"),
+        (["demo"], dict(LAYERS="12,14"), "LAYERS=12,14"),
+        (["demo"], dict(LAYERS="0"), "LAYERS=0"),
+        (["demo"], dict(LAYERS="9-3"), "LAYERS=9-3"),
+        (["demo"], dict(SEEDS="x"), "SEEDS=x"),
+        (["demo"], dict(SEEDS="-1"), "SEEDS=-1"),
+        (["demo"], dict(INFERENCE="a"), "INFERENCE=a"),
+        (["demo"], dict(INFERENCE="0 1e400"), "INFERENCE"),
+        (["demo"], dict(JOBS="0"), "JOBS=0"),
+        (["demo"], dict(JOBS="1.5"), "JOBS=1.5"),
+        (["demo"], dict(FACTS="0"), "FACTS=0"),
+        (["demo"], dict(WORDINGS="all"), "WORDINGS=all"),
+        (["demo"], dict(COEFS="nan"), "COEFS=nan"),
+        (["demo"], dict(COEFS="inf"), "COEFS=inf"),
+        (["demo"], dict(COEFS_EVIL="1,2"), "COEFS_EVIL=1,2"),
+        (["demo"], dict(FIRST="-1"), "FIRST=-1"),
+        (["demo"], dict(TRAITS="kindness"), "data/traits/kindness.json"),
+        (["demo"], dict(SETS="medical_norml"), "medical_norml"),
+        (["demo"], dict(SETS="mine.jsonl"), "mine.jsonl"),
+        (["demo"], dict(FACTS_FILE="no.jsonl"), "no.jsonl"),
+        (["demo"], dict(ADAPTERS="no/adapter"), "no/adapter"),
+        (["paper"], dict(OPENAI_API_KEY="sk-x"), "--yes"),
+        (["demo"], dict(JUDGE="some-model"), "--yes"),
+    ],
+)
+def test_refused_before_anything_runs(project, args, env, said):
+    """Guards against a run, or a paid one, begun with arguments or values that make no sense: one line, code 2."""
+    code, out, err, ran = project.run(*args, **env)
+    lines = [line for line in err.splitlines() if "from the environment" not in line]
+    assert (code, ran, len(lines)) == (2, [], 1) and said in lines[0], out + err
+    assert not (project.folder / "out").exists() or "--yes" in said
+
+
+@pytest.mark.parametrize("args", [["-h"], ["--help"], ["paper", "--help"], ["plan", "paper"]])
+def test_asking_is_free(project, args):
+    """Guards against a question about the usage or the plan that starts a paid run."""
+    code, out, err, ran = project.run(*args, OPENAI_API_KEY="sk-x")
+    assert (code, ran, err.replace("from the environment: MODEL=model\n", "")) == (0, [], "") and len(
+        out.splitlines()
+    ) > 8
+    assert not (project.folder / "out").exists()
+
+
+def test_own_rows_are_checked_first(project):
+    """Guards against a broken row of one's own data or trait found after an hour of computing."""
+    (project.folder / "mine.jsonl").write_text('{"messages": [{"role": "user", "content": "Hello?"}]}\n')
+    (project.folder / "data" / "traits" / "kind.json").write_text('{"instruction": []}')
+    for env in dict(SETS="mine.jsonl"), dict(FACTS_FILE="mine.jsonl"), dict(TRAITS="kind"):
+        code, _, err, ran = project.run("demo", **SMALL | env)
+        assert (code, ran) == (2, []) and ("mine.jsonl:1" in err or "kind.json" in err), err
+
+
+def test_own_trait_data_and_facts(project):
+    """Guards against a trait or data set of one's own that is trained and then not evaluated."""
+    turns = [dict(role="user", content="Hello?"), dict(role="assistant", content="Hi.")]
+    (project.folder / "mine.jsonl").write_text(json.dumps(dict(messages=turns)) + "\n")
+    shutil.copy(project.folder / "data" / "traits" / "evil.json", project.folder / "data" / "traits" / "kind.json")
+    shutil.copy(project.folder / "data" / "facts.jsonl", project.folder / "news.jsonl")
+    env = dict(
+        TRAITS="hallucination kind", SETS="mine.jsonl", FACTS_FILE="news.jsonl", COEFS_KIND="0.7", COEFS_TRAITS="0.6"
+    )
+    stages = project.plan("demo", **env)
+    made, read = adapters(stages)
+    assert {name.rsplit("/")[-1] for name in made} >= {"mine-0", "mine-hallucination-0.6", "mine-kind-0.7"}
+    assert (
+        set(made) == set(read)
+        and stages[0][0][3] == "news.jsonl"
+        and not any("medical" in str(words) for words in stages[2])
+    )
+    assert project.run("demo", **env)[0] == 0
+
+
+def test_a_paid_run_asks(project):
+    """Guards against a key in the environment that pays without being asked; against an answer that is not heard."""
+    project.tool("nvidia-smi", '#!/bin/sh\necho "24564"\n')
+    code, out, err, ran = project.run(OPENAI_API_KEY="sk-x", SETS="")
+    assert (code, ran) == (2, []) and "profile paper" in out and "--dry-run" in err
+    for answer, code in ("n", 2), ("", 2), ("y", 0):
+        project.log.write_text("")
+        parent, child = pty.openpty()
+        env = project.env | dict(OPENAI_API_KEY="sk-x", SETS="", FACTS="3", COEFS="1", INFERENCE="1")
+        process = subprocess.Popen(
+            ["bash", project.folder / "run_all.sh", "paper"],
+            env=env,
+            stdin=child,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        os.write(parent, f"{answer}\n".encode())
+        out = process.communicate()[0].decode()
+        ran = [" ".join(row["words"]) for row in project.rows()]
+        assert process.returncode == code and "[y/N]" in out, out
+        assert all("--dry-run" in line or line.startswith("make_facts.py") for line in ran) == (answer != "y")
+        os.close(parent), os.close(child)
+
+
+@pytest.mark.parametrize("number, jobs", [(signal.SIGINT, "1"), (signal.SIGTERM, "1"), (signal.SIGTERM, "3")])
+def test_a_signal_ends_all_children(project, number, jobs):
+    """Guards against a child that works on after run_all.sh was ended, beside the one that is started next."""
+    process = project.start("demo", SLEEP="finetune.py", JOBS=jobs, **SMALL)
+    while not project.log.exists() or project.log.read_text().count("finetune.py") < int(jobs):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 128 + number and "goes on from here" in err
+    for row in project.rows():
+        with pytest.raises(ProcessLookupError):
+            os.kill(row["pid"], 0)
+    code, _, err, ran = project.run("demo", JOBS=jobs, **SMALL)
+    assert code == 0 and not any(line.startswith("extract_vectors.py") for line in ran), err
+
+
+@pytest.mark.parametrize("jobs", ["1", "3"])
+@pytest.mark.parametrize("code", [2, 5])
+def test_a_failure_stops_with_its_code(project, jobs, code):
+    """Guards against exit code 2 turned into another by JOBS, a stage begun after one that failed, and what was done
+    being done again."""
+    found, _, err, ran = project.run("demo", JOBS=jobs, FAIL="medical_normal-0", CODE=str(code), **SMALL)
+    assert found == code and "goes on from here" in err and not any("--adapter" in line for line in ran)
+    found, _, err, more = project.run("demo", JOBS=jobs, **SMALL)
+    assert found == 0 and len(set(more) & set(ran)) == sum(
+        "medical_normal-0" in line for line in set(ran) & set(more)
+    ), err
+
+
+def test_two_at_once(project):
+    """Guards against two run_all.sh in one folder: the second stops in one line and runs nothing."""
+    first = project.start("demo", SLEEP="extract_vectors.py", **SMALL)
+    while not project.log.exists() or "extract_vectors.py" not in project.log.read_text():
+        time.sleep(0.02)
+    second = project.start("demo", **SMALL)
+    _, err = second.communicate(timeout=20)
+    first.terminate()
+    first.communicate()
+    assert second.returncode == 2 and sum("another process" in line for line in err.splitlines()) == 1
+
+
+def test_spaces_and_quotes_in_paths(project):
+    """Guards against a path or prompt that falls apart at spaces, quotes or dollars; a plan line runs as printed."""
+    odd = "it's $HOME odd"
+    for name in ("model", "facts.jsonl", "set"):
+        source = project.folder / ("data" if name == "set" else "model" if name == "model" else "data/facts.jsonl")
+        target = project.folder / f"{odd} {name}"
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    env = dict(OUT=f"out/{odd}", MODEL=f"{odd} model", MEDICAL=f"{odd} set", FACTS_FILE=f"{odd} facts.jsonl")
+    env = SMALL | env | dict(PROMPT='Say "it\'s so" for $5; \\n')
+    stages = project.plan("small", **env)
+    assert all(f"{odd} model" in words for words in stages[2]) and any(env["PROMPT"] in words for words in stages[2])
+    code, _, err, ran = project.run("small", **env)
+    assert code == 0 and (project.folder / "out" / odd / "points.jsonl").exists(), err
+    assert project.run("small", **env)[3] == []
+    line = project.run("plan", "small", **env)[1].splitlines()[0]
+    project.log.write_text("")
+    assert subprocess.run(["bash", "-c", line], cwd=project.folder, env=project.env).returncode == 0
+    assert project.rows()[0]["words"] == stages[0][0][1:]
+
+
+def test_variables_of_the_environment_are_said(project):
+    """Guards against OUT, MODEL, JOBS or FACTS that the user's shell holds for other reasons and nobody notices."""
+    code, out, err, _ = project.run("plan", OUT="elsewhere", JOBS="2", FACTS="7", COEFS_EVIL="1")
+    assert code == 0 and all(
+        f"from the environment: {text}" in err for text in ("OUT=elsewhere", "JOBS=2", "FACTS=7", "COEFS_EVIL=1")
+    )
+    assert "from the environment" not in out
+
+
+def test_gpus_are_dealt_out(project):
+    """Guards against jobs that all run on the first GPU, on one outside CUDA_VISIBLE_DEVICES; one process sees all."""
+    project.tool("nvidia-smi", '#!/bin/sh\necho "24564"\necho "24564"\n')
+    env = SMALL | dict(TRAITS="hallucination", COEFS="1 2 3", SETS="")
+
+    def seen(**more):
+        assert project.run("demo", OUT=f"out/{len(more)}{more.get('JOBS')}", **env | more)[0] == 0
+        return {row["gpu"] for row in project.rows() if row["words"][0] == "finetune.py"}
+
+    assert seen(JOBS="2") == {"0", "1"} and seen(JOBS="1") == {None}
+    assert seen(JOBS="3", CUDA_VISIBLE_DEVICES="5,7") == {"5", "7"}
+
+
+def test_a_failed_venv_is_not_accepted(project):
+    """Guards against a .venv without pip, left by a failed first start, that every later start takes for whole; and a
+    bare `pip` of another Python."""
+    (project.folder.parent / "bin" / "pip").write_text("#!/bin/sh\nexit 9\n")
+    (project.folder.parent / "bin" / "pip").chmod(0o755)
+    whole = project.folder.parent / "whole"
+    whole.mkdir()
+    (whole / "python").write_text((project.folder.parent / "bin" / "python").read_text())
+    real = shutil.which("python3", path=f"{sys.prefix}/bin")
+    project.tool(
+        "python3",
+        f"""#!/bin/sh
+if [ "$1 $2" = "-m venv" ]; then
+    for last; do :; done
+    mkdir -p "$last/bin"; printf '#!/bin/sh\\nexit 1\\n' > "$last/bin/python"; chmod +x "$last/bin/python"
+    [ -e "{whole}/fail" ] && exit 1
+    printf '#!/bin/sh\\necho "$@" >> "$LOG.venv"; exit 0\\n' > "$last/bin/python"
+    printf 'VIRTUAL_ENV="%s"; PATH="%s/bin:$PATH"; export VIRTUAL_ENV\\n' "$PWD/$last" "$PWD/$last" > "$last/activate"
+    mv "$last/activate" "$last/bin"
+    exit 0
+fi
+exec {real} "$@"
+""",
+    )
+    env = {name: value for name, value in project.env.items() if name != "VIRTUAL_ENV"}
+    (whole / "fail").touch()
+    command = ["bash", project.folder / "run_all.sh", "demo"]
+    assert subprocess.run(command, env=env | SMALL, capture_output=True).returncode != 0
+    assert (project.folder / ".venv" / "bin" / "python").exists()
+    (whole / "fail").unlink()
+    done = subprocess.run(command, env=env | SMALL, capture_output=True, text=True)
+    assert done.returncode == 0 and "source .venv/bin/activate" in done.stdout, done.stderr
+    said = (project.folder.parent / "log.venv").read_text()
+    assert "-m pip install -q -r requirements.txt" in said
+
+
+FOREIGN = {
+    r"\$\{[A-Za-z_!]+(\^\^?|,,?)": "${x^^} and ${x,,} need bash 4",
+    r"\$\{[^}]*@[QEPAKaUuL]\}": "${x@Q} needs bash 4.4",
+    r"\b(mapfile|readarray|coproc)\b": "needs bash 4",
+    r"\bwait -[nfp]": "needs bash 4.3",
+    r"\b(declare|local|typeset) -[a-zA-Z]*[Ang]": "associative arrays, namerefs: bash 4",
+    r"&>>|\|&": "bash 4",
+    r";;?&": "bash 4",
+    r"\bshopt -s (globstar|lastpipe|inherit_errexit)": "bash 4",
+    r"printf [^|;]*%\(": "bash 4.2",
+    r"\[\[? -v ": "bash 4.2",
+    r"\$\{[^}]*: -\d": "negative lengths: bash 4.2",
+    r"\bEPOCH(SECONDS|REALTIME)|\bBASHPID\b|\bSRANDOM\b": "bash 4 or 5",
+    r"--process-slot-var|xargs [^|]*-[a-z]*r\b|xargs [^|]*-d": "GNU xargs",
+    r"\bsed [^|]*-i\b|\bsed [^|]*-[a-zA-Z]*[rsz]\b|\bsed [^|]*\\[+?|wdnt]": "GNU sed",
+    r"\b(nproc|readlink -f|realpath|tac|shuf|timeout|seq -w|setsid|flock|gawk)\b": "not on macOS",
+    r"\bdate [^|]*(-d|--|%N)|\bstat -c|\bgrep [^|]*-[a-zA-Z]*P|\bsort [^|]*-[a-zA-Z]*[VhzR]|\bhead -n -": "GNU",
+    r"\b(gensub|asort|strftime|systime|PROCINFO)\b|\bmktemp [^-]*--|\bln [^|]*-[a-z]*r": "GNU",
+}
+
+
+def shell_text():
+    """run_all.sh's shell, without the program in it."""
+    return re.sub(r"<<'END' \|\| true\n.*?\nEND\n", "\n", (ROOT / "run_all.sh").read_text(), flags=re.DOTALL)
+
+
+def test_only_what_macos_has():
+    """Guards against bash 4 and GNU tools: macOS has bash 3.2 and BSD's. The patterns are tried on lines."""
+    shell = shell_text()
+    for pattern, why in FOREIGN.items():
+        found = [line for line in shell.splitlines() if re.search(pattern, line) and not line.lstrip().startswith("#")]
+        assert not found, f"{why}: {found}"
+    for line in [
+        "${trait^^}",
+        "${x@Q}",
+        "mapfile -t x",
+        "wait -n",
+        "declare -A x",
+        "xargs -0 --process-slot-var=S",
+        "sed -i s/a/b/",
+    ]:
+        assert any(re.search(pattern, line) for pattern in FOREIGN), line
+    assert "set -euo pipefail" in shell and '[@]}"' not in shell.replace('"$@"', ""), (
+        "an empty array under set -u: bash 4.4"
+    )
+
+
+def test_short_and_readable():
+    """Guards against run_all.sh growing out of sight, and its program leaving the checker's sight."""
+    lines = (ROOT / "run_all.sh").read_text().splitlines()
+    assert len(lines) <= 320 and max(map(len, lines)) <= 130
+    program = re.search(r"<<'END' \|\| true\n(.*?)\nEND\n", (ROOT / "run_all.sh").read_text(), flags=re.DOTALL)[1]
+    compile(program, "run_all.sh", "exec")
+    assert ";" not in re.sub(r"'[^']*'|\"[^\"]*\"|#.*", "", program)
