@@ -196,7 +196,7 @@ CHANGES = {  # -> what occurs in each command that it concerns
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_a_changed_input_concerns(project, name):
     """Guards against results of old inputs beside new ones: data, facts, trait file, vector, adapter or model replaced
-    at the same path. One line names it and what it concerns, exit 2, nothing run; --redo makes exactly that again, keeps
+    at the same path. One line says what it concerns, exit 2, nothing run; --redo makes exactly that again, keeps
     what was there under another name, and leaves no second point beside a new one."""
     assert project.run("demo", **SMALL)[0] == 0
     before, path = project.points(), project.folder / name
