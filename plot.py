@@ -243,9 +243,8 @@ def label_lines(axis, ends, trait, points, gap=8.0):
 
 def describe(points):
     """A caption: models, judges, n, training seeds, what bars and hollow marks mean."""
-    parts = [", ".join(sorted({Path(p["model"]).name for p in points}))]
     judges = {p["judge"].replace("probe", "probe (of what is steered)") for p in points}
-    parts += [f"judge: {', '.join(sorted(judges))}"]
+    parts = [", ".join(sorted({Path(p["model"]).name for p in points})), f"judge: {', '.join(sorted(judges))}"]
     for key, name in (("trait_n", "answers"), ("fact_n", "facts"), ("mmlu_n", "questions")):
         parts += [f"{max(p.get(key) or 0 for p in points)} {name}"] if any(p.get(key) for p in points) else []
     seeds = len({p.get("train_seed") for p in points if p.get("adapter")})
@@ -258,7 +257,7 @@ def panels(rows, columns, width, height):
     rows, columns = max(1, rows), max(1, columns)
     size = (1.2 + width * columns, 0.8 + height * rows)
     plt.rcParams.update({"axes.grid": True, "axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.2})
-    return plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True)
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, sharex="col", sharey=True)
 
 
 def finish(figure, title, points, path):
@@ -277,18 +276,18 @@ def figure1(points, path):
     """Scores and accuracies against the coefficient: inference-time left, preventative right."""
     found = comparisons(points)
     figure, axes = panels(len(found), 2, 4, 3)
-    reach = {x: max([p.get(x) or 0 for c in found for p in c.points], default=0) or 1 for x in reversed(METHODS)}
-    if max(reach.values()) <= 2 * min(reach.values()):  # one scale where the methods share one
-        reach = dict.fromkeys(reach, max(reach.values()))
     for row, c in zip(axes, found):
-        for axis, (x, most) in zip(row, reach.items()):
+        for axis, x in zip(row, reversed(METHODS)):
             alone = [] if any(c.sides.values()) else plain_of(c.points)
             ends = draw(axis, c.sides[x].points if c.sides[x] else alone, x, c.base, METRICS)
-            title = f"{METHODS[x]}, {c.title}".strip(", ")
-            axis.set(title=title, xlim=(-0.04 * most, 1.04 * most), xlabel="steering coefficient")
+            axis.set_title(f"{METHODS[x]}, {c.title}".strip(", "))
             if axis is row[1] or not c.sides["train_coef"]:
                 label_lines(axis, ends, c.trait, points)
         row[0].set_ylabel("score or accuracy (%)")
+    lows, highs = zip(*(axis.get_xlim() for axis in axes[0]))
+    if max(highs) <= 2 * min(highs):  # one scale where the methods share one
+        plt.setp(axes[0], xlim=(min(lows), max(highs)))
+    plt.setp(axes[-1], xlabel="steering coefficient")
     finish(figure, "Learning new facts (dotted: before training)", [p for c in found for p in c.points] or points, path)
 
 
@@ -343,8 +342,9 @@ def figure2(points, path):
                 label_lines(axis, ends, "trait score", points)
             blocks |= dict.fromkeys(sweep.about[:1])
             probe = "\n(judged by the probe)" * any(p["judge"] == "probe" for p in points if p.get("trait") == trait)
-            axis.set(title=f"{trait}{probe}" * (row == 0), xlabel="coefficient" * (row + 1 == len(rows)))
+            axis.set_title(f"{trait}{probe}" * (row == 0))
         axes[row][0].set_ylabel(DATASETS.get(dataset, dataset))
+    plt.setp(axes[-1], xlabel="steering coefficient")
     title = ", ".join(["Preventative steering across data sets", *blocks]) + " (dotted: before training)"
     finish(figure, title if here else "No data set but facts", [p for of in here.values() for p in of] or points, path)
 
