@@ -377,10 +377,10 @@ def headline(points):
             lines.append("No headline: the model before training was not measured.")
         elif plain and plain[0].mean <= high:
             lines.append(f"Nothing to prevent: plain finetuning {plain[0].mean:.1f}, before training {score:.1f}.")
-        else:
-            names = "preventative", "inference-time", "difference", "seeds that get there"
+        elif any(c.sides.values()):
+            names = "preventative", "inference-time", "difference", "training seeds that get there"
             cells = ", ".join(f"{name} {text}" for name, text in zip(names, equal_cells(c, score)))
-            lines.append(f"{c.title}: facts kept at the level before training ({c.trait} {score:.1f}): {cells}.")
+            lines.append(f"{c.title}: facts kept (%) at the level before training ({c.trait} {score:.1f}): {cells}.")
             lines += [f"{c.title}: {reach_sentence(c, sweep, high)}" for sweep in c.sides.values() if sweep]
     return list(dict.fromkeys(lines))
 
@@ -389,11 +389,11 @@ def reach_sentence(c, sweep, high):
     """The smallest coefficient that brings the mean score into the interval of the model before training; its cost."""
     marks = {metric: curve(sweep.points, sweep.x, metric) for metric in METRICS}
     reach = next((m for m in marks["trait_score"] if m.mean <= high), None)
+    where = f"{c.trait} back within the interval of before training (up to {high:.1f})"
     if reach is None:
-        return f"{METHODS[sweep.x]}: no coefficient brings {c.trait} into the interval of before (up to {high:.1f})."
+        return f"{METHODS[sweep.x]}: no coefficient brings {where}."
     costs = [f"{label_of(key, c.trait, c.points)} {m.mean:.1f}" for key in marks for m in marks[key] if m.x == reach.x]
-    few = " (few seeds)" * reach.few
-    return f"{METHODS[sweep.x]}: {reach.x:g}{few} brings it into the interval of before: {', '.join(costs)}."
+    return f"{METHODS[sweep.x]}: {reach.x:g}{' (few seeds)' * reach.few} brings {where}: {', '.join(costs)}."
 
 
 def equal_cells(c, level, last=False):

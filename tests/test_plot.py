@@ -182,6 +182,7 @@ def test_no_mean_over_one_seed_among_many(drawn):
     some += [steered("train_coef", 2.0, 20.0, train_seed=seed) for seed in range(1)]
     assert [m.few for m in plot.curve(some, "train_coef", "trait_score")] == [False, False, True]
     assert [m.few for m in plot.curve(some[:1] + some[4:5], "train_coef", "trait_score")] == [False, False]
+    assert [m.few for m in plot.curve(some[:2] + some[4:5], "train_coef", "trait_score")] == [False, True]  # half
     plot.figure1([BEFORE, *some], None)
     right = drawn[0][0].axes[1]
     assert lines_of(right, color_of("trait_score")) == [([0, 1], [81.0, 41])]  # plain of the seeds that were steered
@@ -212,6 +213,7 @@ def test_hollow_over_a_tenth_unscored(kind, drawn):
 def test_crossing_by_hand():
     """Guards against a wrong interpolation, first and last crossing swapped, and values made up where there is none."""
     line = [(0, 80, 90, 50), (1, 60, 80, 40), (2, 20, 40, None), (3, 50, 30, 30), (4, 10, 10, 10)]
+    assert plot.crossing(line, 80) == (0, 80, 90, 50)  # at once
     assert plot.crossing(line, 70) == (0.5, 70, 85, 45) == plot.crossing(line, 70, last=True)
     assert plot.crossing(line, 60) == (1, 60, 80, 40) and plot.crossing(line, 60, last=True)[:3] == (1, 60, 80)
     assert plot.crossing(line, 40) == (1.5, 40, 60, None)  # general knowledge was not measured at 2
@@ -403,7 +405,7 @@ def test_headline_takes_the_smallest_coefficient_in_the_interval():
     kept, preventative, inference_time = plot.headline([BEFORE, PLAIN, *inference, *train])
     # at 20 preventative is not there; inference-time falls from 23 to 2 as facts do from 37 to 9: 37 - 28 x 3 / 21 = 33
     assert "before training (hallucination 20.0): preventative -, inference-time 33.0, difference -" in kept
-    assert "seeds that get there 0 of 1 (preventative 0, inference-time 1)" in kept
+    assert "training seeds that get there 0 of 1 (preventative 0, inference-time 1)" in kept
     assert "steering: 1.25 brings" in preventative and "hallucination 21.0, facts 79.0, MMLU 50.0" in preventative
     assert (
         "steering: 2 brings" in inference_time and "hallucination 23.0, facts 37.0" in inference_time
@@ -412,7 +414,7 @@ def test_headline_takes_the_smallest_coefficient_in_the_interval():
     assert plot.headline([PLAIN, *train]) == ["No headline: the model before training was not measured."]
     assert plot.headline([BEFORE, point(22.0), *train])[0].startswith("Nothing to prevent: plain finetuning 22.0")
     assert "difference +25.0 [-165.6, 215.6]" in plot.headline(both_sides())[0]
-    assert "empty" in plot.headline([BEFORE])[0]
+    assert "empty" in plot.headline([BEFORE])[0] and plot.headline([BEFORE, PLAIN]) == []
     few = [
         point(80.0, train_seed=1),
         point(80.0, train_seed=2),
