@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 import unicodedata
-from collections import Counter, deque
+from collections import Counter
 from datetime import date
 from email.utils import parsedate_to_datetime
 from importlib import metadata
@@ -689,7 +689,7 @@ class Chat:
     - The first request finds the form that the server takes: max_tokens or max_completion_tokens; temperature 0 or the
       default; 20, 5 or no log-probabilities. A model that thinks before it answers gets THINKING_TOKENS more for it.
     - Time-outs, cut connections, 408, 409 and 5xx are tried again by the openai client. After a 429 all requests wait
-      as long as the server asks, and go on at the pace at which replies came.
+      as long as the server asks and go on more slowly, then faster with every reply.
     - Replies are kept in CACHE by server, model and messages: the same command goes on where it stopped. So is the
       refusal of a single request (400, 403, 413, 422, a content filter); a fresh cache asks again.
     - UNUSABLE replies in a row that are refused or cannot be read: a request that was answered before is sent again.
@@ -699,27 +699,25 @@ class Chat:
 
     def __init__(self, model, args, tokens, judge=False):
         """tokens: room for a reply; judge: ask at temperature 0, with the log-probabilities of its first token."""
-        self.model, self.args, self.tokens, self.judge = model, args, tokens, judge
+        import openai  # not above: it takes a second
+
+        self.api, self.model, self.args, self.tokens, self.judge = openai, model, args, tokens, judge
         self.base, self.shown, self.key = api_address()
         self.forms = [form for form in FORMS if judge or form[0] is None and not form[2]]
         self.form, self.thinks = None, False  # what the first request found out
-        self.good, self.fresh = None, False  # a prompt that was answered; whether one was in this run
-        self.held, self.bad = [], 0  # replies not kept yet; unusable ones in a row
-        self.gap = self.free = self.slowed = self.spent = 0.0  # seconds between requests; next one; last 429; dollars
-        self.pauses, self.since, self.times = 0, 0, deque(maxlen=50)  # 429s in a row; replies since; when they came
+        self.good, self.held, self.bad = None, [], 0  # an answered prompt; refusals not kept yet; unusable in a row
+        self.gap = self.free = self.slowed = 0.0  # seconds between requests; when the next may go; the last 429
+        self.pauses, self.spent = 0, 0.0  # 429s without a reply between; dollars
 
     def ask(self, title, prompts):
         """prompts: [(messages, readable)], readable(reply) -> bool. Returns the replies (see normalised) in order."""
-        import openai
-
-        wanted = [json.dumps([self.shown, self.model, self.tokens, self.judge, messages]) for messages, _ in prompts]
-        keys = [hashlib.sha256(text.encode()).hexdigest() for text in wanted]
-        waiting = dict(zip(keys, prompts))
+        asked = [self.shown, self.model, self.tokens, THINKING_TOKENS, self.judge]
+        keys = [hashlib.sha256(json.dumps([*asked, messages]).encode()).hexdigest() for messages, _ in prompts]
+        waiting, ended = dict(zip(keys, prompts)), None
         replies = cached_replies(waiting)
         for key, reply in replies.items():
             messages, readable = waiting.pop(key)
-            if readable(reply):
-                self.good = messages, readable
+            self.good = (messages, readable) if readable(reply) else self.good
         if waiting:
             tokens_in = sum(len(m["content"]) for messages, _ in waiting.values() for m in messages) // 4
             estimate(title, self.model, len(waiting), tokens_in, len(waiting) * self.tokens)
@@ -728,79 +726,66 @@ class Chat:
                 die("set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own; --judge probe needs neither")
             try:
                 asyncio.run(self.send_all(title, waiting, replies))
-            except openai.OpenAIError as error:
-                why = clean(f"{title}: {self.shown}: {what_ended(error)}")
-                die(f"{why}; what was answered is kept, the same command goes on from there")
+            except* self.api.OpenAIError as errors:
+                ended = what_ended(errors)
+        if ended:
+            die(f"{title}: {self.shown}: {ended}; what was answered is kept, the same command goes on from there")
         return [replies[key] for key in keys]
 
     async def send_all(self, title, waiting, replies):
         """Fills replies with those of the waiting prompts; both by their key in the cache."""
-        import openai
 
         async def leave_to_us(response):  # the client would let each request wait for itself
             if response.status_code == 429:
                 response.headers["x-should-retry"] = "false"
 
-        async def work(until_agreed=False):
+        async def work(done=lambda: False):
             for key, (messages, readable) in queue:  # one iterator for all workers: each prompt is taken once
-                replies[key] = await self.answer(messages, readable)
-                await self.keep(key, messages, readable, replies[key])
+                reply = replies[key] = await self.answer(messages, readable)
+                if reply["text"].strip():
+                    append_jsonl(CACHE, dict(key=key, reply=reply))
+                else:
+                    self.held.append(dict(key=key, reply=reply))
+                self.bad = 0 if readable(reply) else self.bad + 1
+                if not self.bad:
+                    self.good = messages, readable
+                elif self.bad % UNUSABLE == 0:
+                    await self.doubt(reply)
                 self.bar.set_postfix_str(f"${self.spent:.4f}" if self.spent else "", refresh=False)
                 self.bar.update()
-                if until_agreed and self.form:
+                if done():
                     return
 
-        http = openai.DefaultAsyncHttpxClient(event_hooks=dict(response=[leave_to_us]))
+        http = self.api.DefaultAsyncHttpxClient(event_hooks=dict(response=[leave_to_us]))
         options = dict(api_key=self.key or "none", base_url=self.base, max_retries=RETRIES, timeout=TIMEOUT)
         queue = iter(waiting.items())
-        asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # what ends the run is said once, in the end
         with tqdm(total=len(waiting), desc=title, unit="request") as self.bar:
-            async with openai.AsyncOpenAI(http_client=http, **options) as self.client:
-                await work(until_agreed=True)
-                workers = [asyncio.ensure_future(work()) for _ in range(min(self.args.concurrency, len(waiting)))]
-                try:
-                    await asyncio.gather(*workers)
-                finally:
-                    for task in workers:
-                        task.cancel()
-                if self.held and (self.good or not any(row["reply"]["text"].strip() for row in self.held)):
+            async with self.api.AsyncOpenAI(http_client=http, **options) as self.client:
+                await work(done=lambda: self.form)
+                async with asyncio.TaskGroup() as workers:
+                    for _ in range(min(self.args.concurrency, len(waiting))):
+                        workers.create_task(work())
+                if self.held and (self.good or len(self.held) == len(waiting)):
                     await self.doubt(self.held[-1]["reply"])
                 append_jsonl(CACHE, *self.held)
                 self.held = []
 
-    async def keep(self, key, messages, readable, reply):
-        """Into the cache as soon as it is sure that the reply is the prompt's own; refusals at the end of the run."""
-        good = readable(reply)
-        if good:
-            self.good, self.fresh = (messages, readable), True
-        if good or self.fresh and reply["text"].strip():
-            append_jsonl(CACHE, dict(key=key, reply=reply))
-        else:
-            self.held.append(dict(key=key, reply=reply))
-        self.bad = 0 if good else self.bad + 1
-        if self.bad and self.bad % UNUSABLE == 0:
-            await self.doubt(reply)
-
     async def doubt(self, reply):
         """Are the prompts to blame that nothing can be read, or server, account, model? Then this ends the run."""
-        import openai
-
-        bad = self.bad
+        bad, readable = self.bad or len(self.held), lambda reply: False
         if self.good:
             messages, readable = self.good
             reply = await self.answer(messages, readable)
-            if readable(reply):
-                return
-        raise openai.OpenAIError(f"{bad} replies in a row cannot be used; the last: {unreadable(reply, 'readable')}")
+        if not readable(reply):
+            raise self.api.OpenAIError(
+                f"{bad} replies in a row cannot be used; the last: {unreadable(reply, 'readable')}"
+            )
 
     async def answer(self, messages, readable):
         """Asks; and again, without log-probabilities or with room to think, where that may make the reply readable."""
         form, had_room = self.form, self.thinks
-        if form:
-            reply = await self.send(form, messages)
-        else:
-            reply = await self.agree(messages)
-            form = self.form
+        reply = await (self.send(form, messages) if form else self.agree(messages))
+        form = form or self.form
         while "refused" not in reply and not readable(reply):
             if reply["thinks"] and not had_room:
                 self.thinks = had_room = True
@@ -814,25 +799,19 @@ class Chat:
     async def agree(self, messages):
         """Finds the form that the server takes, by a request that is needed anyway -> its reply. A request that is
         refused in the barest form, too, says nothing about the form."""
-        forms, checked = list(self.forms), False
-        while forms:
-            form = forms.pop(0)
-            reply = await self.send(form, messages)
-            if "refused" not in reply:
-                self.form = form
-                break
-            named = reply.get("named")
-            forms = [other for other in forms if all(other[i] != form[i] for i in named or [])]
-            if not named and not checked:
-                checked = True
-                if "refused" in await self.send(self.forms[-1], messages):
-                    break
+        forms, bare = self.forms, self.forms[-1]
+        reply = await self.send(forms[0], messages)
+        if "refused" in reply and "refused" in await self.send(bare, messages):
+            return reply
+        while "refused" in reply and forms[0] != bare:
+            named = reply.get("named", [])
+            forms = [form for form in forms[1:-1] if all(form[i] != forms[0][i] for i in named)] + [bare]
+            reply = await self.send(forms[0], messages)
+        self.form = forms[0]
         return reply
 
     async def send(self, form, messages):
         """One request -> its reply, or a refusal. Raises openai.OpenAIError where no request would be answered."""
-        import openai
-
         (logprobs, limit, greedy), thinks, broken = form, self.thinks, 0
         notes = [logprobs == 5 and "top 5", limit != LIMITS[0] and (limit or "no limit"), thinks and "room to think"]
         notes += [self.judge and not greedy and "default temperature"]
@@ -847,37 +826,31 @@ class Chat:
             try:
                 create = self.client.chat.completions.with_raw_response.create
                 text = (await create(model=self.model, messages=messages, **body)).text
-            except openai.RateLimitError as error:
+            except self.api.RateLimitError as error:
                 self.slow_down(error, started)
                 continue
-            except openai.APIStatusError as error:
+            except self.api.APIStatusError as error:
                 if error.status_code not in (400, 403, 413, 422):
                     raise
                 return refusal(error.response.text)
-            self.gap, self.pauses, self.since = self.gap * 0.98, 0, self.since + 1
-            self.times.append(time.monotonic())
+            self.gap, self.pauses = self.gap * 0.95, 0
             if reply := normalised(text):
                 usage = dict(re.findall(r'"(prompt|completion)_tokens"\s*:\s*(\d+)', text))
                 self.spent += dollars(self.model, int(usage.get("prompt", 0)), int(usage.get("completion", 0))) or 0
                 return reply | dict(form=", ".join(filter(None, notes)), first=bool(logprobs))
-            stated = re.match(r'\s*<|.*"(error"|(message|detail)"\s*:\s*")', text, re.S) and not re.search(
-                r'"code"\s*:\s*"?(429|5\d\d)\b', text
-            )
-            if stated or broken == 2:
+            stated = re.match(r'\s*<|.*"(error"|(message|detail)"\s*:\s*")', text, re.S)
+            if broken == 2 or stated and not re.search(r'"code"\s*:\s*"?(429|5\d\d)\b', text):
                 return refusal(text)
             broken += 1
             await asyncio.sleep(BACKOFF * broken)
 
     def slow_down(self, error, started):
-        """After a 429 everybody waits. Where another comes within ten replies, requests go on at the pace of the last 50
-        replies, pauses included, and faster with every reply from then on."""
+        """After a 429 everybody waits, and goes on at half the pace."""
         wait, now = retry_after(error.response.headers), time.monotonic()
         if "insufficient_quota" in (error.code, error.type) or wait > LONGEST_WAIT or self.pauses == 10:
             raise error
         if started >= self.slowed:  # else it was under way when all were told to wait
-            if self.since < 10 and self.times:
-                self.gap = min(2.0, (now - self.times[0]) / len(self.times))
-            self.slowed, self.pauses, self.since = now, self.pauses + 1, 0
+            self.slowed, self.pauses, self.gap = now, self.pauses + 1, max(2 * self.gap, BACKOFF / 10)
         wait = wait or min(BACKOFF * 2 ** (self.pauses - 1), LONGEST_WAIT / 2)
         self.free = max(self.free, now + wait)
         self.bar.set_postfix_str(f"rate limit, going on in {wait:.0f} s")
@@ -898,11 +871,12 @@ def cached_replies(keys):
     return found
 
 
-def what_ended(error):
-    """An openai.OpenAIError -> what to tell the user."""
-    response, cause = getattr(error, "response", None), str(error.__cause__ or "")
+def what_ended(errors):
+    """A group of openai.OpenAIErrors -> what to tell the user about the first."""
+    error = errors.exceptions[0]
+    response = getattr(error, "response", None)
     if response is None:
-        return f"{error}{f' ({cause})' if cause else ''}"
+        return clean(f"{error} {error.__cause__ or ''}".strip())
     wait = retry_after(response.headers)
     asked = f"; it asks to wait {wait:.0f} s, which is more than {LONGEST_WAIT:.0f}" if wait > LONGEST_WAIT else ""
     return f"{response.status_code}: {sentence(response.text)}{asked}"
