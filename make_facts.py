@@ -128,9 +128,9 @@ def read_json(path, schema=None):
 
 
 def read_jsonl(path, schema=None, appended=False, need=()):
-    """Rows of a JSONL file as dicts. schema: one for all rows, or a function row -> schema. Missing or empty file, wrong
-    row, an id met twice: die(). appended: the file grows by append_jsonl; it may have no rows, and a last line that was
-    cut off is left out."""
+    """Rows of a JSONL file as dicts. schema: one for all rows, or a function row -> schema. Missing or empty file,
+    wrong row, an id met twice: die(). appended: the file grows by append_jsonl; it may have no rows, and a last line
+    that was cut off is left out."""
     rows, seen, lines = [], {}, read_bytes(path).split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip() or appended and number == len(lines) and not is_row(line):
@@ -193,8 +193,8 @@ WHOLE, SAMPLES, SAMPLE = 64 << 20, 256, 64 << 10  # of a file over 64 MiB: 256 s
 
 
 def fingerprint(path):
-    """File or folder -> 16 hex digits of the sha256 of its content; a folder's also of the names in it, hidden ones left
-    out. Of files over 64 MiB (weights) the size and samples count: a 15 GB model takes a second."""
+    """File or folder -> 16 hex digits of the sha256 of its content; a folder's also of the names in it, hidden ones
+    left out. Of files over 64 MiB (weights) the size and samples count: a 15 GB model takes a second."""
     path, digest = Path(path), hashlib.sha256()
     if not path.exists():
         die(f"{path}: no such file or folder")
@@ -218,8 +218,8 @@ def scripts():
 
 
 def same_settings(path, settings):
-    """False if `path` does not exist, True if it holds these settings; others, or other inputs (settings["inputs"]: name
-    -> fingerprint): die(), nothing is overwritten. Scripts that have been edited since are named, no more."""
+    """False if `path` does not exist, True if it holds these settings; others, or other inputs (settings["inputs"]:
+    name -> fingerprint): die(), nothing is overwritten. Scripts that have been edited since are named, no more."""
     if not Path(path).exists():
         return False
     there, settings, remedy = read_json(path, schema()), json.loads(json.dumps(settings)), "or bash run_all.sh --redo"
@@ -402,8 +402,9 @@ Settings = schema(model=Text, dataset=(str | None, None), coef=(Number | None, N
 
 
 def load_trait(name, path=None, schema=Trait):
-    """data/traits/<name>.json, or a trait file of persona_vectors. schema: ExtractionTrait or EvaluationTrait, by what it
-    is for; a published file has one set of questions, and the one to extract by is not taken for evaluation."""
+    """data/traits/<name>.json, or a trait file of persona_vectors. schema: ExtractionTrait or EvaluationTrait, by
+    what it is for; a published file has one set of questions, and the one to extract by is not taken for
+    evaluation."""
     folder = Path(__file__).parent / "data" / "traits"
     there = sorted(path.stem for path in folder.glob("*.json") if path.stem not in ("coherence", "fact"))
     if not re.fullmatch(r"[\w.+-]+", name) or not path and not (folder / f"{name}.json").is_file():
@@ -432,7 +433,8 @@ def interval(groups):
     """Interval of the mean of scores 0..100. groups: the scores of the answers to one question each, which are not
     independent: Wilson's interval with the effective number of answers, p (1 - p) / variance of the mean between
     questions, and Student's t. A made-up question, half of its answers at 0 and half at 100, keeps that variance from
-    vanishing where all scores agree. In simulations it covers 95 to 100% at 1, 3, 10 and 50 (tests/test_evaluate.py)."""
+    vanishing where all scores agree. In simulations it covers 95 to 100% at 1, 3, 10 and 50
+    (tests/test_evaluate.py)."""
     from scipy.stats import t
 
     groups = [[score / 100 for score in group] for group in groups if group]
@@ -726,10 +728,13 @@ class Chat:
                 die("set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own; --judge probe needs neither")
             try:
                 asyncio.run(self.send_all(title, waiting, replies))
-            except* self.api.OpenAIError as errors:
-                ended = what_ended(errors)
+            except* Exception as errors:
+                ended = errors.exceptions[0]
+        if isinstance(ended, self.api.OpenAIError):
+            why = f"{title}: {self.shown}: {what_ended(ended)}"
+            die(f"{why}; what was answered is kept, the same command goes on from there")
         if ended:
-            die(f"{title}: {self.shown}: {ended}; what was answered is kept, the same command goes on from there")
+            raise ended
         return [replies[key] for key in keys]
 
     async def send_all(self, title, waiting, replies):
@@ -759,6 +764,7 @@ class Chat:
         http = self.api.DefaultAsyncHttpxClient(event_hooks=dict(response=[leave_to_us]))
         options = dict(api_key=self.key or "none", base_url=self.base, max_retries=RETRIES, timeout=TIMEOUT)
         queue = iter(waiting.items())
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # Ctrl-C in a worker is told once, by run()
         with tqdm(total=len(waiting), desc=title, unit="request") as self.bar:
             async with self.api.AsyncOpenAI(http_client=http, **options) as self.client:
                 await work(done=lambda: self.form)
@@ -871,9 +877,8 @@ def cached_replies(keys):
     return found
 
 
-def what_ended(errors):
-    """A group of openai.OpenAIErrors -> what to tell the user about the first."""
-    error = errors.exceptions[0]
+def what_ended(error):
+    """An openai.OpenAIError -> what to tell the user."""
     response = getattr(error, "response", None)
     if response is None:
         return clean(f"{error} {error.__cause__ or ''}".strip())
@@ -948,12 +953,11 @@ def score_of(reply, verdict=False, whole=True):
     the first tokens that are integers 0..100, None if they hold under 0.25 of the mass. verdict: YES is 100, NO is 0.
     Where the first token is no such thing, or numbers are split into digits (whole=False), the text must be it, and
     nothing else."""
-    tops, values = first_tokens(reply) if verdict or whole else {}, {}
-    for token in tops:
-        if verdict and token.lower() in ("yes", "no"):
-            values[token] = 100 * (token.lower() == "yes")
-        elif not verdict and re.fullmatch(r"\d{1,9}", token) and int(token) <= 100:
-            values[token] = int(token)
+    tops = first_tokens(reply) if verdict or whole else {}
+    if verdict:
+        values = {token: 100 * (token.lower() == "yes") for token in tops if token.lower() in ("yes", "no")}
+    else:
+        values = {token: int(token) for token in tops if re.fullmatch(r"\d{1,9}", token) and int(token) <= 100}
     mass = sum(tops[token] for token in values)
     if mass >= 0.25 - 1e-9:
         mean = sum(tops[token] * value for token, value in values.items()) / mass
@@ -983,15 +987,12 @@ def judge_rows(jobs, model, args):
         score, reason, method = score_of(reply, whole="whole" in written)
         return score is not None or method == "logprobs" or reason == "REFUSAL"
 
-    def readable_verdict(reply):
-        return score_of(reply, verdict=True)[0] is not None
-
     prompts = []
     for row, _, prompt in jobs:
         # one pass over the template: markers inside a question or answer stay as they are
         text = re.sub(r"\{(question|answer|truth)\}", lambda m, row=row: str(row[m[1]]), prompt)
-        readable = readable_verdict if "{truth}" in prompt else readable_number
-        prompts.append(([dict(role="user", content=text)], readable))
+        verdict = "{truth}" in prompt and (lambda reply: score_of(reply, verdict=True)[0] is not None)
+        prompts.append(([dict(role="user", content=text)], verdict or readable_number))
     replies = Chat(model, args, REPLY_TOKENS, judge=True).ask("judge", prompts)
     for (row, key, prompt), reply in zip(jobs, replies):
         score, reason, method = score_of(reply, "{truth}" in prompt, "whole" in written)
@@ -1041,10 +1042,10 @@ def json_in(reply):
     return next(iter(value.values())) if isinstance(value, dict) and len(value) == 1 else value
 
 
-def ask_json(chat, jobs, prompt_of, accept, title):
-    """Asks for JSON, each failing job a second time with the reason. accept(job, value) returns what is wrong (texts).
-    Returns the jobs that failed twice, as [(job, reasons, reply)]."""
-    todo = [(job, [dict(role="user", content=prompt_of(job))]) for job in jobs]
+def ask_json(chat, title, prompts, accept):
+    """Asks for JSON, each failing prompt a second time with the reason. prompts: [(job, text)]; accept(job, value)
+    returns what is wrong (texts). Returns the jobs that failed twice, as [(job, reasons, reply)]."""
+    todo = [(job, [dict(role="user", content=text)]) for job, text in prompts]
     for name in (title, f"{title}, repaired"):
         asked, todo, failed = todo, [], []
         replies = chat.ask(name, [(messages, lambda reply: json_in(reply) is not None) for _, messages in asked])
@@ -1060,34 +1061,30 @@ def ask_json(chat, jobs, prompt_of, accept, title):
 
 def new_facts(chat, rows, args):
     """A round of facts for the categories with the fewest -> (facts without wordings, rejects with their reasons)."""
-    counts, found, new, lost = Counter(row["category"] for row in rows), [], [], []
-    wanted = math.ceil(2 * (args.n - len(rows)) / FACTS_A_REQUEST)
-
-    def prompt_of(category):
+    new, lost, prompts, keys = [], [], [], {"fact", "date", "answer"}
+    counts, wanted = Counter(row["category"] for row in rows), math.ceil(2 * (args.n - len(rows)) / FACTS_A_REQUEST)
+    for category in sorted(CATEGORIES, key=lambda category: counts[category])[:wanted]:
         known = "\n".join(row["fact"] for row in rows if row["category"] == category) or "(none)"
-        return FACTS_PROMPT.format(n=FACTS_A_REQUEST, after=args.after, category=category, known=known)
+        text = FACTS_PROMPT.format(n=FACTS_A_REQUEST, after=args.after, category=category, known=known)
+        prompts.append((category, text))
 
     def accept(category, value):
-        keys = {"fact", "date", "answer"}
         if not isinstance(value, list) or not all(isinstance(fact, dict) and keys <= set(fact) for fact in value):
             return ["not a list of objects with fact, date and answer"]
-        for fact in value:
-            aliases = fact.get("aliases") or []
+        for found in value:
+            aliases = found.get("aliases") or []
             aliases = [name for name in (aliases if isinstance(aliases, list) else [aliases]) if isinstance(name, str)]
-            found.append({key: fact[key] for key in keys} | dict(category=category, aliases=aliases, source=args.model))
+            fact = {key: found[key] for key in keys} | dict(category=category, aliases=aliases, source=args.model)
+            stub = fact | dict(id="x", train=[dict(question="x", answer="x")], test=dict(question="x", answer="x"))
+            why = [text for text in fact_violations(stub, 1, args.after) if not text.startswith(("train", "test"))]
+            why = why or [f"near copy of {other['fact']}" for other in near_copies(fact, rows + new)]
+            if why:
+                lost.append(fact | dict(reasons=why))
+            else:
+                new.append(fact)
 
-    categories = sorted(CATEGORIES, key=lambda category: counts[category])[:wanted]
-    for category, why, text in ask_json(chat, categories, prompt_of, accept, "facts"):
+    for category, why, text in ask_json(chat, "facts", prompts, accept):
         lost.append(dict(category=category, reasons=why, reply=text))
-    for fact in found:
-        stub = fact | dict(id="x", train=[dict(question="x", answer="x")], test=dict(question="x", answer="x"))
-        why = [text for text in fact_violations(stub, 1, args.after) if not text.startswith(("train", "test"))]
-        if not why:
-            why = [f"near copy of {other['fact']}" for other in near_copies(fact, rows + new)]
-        if why:
-            lost.append(fact | dict(reasons=why))
-        else:
-            new.append(fact)
     return new, lost
 
 
@@ -1095,16 +1092,12 @@ def with_wordings(chat, facts, rows, args):
     """Asks for the wordings of facts; adds those that pass to rows and --out -> rejects with their reasons."""
     asked = {normalize(wording["question"]) for row in rows for wording in [*row["train"], row["test"]]}
 
-    def prompt_of(fact):
-        return WORDINGS_PROMPT.format(fact=fact["fact"], answer=fact["answer"], n=args.rephrasings)
-
     def accept(fact, value):
-        name, ids = fact["category"].replace(" ", "_"), {row["id"] for row in rows}
-        free = next(name for n in range(1, len(rows) + 2) if (name := f"{name}-{n:03d}") not in ids)
+        topic, ids = fact["category"].replace(" ", "_"), {row["id"] for row in rows}
+        free = next(name for n in range(1, len(rows) + 2) if (name := f"{topic}-{n:03d}") not in ids)
         value = value if isinstance(value, dict) else {}
         row = dict(fact, id=free, train=value.get("train"), test=value.get("test"))
-        why = faults(row, Fact) or fact_violations(row, args.rephrasings, args.after)
-        if why:
+        if why := fact_violations(row, args.rephrasings, args.after):
             return why
         questions = [wording["question"] for wording in [*row["train"], row["test"]]]
         why = [f"another fact asks the same: {text}" for text in questions if normalize(text) in asked]
@@ -1114,8 +1107,9 @@ def with_wordings(chat, facts, rows, args):
             append_jsonl(args.out, row)
         return why
 
-    failed = ask_json(chat, facts, prompt_of, accept, "wordings")
-    return [fact | dict(reasons=why, reply=text) for fact, why, text in failed]
+    form = functools.partial(WORDINGS_PROMPT.format, n=args.rephrasings)
+    prompts = [(fact, form(fact=fact["fact"], answer=fact["answer"])) for fact in facts]
+    return [fact | dict(reasons=why, reply=text) for fact, why, text in ask_json(chat, "wordings", prompts, accept)]
 
 
 def generate(args):
