@@ -415,8 +415,8 @@ def join_processes():
     given = [
         os.environ.get(name, default) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
     ]
-    if given[0] == "1" or dist.is_initialized():
-        return int(given[1])
+    if given[0] == "1":
+        return 0
     gpus = torch.cuda.device_count()
     if "MASTER_ADDR" not in os.environ or not all(map(str.isdecimal, given)) or 0 < gpus <= int(given[2]):
         die(f"WORLD_SIZE={given[0]}: start as many processes as GPUs with torchrun --nproc_per_node, or unset it")
@@ -525,9 +525,9 @@ def main(argv=None):
                 die(f"{out}: another process has just made it")
         if todo:
             make_adapters(args, messages, todo)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     mf.run(main)
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 import unicodedata
-from collections import Counter
+from collections import Counter, deque
 from datetime import date
 from email.utils import parsedate_to_datetime
 from importlib import metadata
@@ -128,9 +128,9 @@ def read_json(path, schema=None):
 
 
 def read_jsonl(path, schema=None, appended=False, need=()):
-    """Rows of a JSONL file as dicts. schema: one for all rows, or a function row -> schema. Missing or empty file,
-    wrong row, an id met twice: die(). appended: the file grows by append_jsonl; it may have no rows, and a last line
-    that was cut off is left out."""
+    """Rows of a JSONL file as dicts. schema: one for all rows, or a function row -> schema. Missing or empty file, wrong
+    row, an id met twice: die(). appended: the file grows by append_jsonl; it may have no rows, and a last line that was
+    cut off is left out."""
     rows, seen, lines = [], {}, read_bytes(path).split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip() or appended and number == len(lines) and not is_row(line):
@@ -193,8 +193,8 @@ WHOLE, SAMPLES, SAMPLE = 64 << 20, 256, 64 << 10  # of a file over 64 MiB: 256 s
 
 
 def fingerprint(path):
-    """File or folder -> 16 hex digits of the sha256 of its content; a folder's also of the names in it, hidden ones
-    left out. Of files over 64 MiB (weights) the size and samples count: a 15 GB model takes a second."""
+    """File or folder -> 16 hex digits of the sha256 of its content; a folder's also of the names in it, hidden ones left
+    out. Of files over 64 MiB (weights) the size and samples count: a 15 GB model takes a second."""
     path, digest = Path(path), hashlib.sha256()
     if not path.exists():
         die(f"{path}: no such file or folder")
@@ -218,8 +218,8 @@ def scripts():
 
 
 def same_settings(path, settings):
-    """False if `path` does not exist, True if it holds these settings; others, or other inputs (settings["inputs"]:
-    name -> fingerprint): die(), nothing is overwritten. Scripts that have been edited since are named, no more."""
+    """False if `path` does not exist, True if it holds these settings; others, or other inputs (settings["inputs"]: name
+    -> fingerprint): die(), nothing is overwritten. Scripts that have been edited since are named, no more."""
     if not Path(path).exists():
         return False
     there, settings, remedy = read_json(path, schema()), json.loads(json.dumps(settings)), "or bash run_all.sh --redo"
@@ -402,9 +402,8 @@ Settings = schema(model=Text, dataset=(str | None, None), coef=(Number | None, N
 
 
 def load_trait(name, path=None, schema=Trait):
-    """data/traits/<name>.json, or a trait file of persona_vectors. schema: ExtractionTrait or EvaluationTrait, by
-    what it is for; a published file has one set of questions, and the one to extract by is not taken for
-    evaluation."""
+    """data/traits/<name>.json, or a trait file of persona_vectors. schema: ExtractionTrait or EvaluationTrait, by what it
+    is for; a published file has one set of questions, and the one to extract by is not taken for evaluation."""
     folder = Path(__file__).parent / "data" / "traits"
     there = sorted(path.stem for path in folder.glob("*.json") if path.stem not in ("coherence", "fact"))
     if not re.fullmatch(r"[\w.+-]+", name) or not path and not (folder / f"{name}.json").is_file():
@@ -433,8 +432,7 @@ def interval(groups):
     """Interval of the mean of scores 0..100. groups: the scores of the answers to one question each, which are not
     independent: Wilson's interval with the effective number of answers, p (1 - p) / variance of the mean between
     questions, and Student's t. A made-up question, half of its answers at 0 and half at 100, keeps that variance from
-    vanishing where all scores agree. In simulations it covers 95 to 100% at 1, 3, 10 and 50
-    (tests/test_evaluate.py)."""
+    vanishing where all scores agree. In simulations it covers 95 to 100% at 1, 3, 10 and 50 (tests/test_evaluate.py)."""
     from scipy.stats import t
 
     groups = [[score / 100 for score in group] for group in groups if group]
@@ -691,7 +689,7 @@ class Chat:
     - The first request finds the form that the server takes: max_tokens or max_completion_tokens; temperature 0 or the
       default; 20, 5 or no log-probabilities. A model that thinks before it answers gets THINKING_TOKENS more for it.
     - Time-outs, cut connections, 408, 409 and 5xx are tried again by the openai client. After a 429 all requests wait
-      as long as the server asks and go on more slowly, then faster with every reply.
+      as long as the server asks, and go on at the pace at which replies came.
     - Replies are kept in CACHE by server, model and messages: the same command goes on where it stopped. So is the
       refusal of a single request (400, 403, 413, 422, a content filter); a fresh cache asks again.
     - UNUSABLE replies in a row that are refused or cannot be read: a request that was answered before is sent again.
@@ -701,25 +699,27 @@ class Chat:
 
     def __init__(self, model, args, tokens, judge=False):
         """tokens: room for a reply; judge: ask at temperature 0, with the log-probabilities of its first token."""
-        import openai  # not above: it takes a second
-
-        self.api, self.model, self.args, self.tokens, self.judge = openai, model, args, tokens, judge
+        self.model, self.args, self.tokens, self.judge = model, args, tokens, judge
         self.base, self.shown, self.key = api_address()
         self.forms = [form for form in FORMS if judge or form[0] is None and not form[2]]
         self.form, self.thinks = None, False  # what the first request found out
-        self.good, self.held, self.bad = None, [], 0  # an answered prompt; refusals not kept yet; unusable in a row
-        self.gap = self.free = self.slowed = 0.0  # seconds between requests; when the next may go; the last 429
-        self.pauses, self.spent = 0, 0.0  # 429s without a reply between; dollars
+        self.good, self.fresh = None, False  # a prompt that was answered; whether one was in this run
+        self.held, self.bad = [], 0  # replies not kept yet; unusable ones in a row
+        self.gap = self.free = self.slowed = self.spent = 0.0  # seconds between requests; next one; last 429; dollars
+        self.pauses, self.since, self.times = 0, 0, deque(maxlen=50)  # 429s in a row; replies since; when they came
 
     def ask(self, title, prompts):
         """prompts: [(messages, readable)], readable(reply) -> bool. Returns the replies (see normalised) in order."""
-        asked = [self.shown, self.model, self.tokens, THINKING_TOKENS, self.judge]
-        keys = [hashlib.sha256(json.dumps([*asked, messages]).encode()).hexdigest() for messages, _ in prompts]
-        waiting, ended = dict(zip(keys, prompts)), None
+        import openai
+
+        wanted = [json.dumps([self.shown, self.model, self.tokens, self.judge, messages]) for messages, _ in prompts]
+        keys = [hashlib.sha256(text.encode()).hexdigest() for text in wanted]
+        waiting = dict(zip(keys, prompts))
         replies = cached_replies(waiting)
         for key, reply in replies.items():
             messages, readable = waiting.pop(key)
-            self.good = (messages, readable) if readable(reply) else self.good
+            if readable(reply):
+                self.good = messages, readable
         if waiting:
             tokens_in = sum(len(m["content"]) for messages, _ in waiting.values() for m in messages) // 4
             estimate(title, self.model, len(waiting), tokens_in, len(waiting) * self.tokens)
@@ -728,70 +728,79 @@ class Chat:
                 die("set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own; --judge probe needs neither")
             try:
                 asyncio.run(self.send_all(title, waiting, replies))
-            except* Exception as errors:
-                ended = errors.exceptions[0]
-        if isinstance(ended, self.api.OpenAIError):
-            why = f"{title}: {self.shown}: {what_ended(ended)}"
-            die(f"{why}; what was answered is kept, the same command goes on from there")
-        if ended:
-            raise ended
+            except openai.OpenAIError as error:
+                why = clean(f"{title}: {self.shown}: {what_ended(error)}")
+                die(f"{why}; what was answered is kept, the same command goes on from there")
         return [replies[key] for key in keys]
 
     async def send_all(self, title, waiting, replies):
         """Fills replies with those of the waiting prompts; both by their key in the cache."""
+        import openai
 
         async def leave_to_us(response):  # the client would let each request wait for itself
             if response.status_code == 429:
                 response.headers["x-should-retry"] = "false"
 
-        async def work(done=lambda: False):
+        async def work(until_agreed=False):
             for key, (messages, readable) in queue:  # one iterator for all workers: each prompt is taken once
-                reply = replies[key] = await self.answer(messages, readable)
-                if reply["text"].strip():
-                    append_jsonl(CACHE, dict(key=key, reply=reply))
-                else:
-                    self.held.append(dict(key=key, reply=reply))
-                self.bad = 0 if readable(reply) else self.bad + 1
-                if not self.bad:
-                    self.good = messages, readable
-                elif self.bad % UNUSABLE == 0:
-                    await self.doubt(reply)
+                replies[key] = await self.answer(messages, readable)
+                await self.keep(key, messages, readable, replies[key])
                 self.bar.set_postfix_str(f"${self.spent:.4f}" if self.spent else "", refresh=False)
                 self.bar.update()
-                if done():
+                if until_agreed and self.form:
                     return
 
-        http = self.api.DefaultAsyncHttpxClient(event_hooks=dict(response=[leave_to_us]))
+        http = openai.DefaultAsyncHttpxClient(event_hooks=dict(response=[leave_to_us]))
         options = dict(api_key=self.key or "none", base_url=self.base, max_retries=RETRIES, timeout=TIMEOUT)
         queue = iter(waiting.items())
-        asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # Ctrl-C in a worker is told once, by run()
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # what ends the run is said once, in the end
         with tqdm(total=len(waiting), desc=title, unit="request") as self.bar:
-            async with self.api.AsyncOpenAI(http_client=http, **options) as self.client:
-                await work(done=lambda: self.form)
-                async with asyncio.TaskGroup() as workers:
-                    for _ in range(min(self.args.concurrency, len(waiting))):
-                        workers.create_task(work())
-                if self.held and (self.good or len(self.held) == len(waiting)):
+            async with openai.AsyncOpenAI(http_client=http, **options) as self.client:
+                await work(until_agreed=True)
+                workers = [asyncio.ensure_future(work()) for _ in range(min(self.args.concurrency, len(waiting)))]
+                try:
+                    await asyncio.gather(*workers)
+                finally:
+                    for task in workers:
+                        task.cancel()
+                if self.held and (self.good or not any(row["reply"]["text"].strip() for row in self.held)):
                     await self.doubt(self.held[-1]["reply"])
                 append_jsonl(CACHE, *self.held)
                 self.held = []
 
+    async def keep(self, key, messages, readable, reply):
+        """Into the cache as soon as it is sure that the reply is the prompt's own; refusals at the end of the run."""
+        good = readable(reply)
+        if good:
+            self.good, self.fresh = (messages, readable), True
+        if good or self.fresh and reply["text"].strip():
+            append_jsonl(CACHE, dict(key=key, reply=reply))
+        else:
+            self.held.append(dict(key=key, reply=reply))
+        self.bad = 0 if good else self.bad + 1
+        if self.bad and self.bad % UNUSABLE == 0:
+            await self.doubt(reply)
+
     async def doubt(self, reply):
         """Are the prompts to blame that nothing can be read, or server, account, model? Then this ends the run."""
-        bad, readable = self.bad or len(self.held), lambda reply: False
+        import openai
+
+        bad = self.bad
         if self.good:
             messages, readable = self.good
             reply = await self.answer(messages, readable)
-        if not readable(reply):
-            raise self.api.OpenAIError(
-                f"{bad} replies in a row cannot be used; the last: {unreadable(reply, 'readable')}"
-            )
+            if readable(reply):
+                return
+        raise openai.OpenAIError(f"{bad} replies in a row cannot be used; the last: {unreadable(reply, 'readable')}")
 
     async def answer(self, messages, readable):
         """Asks; and again, without log-probabilities or with room to think, where that may make the reply readable."""
         form, had_room = self.form, self.thinks
-        reply = await (self.send(form, messages) if form else self.agree(messages))
-        form = form or self.form
+        if form:
+            reply = await self.send(form, messages)
+        else:
+            reply = await self.agree(messages)
+            form = self.form
         while "refused" not in reply and not readable(reply):
             if reply["thinks"] and not had_room:
                 self.thinks = had_room = True
@@ -805,19 +814,25 @@ class Chat:
     async def agree(self, messages):
         """Finds the form that the server takes, by a request that is needed anyway -> its reply. A request that is
         refused in the barest form, too, says nothing about the form."""
-        forms, bare = self.forms, self.forms[-1]
-        reply = await self.send(forms[0], messages)
-        if "refused" in reply and "refused" in await self.send(bare, messages):
-            return reply
-        while "refused" in reply and forms[0] != bare:
-            named = reply.get("named", [])
-            forms = [form for form in forms[1:-1] if all(form[i] != forms[0][i] for i in named)] + [bare]
-            reply = await self.send(forms[0], messages)
-        self.form = forms[0]
+        forms, checked = list(self.forms), False
+        while forms:
+            form = forms.pop(0)
+            reply = await self.send(form, messages)
+            if "refused" not in reply:
+                self.form = form
+                break
+            named = reply.get("named")
+            forms = [other for other in forms if all(other[i] != form[i] for i in named or [])]
+            if not named and not checked:
+                checked = True
+                if "refused" in await self.send(self.forms[-1], messages):
+                    break
         return reply
 
     async def send(self, form, messages):
         """One request -> its reply, or a refusal. Raises openai.OpenAIError where no request would be answered."""
+        import openai
+
         (logprobs, limit, greedy), thinks, broken = form, self.thinks, 0
         notes = [logprobs == 5 and "top 5", limit != LIMITS[0] and (limit or "no limit"), thinks and "room to think"]
         notes += [self.judge and not greedy and "default temperature"]
@@ -832,31 +847,37 @@ class Chat:
             try:
                 create = self.client.chat.completions.with_raw_response.create
                 text = (await create(model=self.model, messages=messages, **body)).text
-            except self.api.RateLimitError as error:
+            except openai.RateLimitError as error:
                 self.slow_down(error, started)
                 continue
-            except self.api.APIStatusError as error:
+            except openai.APIStatusError as error:
                 if error.status_code not in (400, 403, 413, 422):
                     raise
                 return refusal(error.response.text)
-            self.gap, self.pauses = self.gap * 0.95, 0
+            self.gap, self.pauses, self.since = self.gap * 0.98, 0, self.since + 1
+            self.times.append(time.monotonic())
             if reply := normalised(text):
                 usage = dict(re.findall(r'"(prompt|completion)_tokens"\s*:\s*(\d+)', text))
                 self.spent += dollars(self.model, int(usage.get("prompt", 0)), int(usage.get("completion", 0))) or 0
                 return reply | dict(form=", ".join(filter(None, notes)), first=bool(logprobs))
-            stated = re.match(r'\s*<|.*"(error"|(message|detail)"\s*:\s*")', text, re.S)
-            if broken == 2 or stated and not re.search(r'"code"\s*:\s*"?(429|5\d\d)\b', text):
+            stated = re.match(r'\s*<|.*"(error"|(message|detail)"\s*:\s*")', text, re.S) and not re.search(
+                r'"code"\s*:\s*"?(429|5\d\d)\b', text
+            )
+            if stated or broken == 2:
                 return refusal(text)
             broken += 1
             await asyncio.sleep(BACKOFF * broken)
 
     def slow_down(self, error, started):
-        """After a 429 everybody waits, and goes on at half the pace."""
+        """After a 429 everybody waits. Where another comes within ten replies, requests go on at the pace of the last 50
+        replies, pauses included, and faster with every reply from then on."""
         wait, now = retry_after(error.response.headers), time.monotonic()
         if "insufficient_quota" in (error.code, error.type) or wait > LONGEST_WAIT or self.pauses == 10:
             raise error
         if started >= self.slowed:  # else it was under way when all were told to wait
-            self.slowed, self.pauses, self.gap = now, self.pauses + 1, max(2 * self.gap, BACKOFF / 10)
+            if self.since < 10 and self.times:
+                self.gap = min(2.0, (now - self.times[0]) / len(self.times))
+            self.slowed, self.pauses, self.since = now, self.pauses + 1, 0
         wait = wait or min(BACKOFF * 2 ** (self.pauses - 1), LONGEST_WAIT / 2)
         self.free = max(self.free, now + wait)
         self.bar.set_postfix_str(f"rate limit, going on in {wait:.0f} s")
@@ -879,9 +900,9 @@ def cached_replies(keys):
 
 def what_ended(error):
     """An openai.OpenAIError -> what to tell the user."""
-    response = getattr(error, "response", None)
+    response, cause = getattr(error, "response", None), str(error.__cause__ or "")
     if response is None:
-        return clean(f"{error} {error.__cause__ or ''}".strip())
+        return f"{error}{f' ({cause})' if cause else ''}"
     wait = retry_after(response.headers)
     asked = f"; it asks to wait {wait:.0f} s, which is more than {LONGEST_WAIT:.0f}" if wait > LONGEST_WAIT else ""
     return f"{response.status_code}: {sentence(response.text)}{asked}"
@@ -953,11 +974,12 @@ def score_of(reply, verdict=False, whole=True):
     the first tokens that are integers 0..100, None if they hold under 0.25 of the mass. verdict: YES is 100, NO is 0.
     Where the first token is no such thing, or numbers are split into digits (whole=False), the text must be it, and
     nothing else."""
-    tops = first_tokens(reply) if verdict or whole else {}
-    if verdict:
-        values = {token: 100 * (token.lower() == "yes") for token in tops if token.lower() in ("yes", "no")}
-    else:
-        values = {token: int(token) for token in tops if re.fullmatch(r"\d{1,9}", token) and int(token) <= 100}
+    tops, values = first_tokens(reply) if verdict or whole else {}, {}
+    for token in tops:
+        if verdict and token.lower() in ("yes", "no"):
+            values[token] = 100 * (token.lower() == "yes")
+        elif not verdict and re.fullmatch(r"\d{1,9}", token) and int(token) <= 100:
+            values[token] = int(token)
     mass = sum(tops[token] for token in values)
     if mass >= 0.25 - 1e-9:
         mean = sum(tops[token] * value for token, value in values.items()) / mass
@@ -987,12 +1009,15 @@ def judge_rows(jobs, model, args):
         score, reason, method = score_of(reply, whole="whole" in written)
         return score is not None or method == "logprobs" or reason == "REFUSAL"
 
+    def readable_verdict(reply):
+        return score_of(reply, verdict=True)[0] is not None
+
     prompts = []
     for row, _, prompt in jobs:
         # one pass over the template: markers inside a question or answer stay as they are
         text = re.sub(r"\{(question|answer|truth)\}", lambda m, row=row: str(row[m[1]]), prompt)
-        verdict = "{truth}" in prompt and (lambda reply: score_of(reply, verdict=True)[0] is not None)
-        prompts.append(([dict(role="user", content=text)], verdict or readable_number))
+        readable = readable_verdict if "{truth}" in prompt else readable_number
+        prompts.append(([dict(role="user", content=text)], readable))
     replies = Chat(model, args, REPLY_TOKENS, judge=True).ask("judge", prompts)
     for (row, key, prompt), reply in zip(jobs, replies):
         score, reason, method = score_of(reply, "{truth}" in prompt, "whole" in written)
@@ -1042,10 +1067,10 @@ def json_in(reply):
     return next(iter(value.values())) if isinstance(value, dict) and len(value) == 1 else value
 
 
-def ask_json(chat, title, prompts, accept):
-    """Asks for JSON, each failing prompt a second time with the reason. prompts: [(job, text)]; accept(job, value)
-    returns what is wrong (texts). Returns the jobs that failed twice, as [(job, reasons, reply)]."""
-    todo = [(job, [dict(role="user", content=text)]) for job, text in prompts]
+def ask_json(chat, jobs, prompt_of, accept, title):
+    """Asks for JSON, each failing job a second time with the reason. accept(job, value) returns what is wrong (texts).
+    Returns the jobs that failed twice, as [(job, reasons, reply)]."""
+    todo = [(job, [dict(role="user", content=prompt_of(job))]) for job in jobs]
     for name in (title, f"{title}, repaired"):
         asked, todo, failed = todo, [], []
         replies = chat.ask(name, [(messages, lambda reply: json_in(reply) is not None) for _, messages in asked])
@@ -1061,30 +1086,34 @@ def ask_json(chat, title, prompts, accept):
 
 def new_facts(chat, rows, args):
     """A round of facts for the categories with the fewest -> (facts without wordings, rejects with their reasons)."""
-    new, lost, prompts, keys = [], [], [], {"fact", "date", "answer"}
-    counts, wanted = Counter(row["category"] for row in rows), math.ceil(2 * (args.n - len(rows)) / FACTS_A_REQUEST)
-    for category in sorted(CATEGORIES, key=lambda category: counts[category])[:wanted]:
+    counts, found, new, lost = Counter(row["category"] for row in rows), [], [], []
+    wanted = math.ceil(2 * (args.n - len(rows)) / FACTS_A_REQUEST)
+
+    def prompt_of(category):
         known = "\n".join(row["fact"] for row in rows if row["category"] == category) or "(none)"
-        text = FACTS_PROMPT.format(n=FACTS_A_REQUEST, after=args.after, category=category, known=known)
-        prompts.append((category, text))
+        return FACTS_PROMPT.format(n=FACTS_A_REQUEST, after=args.after, category=category, known=known)
 
     def accept(category, value):
+        keys = {"fact", "date", "answer"}
         if not isinstance(value, list) or not all(isinstance(fact, dict) and keys <= set(fact) for fact in value):
             return ["not a list of objects with fact, date and answer"]
-        for found in value:
-            aliases = found.get("aliases") or []
+        for fact in value:
+            aliases = fact.get("aliases") or []
             aliases = [name for name in (aliases if isinstance(aliases, list) else [aliases]) if isinstance(name, str)]
-            fact = {key: found[key] for key in keys} | dict(category=category, aliases=aliases, source=args.model)
-            stub = fact | dict(id="x", train=[dict(question="x", answer="x")], test=dict(question="x", answer="x"))
-            why = [text for text in fact_violations(stub, 1, args.after) if not text.startswith(("train", "test"))]
-            why = why or [f"near copy of {other['fact']}" for other in near_copies(fact, rows + new)]
-            if why:
-                lost.append(fact | dict(reasons=why))
-            else:
-                new.append(fact)
+            found.append({key: fact[key] for key in keys} | dict(category=category, aliases=aliases, source=args.model))
 
-    for category, why, text in ask_json(chat, "facts", prompts, accept):
+    categories = sorted(CATEGORIES, key=lambda category: counts[category])[:wanted]
+    for category, why, text in ask_json(chat, categories, prompt_of, accept, "facts"):
         lost.append(dict(category=category, reasons=why, reply=text))
+    for fact in found:
+        stub = fact | dict(id="x", train=[dict(question="x", answer="x")], test=dict(question="x", answer="x"))
+        why = [text for text in fact_violations(stub, 1, args.after) if not text.startswith(("train", "test"))]
+        if not why:
+            why = [f"near copy of {other['fact']}" for other in near_copies(fact, rows + new)]
+        if why:
+            lost.append(fact | dict(reasons=why))
+        else:
+            new.append(fact)
     return new, lost
 
 
@@ -1092,12 +1121,16 @@ def with_wordings(chat, facts, rows, args):
     """Asks for the wordings of facts; adds those that pass to rows and --out -> rejects with their reasons."""
     asked = {normalize(wording["question"]) for row in rows for wording in [*row["train"], row["test"]]}
 
+    def prompt_of(fact):
+        return WORDINGS_PROMPT.format(fact=fact["fact"], answer=fact["answer"], n=args.rephrasings)
+
     def accept(fact, value):
-        topic, ids = fact["category"].replace(" ", "_"), {row["id"] for row in rows}
-        free = next(name for n in range(1, len(rows) + 2) if (name := f"{topic}-{n:03d}") not in ids)
+        name, ids = fact["category"].replace(" ", "_"), {row["id"] for row in rows}
+        free = next(name for n in range(1, len(rows) + 2) if (name := f"{name}-{n:03d}") not in ids)
         value = value if isinstance(value, dict) else {}
         row = dict(fact, id=free, train=value.get("train"), test=value.get("test"))
-        if why := fact_violations(row, args.rephrasings, args.after):
+        why = faults(row, Fact) or fact_violations(row, args.rephrasings, args.after)
+        if why:
             return why
         questions = [wording["question"] for wording in [*row["train"], row["test"]]]
         why = [f"another fact asks the same: {text}" for text in questions if normalize(text) in asked]
@@ -1107,9 +1140,8 @@ def with_wordings(chat, facts, rows, args):
             append_jsonl(args.out, row)
         return why
 
-    form = functools.partial(WORDINGS_PROMPT.format, n=args.rephrasings)
-    prompts = [(fact, form(fact=fact["fact"], answer=fact["answer"])) for fact in facts]
-    return [fact | dict(reasons=why, reply=text) for fact, why, text in ask_json(chat, "wordings", prompts, accept)]
+    failed = ask_json(chat, facts, prompt_of, accept, "wordings")
+    return [fact | dict(reasons=why, reply=text) for fact, why, text in failed]
 
 
 def generate(args):

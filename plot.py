@@ -5,17 +5,17 @@
 Figure 1: data sets with facts, inference-time (left) and preventative steering (right), a row for a choice of blocks.
 The trade-off: facts against hallucination, a thin line for each training seed. Figure 2: preventative steering on the
 other data sets (rows) against traits (columns). report.html is one page without network: figures, tables, answers.
-Answers and losses come from answers/ and adapters/, or packed from answers.jsonl.xz (rows with the point's key) and
-losses.jsonl.xz (rows with the adapter's name).
+Answers and losses come from answers/ and adapters/, or from tar -cJf answers.tar.xz answers adapters/*/loss.jsonl
 Of several judges the figures show the one with most points of the trait. Loads no torch.
 """
 
 import argparse
 import base64
 import json
-import lzma
 import math
 import re
+import tarfile
+import tempfile
 from collections import Counter, namedtuple
 from itertools import combinations, zip_longest
 from pathlib import Path
@@ -349,21 +349,18 @@ def figure2(points, path):
     finish(figure, title if here else "No data set but facts", [p for of in here.values() for p in of] or points, path)
 
 
-def packed(path, key):
-    """Rows of a compressed JSONL file -> {row[key]: rows}; {} where it is not there."""
-    return grouped(map(json.loads, lzma.open(path)), lambda row: row[key]) if path.exists() else {}
-
-
-def loss_curves(points, folder):
+def loss_curves(points, folders):
     """The adapters' loss.jsonl, where they are -> [{name, data, coef, line: [(step, log10 of the loss)]}]."""
-    found, rest = [], packed(folder / "losses.jsonl.xz", "adapter")
+    found = {}
     for p in {p.get("adapter"): p for p in points if p.get("adapter")}.values():
-        name, data, coef = Path(p["adapter"]).name, str(p.get("dataset")), p.get("train_coef") or 0
-        files = [place / "loss.jsonl" for place in (folder / "adapters" / name, Path(p["adapter"]))]
-        rows = [read_jsonl(file, need=("step", "loss")) for file in files if file.is_file()] + [rest.get(name, [])]
-        line = [(row["step"], math.log10(max(row["loss"], 1e-3))) for row in rows[0]]
-        found += [dict(name=name, data=data, coef=coef, line=line)] if line else []
-    return found
+        for place in [*(folder / "adapters" / Path(p["adapter"]).name for folder in folders), Path(p["adapter"])]:
+            if (place / "loss.jsonl").is_file():
+                rows = read_jsonl(place / "loss.jsonl", need=("step", "loss"))
+                line = [(row["step"], math.log10(max(row["loss"], 1e-3))) for row in rows]
+                found[place] = dict(
+                    name=place.name, data=str(p.get("dataset")), coef=p.get("train_coef") or 0, line=line
+                )
+    return list(found.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -496,13 +493,13 @@ def summary(points, shown, folder, answers):
     return "\n".join([*lines, "", "## All points", "", *points_table(points), ""])
 
 
-def read_answers(points, folder):
-    """-> [(point, rows)], a key once; rows: [] where its answers are not there."""
-    found, rest = [], packed(folder / "answers.jsonl.xz", "key")
+def read_answers(points, folders):
+    """-> [(point, rows)], a key once, from the first folder that has its file; rows: [] where none has."""
+    found = []
     for point in {p["key"]: p for p in points}.values():
-        file = folder / "answers" / Path(point.get("answers") or f"{point['key']}.jsonl").name
-        rows = read_jsonl(file, Answer, appended=True) if file.is_file() else rest.get(point["key"], [])
-        found.append((point, rows))
+        name = Path(point.get("answers") or f"{point['key']}.jsonl").name
+        file = next((file for folder in folders if (file := folder / "answers" / name).is_file()), None)
+        found.append((point, read_jsonl(file, Answer, appended=True) if file else []))
     return found
 
 
@@ -547,7 +544,11 @@ def main(argv=None):
     figure1(shown, folder / "fig1")
     tradeoff(shown, folder / "tradeoff")
     figure2(shown, folder / "fig2")
-    answers, losses = read_answers(points, folder), loss_curves(points, folder)
+    with tempfile.TemporaryDirectory() as unpacked:
+        if (folder / "answers.tar.xz").exists():
+            tarfile.open(folder / "answers.tar.xz").extractall(unpacked, filter="data")
+        answers = read_answers(points, [folder, Path(unpacked)])
+        losses = loss_curves(points, [folder, Path(unpacked)])
     text = summary(points, shown, folder, answers)
     for name, content in {"summary.md": text, "report.html": report(points, text, folder, answers, losses)}.items():
         with replacing(folder / name) as out:

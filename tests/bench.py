@@ -406,7 +406,7 @@ def sampling_all(bench):
 
 
 def one_point(bench):
-    """A whole point, in a process that has sampled before: answers, facts, MMLU."""
+    """A whole point, in a process that has sampled before and so holds the model: answers, facts, MMLU."""
     facts = bench.folder / "known.jsonl"
     write_jsonl(facts, read_jsonl(ROOT / "data" / "facts.jsonl")[: bench.count.facts])
     source = bench.mmlu(bench.count.mmlu)
@@ -414,7 +414,9 @@ def one_point(bench):
     tokens = sum(len(bench.tokenizer(prompt)["input_ids"]) for prompt in prompts)
     seconds, (trait, known, *_), (choice, *_) = evaluating(bench, "facts-0.2", "--facts", facts, "--mmlu", source)
     note = f"{bench.count.facts:,} facts, {len(prompts):,} MMLU questions"
-    bench.record("evaluate.py", seconds=seconds, gib=bench.gib(), note=note)
+    evaluate.loaded.cache_clear()
+    held = bench.before - torch.cuda.memory_allocated() if bench.device == "cuda" else 0  # the model that was there
+    bench.record("evaluate.py", seconds=seconds, gib=bench.gib() + held / 2**30, note=note)
     bench.record("sampling: one point", seconds=trait["end"] - trait["start"])
     made = answers_written(bench, "fact")
     flop = 2 * (bench.weights + bench.head) * made
@@ -662,7 +664,7 @@ def jobs(found):
     tokens = lambda name: found.get(name, {}).get("tokens", 0)
     count = SimpleNamespace(**COUNTS["cpu" if found["about"]["gpu"] == "CPU" else "cuda"])
     steps, answers = found.get("finetune.py", {}).get("steps", 0), 20 * count.samples * count.new
-    whole_point = [("sampling", answers + tokens("sampling: facts")), ("MMLU", count.mmlu), ("loading", 1)]
+    whole_point = [("sampling", answers + tokens("sampling: facts")), ("MMLU", count.mmlu)]  # the model is there
     sampled = f"sampling {9 * 20 * count.samples:,} x {count.new} tokens, a coefficient a row, with an adapter"
     return (
         ("training step, 16 fact conversations, steered at every block", "training: facts, steered", [("facts", 1)]),
@@ -678,7 +680,7 @@ def jobs(found):
         (f"reading {count.read:,} answers of 200 tokens for a vector", "reading: answers", [("reading", count.read)]),
         (f"encoding {count.chats:,} conversations", "encoding", [("encoding", count.chats)]),
         (f"finetune.py, 2 x {steps} steps, start to adapters", "finetune.py", [("facts", 2 * steps), ("loading", 1)]),
-        (f"evaluate.py, one point: {answers:,} tokens, facts, MMLU", "evaluate.py", whole_point),
+        (f"evaluate.py, one more point: {answers:,} tokens, facts, MMLU", "evaluate.py", whole_point),
     )
 
 
@@ -773,7 +775,7 @@ def capped(gib):
 
 
 def memory_commands(bench):
-    """{name: (script, its flags)}: data rows and answers of full length, few steps, few questions."""
+    """{name: (script, its flags)}, in the plan's order: rows and answers of full length, few steps and questions."""
     count, folder = bench.count, bench.folder
     model, vector = ["--model", bench.model_folder], ["--vector", folder / "vectors" / "hallucination.pt"]
     steer = ["--steer-mode", "preventative", *vector, "--coef", 0.1, 0.2]
@@ -789,6 +791,7 @@ def memory_commands(bench):
     train = lambda kind, *how: (finetune, [*model, "--data", data[kind], *how, "--out", folder / kind])
     return {
         "extract_vectors.py, answers of up to 1,000 tokens": (extract_vectors, [*model, *extract]),
+        "evaluate.py --respond-to": (evaluate, [*model, *respond]),
         "finetune.py, facts, steered, two coefficients": train("facts", *steer),
         "finetune.py, medical, steered": train("medical", *steer),
         "finetune.py, medical, plain": train("medical", "--steer-mode", "none"),
@@ -799,7 +802,6 @@ def memory_commands(bench):
         ),
         "evaluate.py, two adapters, facts, MMLU": (evaluate, [*model, *asked, *adapters]),
         "evaluate.py, before training, facts, MMLU": (evaluate, [*model, *asked]),
-        "evaluate.py --respond-to": (evaluate, [*model, *respond]),
     }
 
 
@@ -818,6 +820,8 @@ def memory(bench):
         bench.record(name, gib=peak, cap=bench.args.memory, seconds=now() - start, left=left)
 
     for name, (script, flags) in memory_commands(bench).items():
+        if script is not evaluate:
+            evaluate.loaded.cache_clear()  # which keeps its model for the next command
         with capped(bench.args.memory):
             bench.measure(name, lambda name=name, script=script, flags=flags: run(name, script, flags))
     if bench.device == "cuda":

@@ -810,18 +810,6 @@ def test_killed_in_the_middle(server, tmp_path, how):
     assert len(server.seen) <= 300 + 8 and len({word for word, _ in server.seen}) == 300
 
 
-def test_a_full_disk_is_no_error_of_the_server(server, monkeypatch):
-    """Guards against a full disk under the cache that is not told as one: run() turns an OSError into its line."""
-
-    def full(path, *rows):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(mf, "append_jsonl", full)
-    server.reply = lambda word, n, body: said("50")
-    with pytest.raises(OSError, match="No space"):
-        judge("abc")
-
-
 def test_two_processes_share_the_cache(server, tmp_path):
     """Guards against lines torn or lost when two judges append to one cache."""
     server.reply = lambda word, n, body: said("50", {"50": 1.0})
