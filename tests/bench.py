@@ -415,6 +415,7 @@ def one_point(bench):
     seconds, (trait, known, *_), (choice, *_) = evaluating(bench, "facts-0.2", "--facts", facts, "--mmlu", source)
     note = f"{bench.count.facts:,} facts, {len(prompts):,} MMLU questions"
     evaluate.loaded.cache_clear()
+    gc.collect()
     held = bench.before - torch.cuda.memory_allocated() if bench.device == "cuda" else 0  # the model that was there
     bench.record("evaluate.py", seconds=seconds, gib=bench.gib() + held / 2**30, note=note)
     bench.record("sampling: one point", seconds=trait["end"] - trait["start"])
