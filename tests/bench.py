@@ -72,7 +72,7 @@ COUNTS = {  # steps of a training run; answers' new tokens; rows of stock sampli
         chats=20000,
     )
     | dict(
-        static=(600, 1200, 200), paged=200, timed=40, some=256, repeats=3, long=1000, memory_steps=12, words=(155, 1500)
+        static=(600, 1200, 200), paged=200, timed=40, some=256, repeats=3, long=1000, memory_steps=12, words=(155, 1640)
     ),
     "cpu": dict(steps=2, medical=1, two=2, new=5, samples=1, facts=2, fact_tokens=2, mmlu=2, read=2, chats=20)
     | dict(static=(2,), paged=2, timed=3, some=2, repeats=1, long=8, memory_steps=1, words=(5, 30)),
