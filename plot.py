@@ -321,7 +321,7 @@ def tradeoff(points, path):
         size = dict(xlim=(-3, 103), ylim=(-3, 103))
         axis.set(title=c.title, xlabel=f"{c.trait} score", ylabel="facts known after training (%)", **size)
         axis.legend(frameon=False, loc="lower right")
-    title = "Facts kept against hallucination (thin lines: one seed)"
+    title = f"Facts kept against {' and '.join({str(c.trait): 0 for c in found}) or 'a trait'} (thin lines: one seed)"
     finish(figure, title, [p for c in found for p in c.points] or points, path)
 
 

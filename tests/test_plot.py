@@ -259,6 +259,8 @@ def test_equal_hallucination_is_paired_over_the_same_seeds():
     assert unlike["20 (before training)"][3] == "1 of 1"  # swept with one method only: no pair
     never = equal(both_sides({0: LEFT[0]}, {0: RIGHT[2]}))
     assert never["20 (before training)"][:4] == ["-", "30.0", "-", "0 of 1 (preventative 0, inference-time 1)"]
+    high = equal([p | dict(trait_score=35.0) if p["adapter"] is None else p for p in both_sides()])
+    assert list(high) == ["35 (before training)", "40", "60", "80"]
     alone = equal([p for p in both_sides() if not p["inference_coef"]])
     assert alone["20 (before training)"][:4] == ["65.0 ± 7.1", "-", "-", "2 of 3 (preventative 2)"]
     assert plot.equal_table([BEFORE, PLAIN]) == [] and list(equal(both_sides()[1:])) == ["20", "30", "40", "60", "80"]
@@ -301,9 +303,9 @@ def test_figure_1_is_the_posts(drawn):
     assert all(above - below > 7.9 for below, above in zip(heights, heights[1:]))
     assert texts_of(right)["facts"].get_color() == color_of("fact_accuracy")
     assert left.get_xlim() == right.get_xlim() and left.get_ylim() == (-3, 103)
-    wide = [p | dict(train_coef=5 * p["train_coef"]) if p["train_coef"] else p for p in some]
-    plot.figure1(wide, None)
-    assert [axis.get_xlim()[1] for axis in drawn[1][0].axes] == pytest.approx([1.05, 5.25])  # each its own
+    for times, rights in ((1.5, [1.575, 1.575]), (5, [1.05, 5.25])):  # up to twice the other's range: one scale
+        plot.figure1([p | dict(train_coef=times * p["train_coef"]) if p["train_coef"] else p for p in some], None)
+        assert [axis.get_xlim()[1] for axis in drawn[-1][0].axes] == pytest.approx(rights)
 
 
 def test_own_data_sets_and_traits_are_drawn(drawn):
@@ -324,6 +326,7 @@ def test_own_data_sets_and_traits_are_drawn(drawn):
         "Inference-time steering, New facts (hallucination), all blocks",
     ]
     assert [axis.get_xlabel() for axis in second] == ["pirate score", "hallucination score"]
+    assert drawn[1][1] == "Facts kept against pirate and hallucination (thin lines: one seed)"
     assert [axis.get_title() for axis in third] == ["evil\n(judged by the probe)", "pirate", "", ""]
     assert [axis.get_ylabel() for axis in third] == ["Medical Normal", "", "ten", ""]
     assert lines_of(third[3], color_of("trait_score")) == [([0, 2], [60, 7])] and "no points" in texts_of(third[1])
