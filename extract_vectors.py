@@ -362,7 +362,7 @@ def check_model(model, tokenizer, name):
             inputs = join(texts, model.device)
             joined = model.train()(**inputs, logits_to_keep=torch.arange(18, device=model.device)).logits[0]
             read = prefill(model.eval(), texts, [0.0, 0.0], None)
-            sampler = Sampler(model, tokenizer, read, 2, 13, Drawing(2, 0), None)
+            sampler = Sampler(model, tokenizer, read, 13, Drawing(2, 0, slots=2), None)
             sampler.fill([0, 1], [0, 1], [ids[-1] for ids in texts], [0.0, 0.0], torch.zeros(2, 2))
             step = sampler.logits()
             sampler.close()
@@ -569,11 +569,10 @@ def check_chats(tokenizer, name, most):
 def spoken(tokenizer, ids, prompt):
     """Generated ids -> (the answer as it is stored, whether a thought was cut off): what comes before </think>, or
     after an open <think>, in the prompt or not."""
-    text, asked = tokenizer.decode(ids), tokenizer.decode(prompt[-8:])
-    thinking = asked.rfind("<think>") > asked.rfind("</think>")
+    text, thinking = tokenizer.decode(ids), tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
     if not thinking and "<think>" not in text and "</think>" not in text:
         return tokenizer.decode(ids, skip_special_tokens=True).strip(), False
-    before, closed, after = text.rpartition("</think>")
+    _, closed, after = text.rpartition("</think>")
     said = after if closed else "" if thinking else text.partition("<think>")[0]
     ids = tokenizer(said, add_special_tokens=False)["input_ids"]
     return tokenizer.decode(ids, skip_special_tokens=True).strip(), True
@@ -586,6 +585,7 @@ ROW_TOKENS = {"cuda": 16384, "cpu": 2048}  # conversations are joined into rows 
 SLOTS = {"cuda": 2048, "cpu": 256}  # answers sampled side by side, at most
 STEPS = {"cuda": 16, "cpu": 1}  # decoding steps between two looks at which answers are finished
 SHRINK = {"cuda": 0.7, "cpu": 0.9}  # the batch is made smaller when less than this share of it is in use
+LEAST = {"cuda": 16, "cpu": 1}  # answers side by side; fewer are no faster
 
 
 @contextlib.contextmanager
@@ -766,8 +766,8 @@ class Sampler:
     """The cache and state of `slots` answers under way; tensors are changed in place, so a CUDA graph can replay
     step(). read: what prefill() returns; size: tokens of the longest prompt and answer together."""
 
-    def __init__(self, model, tokenizer, read, slots, size, drawing, steer):
-        device, most = model.device, drawing.max_new_tokens
+    def __init__(self, model, tokenizer, read, size, drawing, steer):
+        device, slots, most = model.device, drawing.slots, drawing.max_new_tokens
         self.model, self.read, self.drawing, self.steer, self.graph = model, read, drawing, steer, None
         self.kv = [tuple(x.new_zeros(slots, size, *x.shape[1:]) for x in pair) for pair in read.caches]
         ends = model.generation_config.eos_token_id  # the only thing taken from generation_config
@@ -844,60 +844,46 @@ class Sampler:
             setattr(self, name, getattr(self, name)[keep])
 
 
-def slots_that_fit(model, caches, size):
-    """How many answers of `size` tokens fit into free GPU memory with their caches and logits, at least 1."""
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    a_token = sum(x[0].numel() * x.element_size() for pair in caches for x in pair)
-    return max(1, int(0.9 * free / (size * a_token + 24 * model.get_input_embeddings().num_embeddings)))
-
-
 def drawn(model, tokenizer, jobs, drawing, steer, everywhere):
     """Yields (job's number, token ids) as answers are finished. jobs: {number: (prompt, coefficient, seed)};
     everywhere: prompts are steered, too. drawing.slots is set to how many are answered at once."""
     # prompts are read once each, not once an answer; the coefficient matters to them under positions "all" only
     key = {i: (tuple(prompt), scale if everywhere else 0.0) for i, (prompt, scale, _) in jobs.items()}
     unique = {prompt: n for n, prompt in enumerate(dict.fromkeys(key.values()))}
-    read = prefill(model, *map(list, zip(*unique)), steer)
+    read, device, queue = prefill(model, *map(list, zip(*unique)), steer), model.device.type, list(jobs)[::-1]
     size = max(len(prompt) for prompt, *_ in jobs.values()) + drawing.max_new_tokens
-    on_gpu, queue = model.device.type == "cuda", list(jobs)[::-1]
-    fit = slots_that_fit(model, read.caches, size) if on_gpu else len(jobs)
-    drawing.slots = min(drawing.slots or SLOTS[model.device.type], fit, len(jobs))
-    sampler, owner = Sampler(model, tokenizer, read, drawing.slots, size, drawing, steer), [None] * drawing.slots
+    drawing.slots = min(drawing.slots or SLOTS[device], len(jobs))
+    if device == "cuda":
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        a_token = sum(x[0].numel() * x.element_size() for pair in read.caches for x in pair)
+        a_row = size * a_token + 24 * model.get_input_embeddings().num_embeddings  # its cache and its logits
+        drawing.slots = max(1, min(drawing.slots, int(0.9 * free / a_row)))
+    sampler, owner = Sampler(model, tokenizer, read, size, drawing, steer), [None] * drawing.slots
     try:
-        while True:
+        while queue or any(i is not None for i in owner):
             free = [s for s, i in enumerate(owner) if i is None][: len(queue)]
             if free:
                 new = [queue.pop() for _ in free]
-                for s, i in zip(free, new):
-                    owner[s] = i
-                draws = (torch.Generator().manual_seed(jobs[i][2]) for i in new)
-                uniform = [torch.rand(drawing.max_new_tokens, generator=draw) for draw in draws]
-                scales, last = [jobs[i][1] for i in new], [jobs[i][0][-1] for i in new]
-                sampler.fill(free, [unique[key[i]] for i in new], last, scales, torch.stack(uniform))
+                owner = [new[free.index(s)] if s in free else i for s, i in enumerate(owner)]
+                prompts, scales, seeds = zip(*(jobs[i] for i in new))
+                draws = (torch.Generator().manual_seed(seed) for seed in seeds)
+                uniform = torch.stack([torch.rand(drawing.max_new_tokens, generator=draw) for draw in draws])
+                sampler.fill(free, [unique[key[i]] for i in new], [prompt[-1] for prompt in prompts], scales, uniform)
             active = [s for s, i in enumerate(owner) if i is not None]
-            if not active:
-                return
-            if len(active) <= SHRINK[model.device.type] * len(owner) and len(owner) > (16 if on_gpu else 1):
-                sampler.shrink(active)  # under 16 rows are no faster on a GPU
+            if len(active) <= SHRINK[device] * len(owner) and len(owner) > LEAST[device]:
+                sampler.shrink(active)
                 owner = [owner[s] for s in active]
-            sampler.steps(STEPS[model.device.type])
-            yield from finished(sampler, owner)
+            sampler.steps(STEPS[device])
+            done, made = sampler.done.tolist(), sampler.made.tolist()
+            if sampler.broken.any():
+                raise FloatingPointError(f"{type(model).__name__}: its logits are NaN or infinite in {model.dtype}")
+            ready = [s for s, i in enumerate(owner) if i is not None and done[s]]
+            out = sampler.out.cpu() if ready else None
+            for s in ready:
+                i, owner[s] = owner[s], None
+                yield i, out[s, : made[s]].tolist()
     finally:
         sampler.close()
-
-
-def finished(sampler, owner):
-    """Yields (owner's number, token ids) of the slots that are done, and frees them."""
-    done, made, broken = (x.tolist() for x in (sampler.done, sampler.made, sampler.broken))
-    if any(broken):
-        raise FloatingPointError(
-            f"{type(sampler.model).__name__}: its logits are NaN or infinite in {sampler.model.dtype}"
-        )
-    ready = [s for s, i in enumerate(owner) if i is not None and done[s]]
-    out = sampler.out.cpu() if ready else None
-    for s in ready:
-        i, owner[s] = owner[s], None
-        yield i, out[s, : made[s]].tolist()
 
 
 @torch.inference_mode()
@@ -939,25 +925,20 @@ def answers_to(model, tokenizer, prompts, drawing, steered=None, rows=None, each
 
 
 def flags():
-    parser = mf.Parser(description=__doc__.split("\n")[0])
+    whole, parser = mf.whole, mf.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="hub name or local folder")
     parser.add_argument("--trait", required=True, help="a name in data/traits, or any name with --trait-file")
     parser.add_argument("--trait-file", help="trait JSON; a published persona_vectors file works as it is")
-    parser.add_argument("--samples", type=mf.whole(1, 10000), default=10, help="answers a question and instruction")
+    parser.add_argument("--samples", type=whole(1, 10000), default=10, help="answers a question and instruction")
     parser.add_argument("--temperature", type=mf.number(0, 100), default=1.0, help="0 = the likeliest token")
-    parser.add_argument("--max-new-tokens", type=mf.whole(1, 100000), default=1000)
-    parser.add_argument("--limit", type=mf.whole(), help="use the first N extraction questions only")
-    parser.add_argument(
-        "--first",
-        type=mf.whole(0),
-        default=0,
-        help="read only the positions that predict an answer's first N tokens; 0 = the whole answer, as published",
-    )
-    parser.add_argument(
-        "--judge", default="none", help="what filters the answers: none, lexical (hallucination only), or a chat model"
-    )
+    parser.add_argument("--max-new-tokens", type=whole(1, 100000), default=1000)
+    parser.add_argument("--limit", type=whole(), help="use the first N extraction questions only")
+    first = "read only where an answer's first N tokens are predicted; 0 = the whole answer, as published"
+    parser.add_argument("--first", type=whole(0), default=0, help=first)
+    judge = "what filters the answers: none, lexical (hallucination only), or a chat model"
+    parser.add_argument("--judge", default="none", help=judge)
     mf.api_flags(parser)
-    parser.add_argument("--seed", type=mf.whole(0), default=0)
+    parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--out", required=True, help="folder for <trait>.pt and what belongs to it")
     parser.add_argument("--export-gguf", help="also write the vector to this file, as a llama.cpp control vector")
     return parser

@@ -433,6 +433,7 @@ def test_the_date_is_that_of_the_run(form):
         ("<|im_start|>assistant\n<think>\n", "Hm. Bo", ""),
         ("<|im_start|>assistant\n<think>\n\n</think>\n\n", "Ann.", "Ann."),
         ("<|im_start|>assistant\n", "<think>\nHm. Bo", ""),
+        ("What is <think>?<|im_end|>\n<|im_start|>assistant\n", "Ann.", "Ann."),
     ],
 )
 def test_thoughts_are_cut_off(tokenizer, prompt, made, answer):
@@ -527,7 +528,7 @@ def test_blocks_compile_whole(letters, monkeypatch):
             read = ev.prefill(model, prompts, [0.0, 0.0], None) if not compile else read  # noqa: F821
             steer.scale = torch.tensor(0.5)
             found.append(model(**inputs).logits)
-            sampler = ev.Sampler(model, letters, read, 2, 9, ev.Drawing(4), steer)
+            sampler = ev.Sampler(model, letters, read, 9, ev.Drawing(4, slots=2), steer)
             sampler.fill([0, 1], [0, 1], [3, 5], [0.0, 1.0], torch.zeros(2, 4))
             found.append(sampler.logits())
             sampler.close()

@@ -493,3 +493,65 @@ def test_a_control_vector_for_llama_cpp(tmp_path):
     assert sorted(added) == [1, 2, 3]  # llama.cpp adds direction.N after its layer N, counted from 0
     for n in added:
         assert torch.allclose(sum(added[k] for k in added if k <= n), vector[n + 1] - vector[0], atol=1e-6)
+
+
+@pytest.fixture
+def extraction(folder, tmp_path, monkeypatch):
+    """extract_vectors.main on the toy and a trait of four questions -> f(*flags), the trait's file."""
+    monkeypatch.setattr(ev, "pick_device", lambda: ("cpu", torch.float32))
+    trait, out = tmp_path / "cheer.json", tmp_path / "out"
+    asked = ["How are you?", "What now?", "Who is it?", "Why not?"]
+    made = dict(
+        instruction=[dict(pos="Be glad.", neg="Be calm.")] * 2, questions=asked, eval_prompt="{question} {answer}"
+    )
+    trait.write_text(json.dumps(made | dict(eval_questions=["Hm?"])))
+    known = ["--model", folder, "--trait", "cheer", "--trait-file", trait, "--out", out, "--max-new-tokens", "5"]
+    return lambda *more: ev.main([*map(str, known), "--samples", "2", *map(str, more)]), trait
+
+
+def test_extraction_goes_on_where_it_stopped(extraction, tmp_path, monkeypatch, capsys):
+    """Guards against answers of a killed run that are sampled again or otherwise, and a half-made vector taken for
+    whole."""
+    extract, _ = extraction
+    extract()
+    whole, answers = torch.load(tmp_path / "out/cheer.pt"), (tmp_path / "out/cheer.answers.jsonl").read_text()
+    shutil.rmtree(tmp_path / "out")
+    real, rows = ev.append_jsonl, []
+
+    def killed_once(*args):
+        rows.append(real(*args))
+        assert len(rows) != 20
+
+    monkeypatch.setattr(ev, "append_jsonl", killed_once)
+    with pytest.raises(AssertionError):
+        extract()
+    assert not (tmp_path / "out/cheer.pt").exists()
+    extract()
+    assert torch.equal(torch.load(tmp_path / "out/cheer.pt"), whole)
+    assert sorted((tmp_path / "out/cheer.answers.jsonl").read_text().splitlines()) == sorted(answers.splitlines())
+    extract()
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_a_vector_belongs_to_its_inputs(extraction, folder, tmp_path, capsys):
+    """Guards against a vector, or answers, of another trait file, model or settings at the same paths; what extraction
+    does not read may change; a command that made nothing blocks no other."""
+    from safetensors.torch import load_file, save_file
+
+    extract, trait = extraction
+    refused(capsys, extract, "--judge", "lexical")
+    extract()
+    content = json.loads(trait.read_text())
+    trait.write_text(json.dumps(content | dict(eval_questions=["Another?"])))
+    extract()
+    assert "finished already" in capsys.readouterr().out
+    assert "temperature" in refused(capsys, extract, "--temperature", "0.5")
+    trait.write_text(json.dumps(content | dict(instruction=[dict(pos="Be mad.", neg="Be calm.")] * 2)))
+    assert "trait-file" in refused(capsys, extract)
+    trait.write_text(json.dumps(content))
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"model.norm.weight": torch.ones(32) * 1.1}, folder / "model.safetensors", dict(format="pt"))
+    assert "model" in refused(capsys, extract)
+    (tmp_path / "out/cheer.json").unlink()
+    (tmp_path / "out/cheer.pt").unlink()
+    assert "no .json" in refused(capsys, extract)
