@@ -34,6 +34,7 @@ loaded = functools.lru_cache(1)(lambda name, content: load_model(name))  # one m
 FACT_TOKENS = 100  # new tokens of an answer about a fact; sampled greedily
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = "trait layers positions samples temperature max_new_tokens seed limit mmlu_scoring".split()
+TRAINED = "layers positions vector seed epochs lr batch_size rank alpha".split()  # of an adapter, told by its points
 REMEDY = "choose another --out, or bash run_all.sh --redo"
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,7 +346,7 @@ def point_of(adapter, coef, trained, inputs, args):
         adapter=adapter,
         train_coef=trained.get("coef") or (0.0 if adapter else None),
         **{name: trained.get(name) for name in ("dataset", "steer_mode", "system_prompt")},
-        **{f"train_{name}": trained.get(name) for name in ("layers", "positions", "vector", "seed")},
+        **{f"train_{name}": trained.get(name) for name in TRAINED},
         **{name: getattr(args, name) for name in ("model", "vector", "facts", "mmlu", "judge")},
         **settings,
         answers=str(Path(args.out).parent / "answers" / f"{key}.jsonl"),
