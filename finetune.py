@@ -29,8 +29,6 @@ from tqdm import tqdm
 
 import extract_vectors as ev
 import make_facts as mf
-from extract_vectors import blocks, steering
-from make_facts import die
 
 MAX_TOKENS = 2048  # a longer conversation is left out, counted and said
 WARM_UP = 5  # steps, but at most a tenth of them
@@ -45,7 +43,7 @@ Shape = namedtuple("Shape", "tokens answers longest conversations")  # of a row;
 
 def shape_of(chats):
     lengths = [len(ids) for ids, _ in chats]
-    return Shape(sum(lengths), sum(sum(is_answer) for _, is_answer in chats), max(lengths), len(chats))
+    return Shape(sum(lengths), sum(sum(is_answer) for _, is_answer in chats), max(lengths, default=0), len(chats))
 
 
 def collate(chats, shape=None, positions="all"):
@@ -68,21 +66,19 @@ def collate(chats, shape=None, positions="all"):
 
 def row_loss(model, inputs, steer=None, coef=0.0):
     """Sum over a row's labels of the negative log-likelihood, nats, with coef times the vector added to the stream."""
+    given = dict(inputs)
+    labels, steered = given.pop("labels"), given.pop("steered", 1)
     if steer:
-        steer.scale = coef * inputs.get("steered", 1)
-    logits = model(**arguments(inputs)).logits[0]  # [answers, vocabulary]
-    return F.cross_entropy(logits.float(), inputs["labels"], reduction="sum")
-
-
-def arguments(inputs):
-    """What of a row the model itself takes."""
-    return {key: value for key, value in inputs.items() if key not in ("labels", "steered", "of")}
+        steer.scale = coef * steered
+    return F.cross_entropy(
+        model(**given).logits[0].float(), labels, reduction="sum"
+    )  # [answers, vocabulary], [answers]
 
 
 def prove_steering(model, steer, offsets, coef, inputs):
     """Raises unless in a row every block's output moves by exactly coef times its offset, at the steered positions."""
-    still = ev.unmoved(model, steer, offsets, coef * inputs.get("steered", 1), arguments(inputs))
-    if still:
+    given = {key: value for key, value in inputs.items() if key not in ("labels", "steered")}
+    if still := ev.unmoved(model, steer, offsets, coef * inputs.get("steered", 1), given):
         raise RuntimeError(f"steering did not move the output of block {still[0]} by coef x vector; not training")
 
 
@@ -93,7 +89,7 @@ def prove_steering(model, steer, offsets, coef, inputs):
 def add_lora(model, rank, alpha, seed):
     """PEFT model with rs-LoRA on every linear layer of the blocks."""
     ev.lora_reach(model)
-    inside = set(blocks(model).modules())
+    inside = set(ev.blocks(model).modules())
     places = [name for name, part in model.named_modules() if part in inside and isinstance(part, torch.nn.Linear)]
     torch.manual_seed(seed)
     recipe = dict(use_rslora=True, target_modules=places, task_type="CAUSAL_LM")
@@ -130,18 +126,13 @@ class Trainer:
 
     LoRA's numbers lie end to end in one float32 tensor (weights [n]), a step's gradients and loss in another (total
     [n + 1]). These, and those in the model's dtype that it computes with, never move: graphs serve all coefficients.
-    data: [(ids, is_answer)]. args: epochs, lr, batch_size (over all processes), max_steps or None, seed, positions.
-    """
-
-    after_step = None  # called with the trainer after each step; what it returns, if true, ends the training
+    data: [(ids, is_answer)]. args: epochs, lr, batch_size (over all processes), max_steps or None, seed, positions."""
 
     def __init__(self, model, data, args, steer=None):
         self.model, self.data, self.args, self.steer = model, data, args, steer
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.weights = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters]))
-        if self.processes > 1:
-            dist.broadcast(self.weights.data, 0)
         self.initial, self.device = self.weights.data.to("cpu", copy=True), self.weights.device
         self.total = torch.zeros(len(self.weights) + 1, device=self.device)
         self.weights.grad = self.total[:-1]
@@ -190,16 +181,14 @@ class Trainer:
         for step in tqdm(range(begin, self.steps), "training", self.steps, initial=begin, disable=self.rank > 0):
             self.step(self.batch(step), rates[step])
             losses[step] = self.total[-1]
-            if (step + 1) % every == 0 and not losses[step].isfinite():
-                die(f"the loss is {losses[step]} at step {step + 1}; lower --lr or --coef")
+            if (step + 1) % max(every, 10) == 0 and not losses[step].isfinite():  # not at each: it waits for the GPU
+                mf.die(f"the loss is {losses[step]} at step {step + 1}; lower --lr or --coef")
             if (step + 1) % max(20, math.ceil(self.steps / 4)) == 0 and step + 1 < self.steps and self.rank == 0:
                 state = dict(weights=self.weights.data, optimizer=self.optimizer.state_dict(), losses=losses)
                 with mf.replacing(path, "wb") as out:  # it takes the place of the one before when it is whole
                     torch.save(state | dict(steps=step + 1), out)
-            if self.after_step and self.after_step(self):
-                break
         if not self.weights.isfinite().all():
-            die("the adapter has become NaN or infinite; lower --lr or --coef")
+            mf.die("the adapter has become NaN or infinite; lower --lr or --coef")
         means = losses.cpu()[: self.steps // every * every].view(-1, every).mean(1).tolist()
         return [dict(step=n * every, loss=loss, lr=rates[n * every - 1]) for n, loss in enumerate(means, 1)]
 
@@ -245,22 +234,21 @@ def out_of_memory(error):
 def recomputed(model):
     """While open, a block keeps nothing but its input for the backward pass and is computed again there."""
     try:
-        for block in blocks(model):
+        for block in ev.blocks(model):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        for block in blocks(model):
+        for block in ev.blocks(model):
             vars(block).pop("forward", None)
 
 
 class Rows:
     """Gradients of conversations, computed in joined rows that fit into memory.
 
-    On one GPU a row is bound by the launching of its some 5,000 kernels. The first row of a shape runs as usual (and
-    compiles), the second is captured as a CUDA graph, from then on forward and backward are one launch. All graphs add
-    to the same gradients and share one pool of memory, outside of which a shape's first row runs: each has half.
-    """
+    On a GPU, launching a row's some 5,000 kernels takes longer than computing them. The first row of a shape runs as
+    usual (and compiles), the second is captured as a CUDA graph, from then on forward and backward are one launch. All
+    graphs share one pool of memory, outside of which a shape's first row runs: each gets half of what is free."""
 
     def __init__(self, trainer):
         self.trainer, self.device, weight = trainer, trainer.device, trainer.model.get_input_embeddings().weight
@@ -283,26 +271,24 @@ class Rows:
     def filled(self, row):
         """The shape a row is filled up to: eight sizes an octave, so that shapes are few."""
         shape, size = shape_of(row), self.trainer.args.batch_size
-        if not self.captures:
+        if not self.captures or not row:
             return shape
         up = lambda n, multiple: -(-n // multiple) * multiple
         tokens = up(shape.tokens, max(FILL, 1 << (shape.tokens.bit_length() - 4)))
         return Shape(tokens, up(shape.answers, tokens // 8), self.longest, size + tokens // self.longest + 1)
 
-    def bytes(self, shape):
+    def bytes(self, row):
+        """What a row needs, about."""
+        shape = self.filled(row)
         return shape.tokens * self.a_token + shape.answers * self.an_answer
-
-    def too_long(self, row):
-        return self.bytes(self.filled(row)) > self.budget
 
     def split(self, chats):
         """Conversations -> few rows of about equal size that fit; one that does not fit alone is a row of its own."""
-        short, long = [], []
-        for chat in chats:
-            (long if self.too_long([chat]) else short).append(chat)
-        least = max(1, math.ceil(self.bytes(shape_of(short)) / self.budget)) if short else 1
-        ways = (deal(short, n) for n in range(least, len(short) + 1))
-        return next((rows for rows in ways if not any(map(self.too_long, rows))), []) + [[chat] for chat in long]
+        fits = lambda row: self.bytes(row) <= self.budget
+        short, count = [chat for chat in chats if fits([chat])], 1
+        while not all(map(fits, rows := deal(short, count))):
+            count += 1
+        return [row for row in rows if row] + [[chat] for chat in chats if not fits([chat])]
 
     def accumulate(self, chats, answers):
         """Adds what these conversations have in the loss and gradients of a batch with so many answer tokens."""
@@ -319,9 +305,9 @@ class Rows:
 
     def split_finer(self, row):
         """After a row has run out of memory: rows that ask for half as much."""
-        if self.too_long(row) and not self.graphs:
-            die(f"out of memory with a conversation of {len(row[0][0])} tokens; take shorter data or a larger GPU")
-        self.budget = min(self.budget, self.bytes(self.filled(row)) / 2)
+        if self.bytes(row) > self.budget and not self.graphs:
+            mf.die(f"out of memory with a conversation of {len(row[0][0])} tokens; take shorter data or a larger GPU")
+        self.budget = min(self.budget, self.bytes(row) / 2)
         self.forget()
         print(f"out of memory: going on with rows of {self.budget / self.a_token:.0f} tokens at most", flush=True)
         return self.split(row)
@@ -336,11 +322,11 @@ class Rows:
 
     def run(self, row, answers):
         """One row: blocks computed again where it is too long, else as usual, captured, or replayed."""
-        shape, long = self.filled(row), self.too_long(row)
+        shape, long = self.filled(row), self.bytes(row) > self.budget
         if len(self.graphs) >= GRAPHS and shape not in self.graphs:
             larger = (s for s in self.graphs if s.tokens >= shape.tokens and s.answers >= shape.answers)
             shape = min(larger, default=shape)
-        inputs = self.inputs(row, shape) | dict(of=torch.full((), float(answers), device=self.device))
+        inputs = self.inputs(row, shape) | dict(batch_answers=torch.full((), float(answers), device=self.device))
         if shape not in self.graphs:
             with recomputed(self.trainer.model) if long else contextlib.nullcontext():
                 self.add(inputs)
@@ -362,8 +348,9 @@ class Rows:
 
     def add(self, inputs):
         """Adds a row's loss and gradients, over the answer tokens of the batch, to the step's total."""
-        trainer = self.trainer
-        loss = row_loss(trainer.model, inputs, trainer.steer, trainer.coef) / inputs["of"]
+        trainer, given = self.trainer, dict(inputs)
+        answers = given.pop("batch_answers")
+        loss = row_loss(trainer.model, given, trainer.steer, trainer.coef) / answers
         parts = torch.autograd.grad(loss, trainer.parameters, allow_unused=True, materialize_grads=True)
         trainer.total[:-1].add_(torch.cat([part.flatten() for part in parts]))
         trainer.total[-1].add_(loss.detach())
@@ -411,19 +398,16 @@ def parse(argv):
 
 
 def join_processes():
-    """Where torchrun has started several: one group, a GPU each. -> this one's number."""
-    given = [
-        os.environ.get(name, default) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
-    ]
-    if given[0] == "1":
-        return 0
-    gpus = torch.cuda.device_count()
-    if "MASTER_ADDR" not in os.environ or not all(map(str.isdecimal, given)) or 0 < gpus <= int(given[2]):
-        die(f"WORLD_SIZE={given[0]}: start as many processes as GPUs with torchrun --nproc_per_node, or unset it")
+    """One process a GPU where torchrun has started several; nothing to do for one."""
+    given = {name: os.environ.get(name, "0") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR")}
+    if given["WORLD_SIZE"] in ("0", "1") or dist.is_initialized():
+        return
+    gpus, local = torch.cuda.device_count(), given["LOCAL_RANK"]
+    if "0" == given["MASTER_ADDR"] or not local.isdecimal() or 0 < gpus <= int(local):
+        mf.die(f"WORLD_SIZE={given['WORLD_SIZE']}: start a process a GPU with torchrun --nproc_per_node, or unset it")
     if gpus:
-        torch.cuda.set_device(int(given[2]))
+        torch.cuda.set_device(int(local))
     dist.init_process_group("nccl" if gpus else "gloo")
-    return dist.get_rank()
 
 
 def read_conversations(path, system_prompt=None, limit=None):
@@ -448,7 +432,7 @@ def to_do(args, inputs):
             print(f"{out}: finished already")
             continue
         if out.exists():
-            die(f"{out}: already used, and not by this script; choose another --out")
+            mf.die(f"{out}: already used, and not by this script; choose another --out")
         if (partial / "checkpoint.pt").exists():
             mf.same_settings(partial / "training_settings.json", settings)
             settings["day"] = mf.read_json(partial / "training_settings.json").get("day")
@@ -495,7 +479,7 @@ def make_adapters(args, messages, todo):
     encoded = ev.encode_chats(tokenizer, messages)
     data = [chat for chat in encoded if len(chat[0]) <= MAX_TOKENS]
     if not data:
-        die(f"--data {args.data}: every conversation is longer than {MAX_TOKENS} tokens")
+        mf.die(f"--data {args.data}: every conversation is longer than {MAX_TOKENS} tokens")
     record = dict(model=args.model, data=args.data, vector=args.vector, day=day, dataset=Path(args.data).stem)
     record |= dict(model_name=ev.name_of(args.model), conversations=len(data), too_long=len(encoded) - len(data))
     print(f"{len(data)} conversations of {shape_of(data).tokens / len(data):.0f} tokens, {record['too_long']} too long")
@@ -503,7 +487,7 @@ def make_adapters(args, messages, todo):
     tuned = add_lora(model, args.rank, args.alpha, args.seed)
     with contextlib.ExitStack() as stack:
         stack.callback(tuned.unload)
-        trainer = Trainer(tuned, data, args, stack.enter_context(steering(model, offsets)) if offsets else None)
+        trainer = Trainer(tuned, data, args, stack.enter_context(ev.steering(model, offsets)) if offsets else None)
         stack.callback(trainer.rows.forget)
         record |= dict(dtype=str(model.dtype), processes=trainer.processes)
         record |= dict(start_losses=start_losses(trainer, offsets, [s["coef"] or 0.0 for _, s in todo.values()]))
@@ -517,17 +501,17 @@ def main(argv=None):
     messages = read_conversations(args.data, args.system_prompt, args.limit)
     inputs = dict(model=ev.model_fingerprint(args.model), data=mf.fingerprint(args.data))
     todo = to_do(args, inputs | (dict(vector=mf.fingerprint(args.vector)) if args.vector else {}))
-    rank = join_processes()
+    join_processes()
     with contextlib.ExitStack() as held:
-        for out in todo if rank == 0 else ():
+        for out in () if dist.is_initialized() and dist.get_rank() else todo:
             held.enter_context(mf.locked(out))
             if out.exists():
-                die(f"{out}: another process has just made it")
+                mf.die(f"{out}: another process has just made it")
         if todo:
             make_adapters(args, messages, todo)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     mf.run(main)
+    if dist.is_initialized():
+        dist.destroy_process_group()
