@@ -109,8 +109,9 @@ def faults(value, schema):
 
 def validated(value, schema, where):
     """The value, with what its schema understands put right (an MMLU answer "B" -> 1); die() on any fault."""
+    keys = [key for key, field in schema.model_fields.items() if field.is_required()]
     for fault in faults(value, schema):
-        die(f"{where}: {fault} (keys wanted: {', '.join(schema.model_fields)})")
+        die(f"{where}: {fault} (keys wanted: {', '.join(keys)})")
     return value | schema.model_validate(value).model_dump(exclude_unset=True)
 
 
@@ -127,17 +128,17 @@ def read_json(path, schema=None):
     return validated(value, schema, path) if schema else value
 
 
-def read_jsonl(path, schema=None, appended=False, need=()):
-    """Rows of a JSONL file as dicts. schema: one for all rows, or a function row -> schema. Missing or empty file, wrong
-    row, an id met twice: die(). appended: the file grows by append_jsonl; it may have no rows, and a last line that was
-    cut off is left out."""
+def read_jsonl(path, schema=None, appended=False):
+    """Rows of a JSONL file as dicts. schema: one for all rows, or a function row -> schema. Missing or empty file,
+    wrong row, an id met twice: die(). appended: the file grows by append_jsonl; it may have no rows, and a last line
+    that was cut off is left out."""
     rows, seen, lines = [], {}, read_bytes(path).split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip() or appended and number == len(lines) and not is_row(line):
             continue
         row, where = parsed(line, f"{path}:{number}"), f"{path}:{number}"
-        if not isinstance(row, dict) or any(key not in row for key in need):
-            die(f"{where}: needs the keys {', '.join(need)}" if need else f"{where}: not a JSON object")
+        if not isinstance(row, dict):
+            die(f"{where}: not a JSON object")
         if schema:
             row = validated(row, schema if isinstance(schema, type) else schema(row), where)
             if "id" in row and seen.setdefault(row["id"], number) != number:
@@ -193,8 +194,8 @@ WHOLE, SAMPLES, SAMPLE = 64 << 20, 256, 64 << 10  # of a file over 64 MiB: 256 s
 
 
 def fingerprint(path):
-    """File or folder -> 16 hex digits of the sha256 of its content; a folder's also of the names in it, hidden ones left
-    out. Of files over 64 MiB (weights) the size and samples count: a 15 GB model takes a second."""
+    """File or folder -> 16 hex digits of the sha256 of its content; a folder's also of the names in it, hidden ones
+    left out. Of files over 64 MiB (weights) the size and samples count: a 15 GB model takes a second."""
     path, digest = Path(path), hashlib.sha256()
     if not path.exists():
         die(f"{path}: no such file or folder")
@@ -218,8 +219,8 @@ def scripts():
 
 
 def same_settings(path, settings):
-    """False if `path` does not exist, True if it holds these settings; others, or other inputs (settings["inputs"]: name
-    -> fingerprint): die(), nothing is overwritten. Scripts that have been edited since are named, no more."""
+    """False if `path` does not exist, True if it holds these settings; others, or other inputs (settings["inputs"]:
+    name -> fingerprint): die(), nothing is overwritten. Scripts that have been edited since are named, no more."""
     if not Path(path).exists():
         return False
     there, settings, remedy = read_json(path, schema()), json.loads(json.dumps(settings)), "or bash run_all.sh --redo"
@@ -390,20 +391,33 @@ ExtractionTrait = schema(
     adjective=Text, eval_prompt=Prompt, instruction=some(schema(pos=Text, neg=Text)), questions=some(Text)
 )
 EvaluationTrait = schema(adjective=Text, eval_prompt=Prompt, eval_questions=some(Text))
-Metric = (float | None, None)
+TEXTS = """adapter dataset steer_mode train_layers train_positions train_vector system_prompt vector mmlu trait layers
+    positions mmlu_scoring answers judge_method day""".split()
+NUMBERS = """train_coef train_seed train_epochs train_lr train_batch_size train_rank train_alpha samples temperature
+    seed trait_score trait_n trait_unscored coherence coherence_nll abstained abstained_coherent fact_accuracy fact_n
+    fact_unscored fact_not_attempted fact_wrong mmlu_accuracy mmlu_n probe_auc""".split()
 Point = schema(
-    **dict(key=Text, model=Text, judge=Text, inference_coef=Number, train_coef=(Number | None, None)),
-    **dict(trait_score=Metric, fact_accuracy=Metric, mmlu_accuracy=Metric),
+    **dict(key=Text, model=Text, judge=Text, inference_coef=Number, inputs=(dict[str, str | None], {})),
+    **{key: (str | None, None) for key in TEXTS},
+    **{key: (float | None, None) for key in NUMBERS},
+    **{key: (some(float, 2, 2) | None, None) for key in ("trait_ci", "fact_ci", "mmlu_ci")},
 )
-Answer = schema(id=Text, kind=Literal["trait", "fact"], question=Text, answer=str, scores=(dict[str, dict], {}))
+Loss = schema(step=int, loss=Number)
+Answer = schema(
+    id=Text,
+    kind=Literal["trait", "fact"],
+    question=Text,
+    answer=str,
+    scores=(dict[str, schema(score=(float | None, None))], {}),
+)
 AdapterConfig = schema(peft_type=Literal["LORA"], r=pydantic.PositiveInt, target_modules=some(Text) | Text)
 Probe = schema(row=pydantic.PositiveInt, zero=Number, hundred=Number, auc=Number)
 Settings = schema(model=Text, dataset=(str | None, None), coef=(Number | None, None), probe=(Probe | None, None))
 
 
 def load_trait(name, path=None, schema=Trait):
-    """data/traits/<name>.json, or a trait file of persona_vectors. schema: ExtractionTrait or EvaluationTrait, by what it
-    is for; a published file has one set of questions, and the one to extract by is not taken for evaluation."""
+    """data/traits/<name>.json, or a trait file of persona_vectors. schema: ExtractionTrait or EvaluationTrait, by what
+    it is for; a published file has one set of questions, and the one to extract by is not taken for evaluation."""
     folder = Path(__file__).parent / "data" / "traits"
     there = sorted(path.stem for path in folder.glob("*.json") if path.stem not in ("coherence", "fact"))
     if not re.fullmatch(r"[\w.+-]+", name) or not path and not (folder / f"{name}.json").is_file():
@@ -432,7 +446,7 @@ def interval(groups):
     """Interval of the mean of scores 0..100. groups: the scores of the answers to one question each, which are not
     independent: Wilson's interval with the effective number of answers, p (1 - p) / variance of the mean between
     questions, and Student's t. A made-up question, half of its answers at 0 and half at 100, keeps that variance from
-    vanishing where all scores agree. In simulations it covers 95 to 100% at 1, 3, 10 and 50 (tests/test_evaluate.py)."""
+    vanishing where all scores agree. In simulations it covers 95 to 100% at 1, 3, 10, 50 (tests/test_evaluate.py)."""
     from scipy.stats import t
 
     groups = [[score / 100 for score in group] for group in groups if group]
@@ -869,7 +883,7 @@ class Chat:
             await asyncio.sleep(BACKOFF * broken)
 
     def slow_down(self, error, started):
-        """After a 429 everybody waits. Where another comes within ten replies, requests go on at the pace of the last 50
+        """After a 429 all wait. Where another comes within ten replies, requests go on at the pace of the last 50
         replies, pauses included, and faster with every reply from then on."""
         wait, now = retry_after(error.response.headers), time.monotonic()
         if "insufficient_quota" in (error.code, error.type) or wait > LONGEST_WAIT or self.pauses == 10:

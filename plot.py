@@ -9,9 +9,9 @@ Answers and losses come from answers/ and adapters/, or from tar -cJf answers.ta
 Of several judges the figures show the one with most points of the trait. Loads no torch.
 """
 
-import argparse
 import base64
 import json
+import lzma
 import math
 import re
 import tarfile
@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 from markdown_it import MarkdownIt
 from scipy.stats import spearmanr, t
 
-from make_facts import Answer, Point, die, read_json, read_jsonl, replacing, run
+from make_facts import Answer, Loss, Parser, Point, Settings, die, read_json, read_jsonl, replacing, run
 
 TRAITS = ["evil", "sycophancy", "hallucination"]  # the post's order; other names follow as they come
 DATASETS = dict(
@@ -355,7 +355,7 @@ def loss_curves(points, folders):
     for p in {p.get("adapter"): p for p in points if p.get("adapter")}.values():
         for place in [*(folder / "adapters" / Path(p["adapter"]).name for folder in folders), Path(p["adapter"])]:
             if (place / "loss.jsonl").is_file():
-                rows = read_jsonl(place / "loss.jsonl", need=("step", "loss"))
+                rows = read_jsonl(place / "loss.jsonl", Loss)
                 line = [(row["step"], math.log10(max(row["loss"], 1e-3))) for row in rows]
                 found[place] = dict(
                     name=place.name, data=str(p.get("dataset")), coef=p.get("train_coef") or 0, line=line
@@ -458,8 +458,9 @@ def points_table(points):
 def notes(points, folder):
     """What to know before believing: probes, and adapters that the points do not tell apart."""
     keys = ("dataset", "train_coef", "train_seed", "system_prompt", *STEERED_BY["train_coef"], *RECIPE)
-    probes = [(v["trait"], v["probe"]) for v in map(read_json, sorted(folder.glob("vectors/*.json"))) if v.get("probe")]
-    lines = [f"Probe of {name}: row {p['row']}, AUC {p['auc']:.2f}{', weak' * (p['auc'] < 0.7)}." for name, p in probes]
+    probes = {path.stem: read_json(path, Settings).get("probe") for path in sorted(folder.glob("vectors/*.json"))}
+    told = "Probe of {}: row {}, AUC {:.2f}{}."
+    lines = [told.format(name, p["row"], p["auc"], ", weak" * (p["auc"] < 0.7)) for name, p in probes.items() if p]
     adapters = {p["adapter"]: tuple(map(p.get, keys)) for p in points if p.get("adapter")}
     alike = [sorted(some) for some in grouped(adapters, adapters.get).values() if len(some) > 1]
     if alike:
@@ -535,21 +536,24 @@ def report(points, text, folder, answers, losses):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("points", type=Path, help="points.jsonl of evaluate.py")
     args = parser.parse_args(argv)
     points, folder = read_points(args.points), args.points.parent
     shown = of_main_judge(points)
     plt.switch_backend("Agg")
+    with tempfile.TemporaryDirectory() as unpacked:
+        if (folder / "answers.tar.xz").exists():
+            try:
+                tarfile.open(folder / "answers.tar.xz").extractall(unpacked, filter="data")
+            except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
+                die(f"{folder}/answers.tar.xz: cannot be unpacked ({error}); make it again, or delete it")
+        answers = read_answers(points, [folder, Path(unpacked)])
+        losses = loss_curves(points, [folder, Path(unpacked)])
+    text = summary(points, shown, folder, answers)  # before anything is written
     figure1(shown, folder / "fig1")
     tradeoff(shown, folder / "tradeoff")
     figure2(shown, folder / "fig2")
-    with tempfile.TemporaryDirectory() as unpacked:
-        if (folder / "answers.tar.xz").exists():
-            tarfile.open(folder / "answers.tar.xz").extractall(unpacked, filter="data")
-        answers = read_answers(points, [folder, Path(unpacked)])
-        losses = loss_curves(points, [folder, Path(unpacked)])
-    text = summary(points, shown, folder, answers)
     for name, content in {"summary.md": text, "report.html": report(points, text, folder, answers, losses)}.items():
         with replacing(folder / name) as out:
             out.write(content)

@@ -179,6 +179,11 @@ WRONG_ROWS = [
     *((mf.Point, POINT | dict(inference_coef=value), "inference_coef: ") for value in (None, "1", float("nan"), True)),
     (mf.Point, POINT | dict(trait_score="high"), "trait_score: "),
     (mf.Point, POINT | dict(key=1), "key: "),
+    (mf.Point, POINT | dict(trait_ci=[1.0]), "trait_ci"),
+    (mf.Point, POINT | dict(trait_n=["many"]), "trait_n"),
+    (mf.Point, POINT | dict(adapter=7), "adapter"),
+    (mf.Answer, ANSWER | dict(scores=dict(probe=dict(score="high"))), "scores.probe.score"),
+    (mf.Loss, dict(step=1, loss=None), "loss: "),
     (mf.Answer, ANSWER | dict(kind="x"), "kind: "),
     (mf.Answer, ANSWER | dict(answer=None), "answer: "),
     (mf.Answer, without(ANSWER, "id"), "id: "),
@@ -194,6 +199,7 @@ def test_wrong_rows(schema, row, said, tmp_path, refused):
     """Guards against a wrong type or value that becomes a traceback later, or a wrong number ("2" is in "42")."""
     good = {mf.Conversation: dict(messages=[USER, ASSISTANT]), mf.Fact: FACT | dict(id="x-0"), mf.Question: CHOICE}
     good |= {mf.Point: POINT, mf.Answer: ANSWER | dict(id="z"), mf.Settings: dict(model="m")}
+    good |= {mf.Loss: dict(step=0, loss=1)}
     path = jsonl(tmp_path / "x.jsonl", good[schema], row)
     refused(mf.read_jsonl, path, schema, said=f"{path}:2: ")
     refused(mf.read_jsonl, path, schema, said=said)
@@ -544,6 +550,17 @@ COMMANDS = dict(
             )
         ),
     ],
+    plot=[
+        "",
+        "no.jsonl",
+        ".",
+        "latin.jsonl",
+        "x.jsonl",
+        "keyless.jsonl",
+        "none.jsonl",
+        "differ.jsonl",
+        "answered/p.jsonl",
+    ],
 )
 
 
@@ -565,6 +582,10 @@ def place(tmp_path, monkeypatch):
     jsonl(tmp_path / "chat.jsonl", dict(messages=[USER, ASSISTANT]))
     jsonl(tmp_path / "keyless.jsonl", without(POINT, "key"))
     jsonl(tmp_path / "answers.jsonl", ANSWER)
+    jsonl(tmp_path / "none.jsonl")
+    jsonl(tmp_path / "differ.jsonl", POINT, POINT | dict(temperature=2.0))
+    mf.write_json(tmp_path / "answered" / "answers" / "k.jsonl", [ANSWER])
+    jsonl(tmp_path / "answered" / "p.jsonl", POINT)
     jsonl(tmp_path / "empty.jsonl", dict(messages=[USER, dict(role="assistant", content="")]))
     mf.write_json(
         tmp_path / "begun.partial" / "training_settings.json", dict(model="model", lr=1.0, inputs=dict(data="x"))
@@ -603,7 +624,7 @@ def place(tmp_path, monkeypatch):
 def test_commands(script, command, place, refused, monkeypatch):
     """Guards against a wrong command that loads a model, sends or writes something, or ends in a traceback."""
     module = importlib.import_module(script)
-    for name in {script, "extract_vectors"} - {"make_facts", "finetune"}:
+    for name in {script, "extract_vectors"} - {"make_facts", "finetune", "plot"}:
         monkeypatch.setattr(f"{name}.load_model", lambda *_: pytest.fail("a model would have been loaded"))
     before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
     refused(module.main, command.split())

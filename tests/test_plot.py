@@ -461,8 +461,9 @@ def test_columns_only_where_points_differ():
 def test_what_to_distrust_is_said(tmp_path):
     """Guards against a weak probe that passes unsaid, and adapters that the points do not tell apart."""
     for name, auc in (("evil", 0.82), ("sycophancy", 0.67)):
-        mf.write_json(tmp_path / "vectors" / f"{name}.json", dict(trait=name, probe=dict(row=8, auc=auc)))
-    mf.write_json(tmp_path / "vectors" / "other.json", dict(trait="other"))
+        probe = dict(row=8, zero=0.0, hundred=1.0, auc=auc)
+        mf.write_json(tmp_path / "vectors" / f"{name}.json", dict(model="toy", probe=probe))
+    mf.write_json(tmp_path / "vectors" / "other.json", dict(model="toy"))
     found = plot.notes([PLAIN, point(70.0, adapter="a2"), point(1.0, adapter="a3", train_rank=8), BEFORE], tmp_path)
     assert found[:2] == ["Probe of evil: row 8, AUC 0.82.", "Probe of sycophancy: row 8, AUC 0.67, weak."]
     assert len(found) == 3 and found[2].startswith("a, a2 have the same settings in the points, and so have 0 other")
