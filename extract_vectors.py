@@ -355,8 +355,12 @@ def check_model(model, tokenizer, name):
     most, hidden = model.get_input_embeddings().num_embeddings, model.config.get_text_config().hidden_size
     texts = [torch.randint(most, (n,), generator=draw).tolist() for n in (7, 11)]
     offsets = dict.fromkeys(range(1, len(blocks(model)) + 1), torch.randn(hidden, generator=draw))
+    parts, keys = (model.config.get_text_config(), *model.modules()), ("sliding_window", "attention_chunk_size")
+    windows = [(part, key, vars(part)[key]) for part in parts for key in keys if isinstance(vars(part).get(key), int)]
+    for part, key, _ in windows:
+        setattr(part, key, 4)  # tokens, so that the texts reach past them
     try:
-        with narrow_windows(model), steering(model, offsets) as steer:
+        with steering(model, offsets) as steer:
             with attention_of(model, "eager"):
                 own = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0] for ids in texts]
             inputs = join(texts, model.device)
@@ -371,6 +375,8 @@ def check_model(model, tokenizer, name):
         raise
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # any model may come here
         die(f"{kind}its code does not take what this project passes to it ({type(error).__name__}: {error})")
+    for part, key, width in windows:
+        setattr(part, key, width)
     joins, steps = "conversations joined in one row differ from each alone", "a cached step differs from the whole pass"
     for what, found, want in ((joins, joined, torch.cat(own)), (steps, step, torch.stack([x[-1] for x in own]))):
         found, want = (x.float() - x.float().mean(-1, keepdim=True) for x in (found, want))
@@ -381,20 +387,6 @@ def check_model(model, tokenizer, name):
             die(f"{kind}{what} (logits off by {100 * off:.2g}% in {model.dtype})")
     if fixed:
         die(f"{kind}steering does not move the output of block {fixed[0]} by its offset")
-
-
-@contextlib.contextmanager
-def narrow_windows(model):
-    """While open, attention windows and chunks are 4 tokens wide, so that a short text reaches past them."""
-    parts, keys = (model.config.get_text_config(), *model.modules()), ("sliding_window", "attention_chunk_size")
-    wide = [(part, key, vars(part)[key]) for part in parts for key in keys if isinstance(vars(part).get(key), int)]
-    try:
-        for part, key, _ in wide:
-            setattr(part, key, 4)
-        yield
-    finally:
-        for part, key, value in wide:
-            setattr(part, key, value)
 
 
 def lora_reach(model):
@@ -533,10 +525,6 @@ def encode_chats(tokenizer, conversations):
     if changed:
         print(f"{changed} earlier answers are read but not learned: the template changes them afterwards", flush=True)
     return encoded
-
-
-def encode_chat(tokenizer, messages):
-    return encode_chats(tokenizer, [messages])[0]
 
 
 def prompts_ids(tokenizer, conversations):

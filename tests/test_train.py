@@ -45,7 +45,7 @@ def trainer(toy, tokenizer):
     with contextlib.ExitStack() as stack:
 
         def make(n=6, data=None, **args):
-            data = data or [ev.encode_chat(tokenizer, talk) for talk in talks(n)]
+            data = data or ev.encode_chats(tokenizer, talks(n))
             tuned = finetune.add_lora(copy.deepcopy(toy), 4, 8, 0)
             generator = torch.Generator().manual_seed(0)
             for p in tuned.parameters():
@@ -221,7 +221,7 @@ def test_deal_is_even(trainer):
 
 def test_collate_keeps_answer_positions(toy, tokenizer):
     """Guards against a shift between logits and labels: the joined loss is that of each conversation read alone."""
-    data = [ev.encode_chat(tokenizer, talk) for talk in talks(3)]
+    data = ev.encode_chats(tokenizer, talks(3))
     alone = 0
     for ids, is_answer in data:
         scores = toy(**ev.join([ids], "cpu")).logits[0].log_softmax(-1)
@@ -239,7 +239,7 @@ def test_collate_keeps_answer_positions(toy, tokenizer):
 def test_training_refuses_when_the_hook_does_nothing(toy, tokenizer):
     """Guards against steering that fails open: a hook whose effect is not coef x vector, or elsewhere, stops."""
     add = {l: torch.randn(32) for l in (1, 2, 3)}
-    batch = finetune.collate([ev.encode_chat(tokenizer, talks(1)[0])], positions="answer")
+    batch = finetune.collate(ev.encode_chats(tokenizer, talks(1)), positions="answer")
     with ev.steering(toy, add) as steer:
         finetune.prove_steering(toy, steer, add, torch.tensor(0.5), batch)
         toy.model.layers[1].register_forward_hook(lambda block, _, out: out + 0.5 * add[2] * (1 - batch["steered"]))
@@ -252,7 +252,7 @@ def test_training_refuses_when_the_hook_does_nothing(toy, tokenizer):
 def test_answer_positions(toy, tokenizer):
     """Guards against steering other positions than --positions says: the loss is the one computed by hand with the
     vector at the last prompt token and each answer token but the last."""
-    data, add = [ev.encode_chat(tokenizer, talk) for talk in talks(2)], {l: torch.randn(32) for l in (1, 2, 3)}
+    data, add = ev.encode_chats(tokenizer, talks(2)), {l: torch.randn(32) for l in (1, 2, 3)}
 
     def by_hand(steered):
         total = 0
@@ -305,7 +305,7 @@ def test_the_plain_recipe(toy, tokenizer, tmp_path, device):
     a GPU, have the losses of padded batches in an eager loop under autocast with stock attention. In float32 to
     1e-4; in bfloat16 (8 bits of mantissa: 0.4% a rounding) to 2%."""
     dtype, n = torch.float32 if device == "cpu" else torch.bfloat16, 3
-    data = [ev.encode_chat(tokenizer, talk) for talk in talks(n)]
+    data = ev.encode_chats(tokenizer, talks(n))
     add, args = {l: 0.3 * torch.randn(32) for l in (1, 2, 3)}, arguments(epochs=24, lr=1e-2, batch_size=n)
 
     def ours(model, steer):
@@ -448,7 +448,7 @@ def test_the_saved_adapter_is_the_trained_one(toy, tokenizer, tmp_path):
     """Guards against a scale that is lost on the way: plain PEFT computes with the saved adapter what training did."""
     from peft import PeftModel
 
-    data = [ev.encode_chat(tokenizer, talk) for talk in talks(4)]
+    data = ev.encode_chats(tokenizer, talks(4))
     made = finetune.Trainer(finetune.add_lora(copy.deepcopy(toy), 4, 8, 0), data, arguments(epochs=5))
     made.train(tmp_path / "none")
     made.save(tmp_path / "adapter")
