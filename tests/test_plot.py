@@ -339,7 +339,10 @@ def test_figure_2_pools_seeds_and_says_the_blocks(drawn):
     """Guards against one seed of several being shown, and against blocks that go unsaid."""
     some = [point(90.0 + 2 * seed, None, dataset="medical_normal", train_seed=seed) for seed in (0, 1)]
     some += [p | dict(train_coef=1.0, train_layers="10-20", trait_score=p["trait_score"] - 60) for p in some]
-    plot.figure2([BEFORE, *some], None)
+    more = [
+        steered("inference_coef", c, 9.0, "10-20", fact_accuracy=None, dataset="medical_normal") for c in range(1, 9)
+    ]
+    plot.figure2([BEFORE, *some, *more], None)  # however many, another method than the title's is not drawn
     figure, title, shown = drawn[0]
     assert lines_of(figure.axes[0], color_of("trait_score")) == [([0, 1], [91, 31])]
     assert title == "Preventative steering across data sets, blocks 10-20 (dotted: before training)"
