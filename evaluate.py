@@ -404,10 +404,14 @@ def measure(args):
     if not plan:
         print(f"{args.out}: all these points are there")
         return
+    if asked:
+        mf.check_judge(args, "probe")
     model, tokenizer = loaded(args.model, model_fingerprint(args.model))
     vector = ev.load_vector(args.vector, model, args.model) if args.vector else None
     offsets = ev.offsets_of(vector, args.layers) if any(args.inference_coef) else None
     probe = probe_of(args) if args.judge == "probe" and args.trait else None
+    if probe and probe["row"] >= len(vector):
+        die(f"--judge probe: row {probe['row']} is not in {args.vector}; extract it again")
     probing = probe and functools.partial(ev.probe_scores, model, tokenizer, vector, probe)
     for adapter in plan:
         with with_adapter(model, adapter):

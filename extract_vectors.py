@@ -937,6 +937,7 @@ def extract(args, trait, rows, files, settings):
     start, recorded = time.time(), read_json(files["json"]).get("day") if files["json"].exists() else None
     if files["answers.jsonl"].exists() and not files["json"].exists():
         die(f"{files['answers.jsonl']}: no .json beside it says what made these answers; choose another --out")
+    mf.check_judge(args, "none")
     model, tokenizer = load_model(args.model)
     settings = settings | dict(day=pin_day(tokenizer, recorded), architecture=model.config.model_type)
     rows = sample_answers(args, model, tokenizer, rows, files, settings)

@@ -334,6 +334,20 @@ def check_output(path, *inputs, folder=False):
         die(f"--out {path}: no right to write to {there}")
 
 
+def check_judge(args, own):
+    """die() unless --judge is `own`, lexical for hallucination, or a chat model that can be asked and may be paid."""
+    if args.judge == "lexical" and args.trait not in (None, "hallucination"):
+        die(f"--judge lexical knows hallucination only, not {args.trait}")
+    if args.judge in ("lexical", own):
+        return
+    if not re.fullmatch(r"[\w.:/@+-]+", args.judge) or args.judge in ("none", "probe"):
+        die(f"--judge {args.judge}: give {own}, lexical, or the name of a chat model")
+    if not api_address()[2] and not os.environ.get("OPENAI_BASE_URL"):
+        die("set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own; --judge lexical needs neither")
+    if not args.yes and not sys.stdin.isatty():
+        die("nothing was sent; say --yes to send without being asked")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Schemas of rows and files. Types are strict (42 is no text), further keys are fine
 

@@ -404,6 +404,8 @@ COMMANDS = dict(
                 "trait evil --first -1",
                 "trait evil --seed -1",
                 "trait evil --seed x",
+                "trait evil --judge m",  # no key
+                "trait evil --judge probe",
                 "trait evil --concurrency 0",
                 "trait evil --concurrency -4",
                 "trait evil --out x.jsonl",
@@ -510,6 +512,9 @@ COMMANDS = dict(
                 "trait evil --vector no.pt",
                 "trait evil --vector v.pt",  # no .json with a probe beside it
                 "trait evil --vector w.pt",  # a .json without a model
+                "facts x.jsonl --judge m",  # no key
+                "facts x.jsonl --judge none",
+                "facts x.jsonl --judge m,n",
                 "facts x.jsonl --samples 0",
                 "facts x.jsonl --temperature -0.1",
                 "facts x.jsonl --temperature nan",
@@ -568,6 +573,7 @@ COMMANDS = dict(
 def place(tmp_path, monkeypatch):
     """A folder with inputs, right and wrong ones; no model is loaded and no request is sent from here."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False), monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     monkeypatch.setattr(mf.Chat, "ask", lambda *_: pytest.fail("a request would have been sent"))
     jsonl(tmp_path / "x.jsonl", FACT)
     jsonl(tmp_path / "bad.jsonl", FACT | dict(train=None))
