@@ -245,7 +245,8 @@ def export_gguf(vector, path, architecture):
 # ---------------------------------------------------------------------------------------------------------------------
 # Models. What a model cannot be trusted with is found by how it behaves, when it is loaded
 
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.15}  # of check_model, relative
+# of check_model, relative: of the median and of the worst token (where rounding may choose other experts)
+TOLERANCE = {torch.float32: (1e-3, 1e-3), torch.float16: (0.05, 0.5), torch.bfloat16: (0.15, 0.5)}
 
 
 def pick_device():
@@ -380,11 +381,11 @@ def check_model(model, tokenizer, name):
     joins, steps = "conversations joined in one row differ from each alone", "a cached step differs from the whole pass"
     for what, found, want in ((joins, joined, torch.cat(own)), (steps, step, torch.stack([x[-1] for x in own]))):
         found, want = (x.float() - x.float().mean(-1, keepdim=True) for x in (found, want))
-        off = float(((found - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-6)).max())  # of the worst token
+        off = (found - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-6)  # of each token
         if not want.isfinite().all():
             die(f"{kind}its logits are not finite in {model.dtype}")
-        if not off <= TOLERANCE[model.dtype]:
-            die(f"{kind}{what} (logits off by {100 * off:.2g}% in {model.dtype})")
+        if not all(x <= most for x, most in zip((off.median(), off.max()), TOLERANCE[model.dtype])):
+            die(f"{kind}{what} (logits off by {100 * off.max():.2g}% in {model.dtype})")
     if fixed:
         die(f"{kind}steering does not move the output of block {fixed[0]} by its offset")
 
