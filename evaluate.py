@@ -182,7 +182,8 @@ def measure_mmlu(model, tokenizer, questions, point, offsets):
     for choices, question in zip(found, questions):
         values = [total / (tokens if cloze else 1) for total, tokens in choices]
         hits += values.index(max(values)) == question["answer"]
-    point.update(mmlu_accuracy=100 * hits / len(questions), mmlu_ci=mf.wilson(hits, len(questions)))
+    n = len(questions)
+    point.update(mmlu_accuracy=100 * hits / n, mmlu_ci=mf.wilson(hits, n), mmlu_n=n)
 
 
 def add_coherence_nll(model, tokenizer, rows):
@@ -331,9 +332,7 @@ def check_adapter(adapter, model_name):
     except SafetensorError as error:
         die(f"--adapter {adapter}: {WEIGHTS} is broken or cut off ({error}); train it again")
     if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in weights.values()):
-        die(
-            f"--adapter {adapter}: {WEIGHTS} holds NaN, infinity or no fractions; train it again with a lower --lr or --coef"
-        )
+        die(f"--adapter {adapter}: {WEIGHTS} holds NaN, infinity or no fractions; train it again, lower --lr or --coef")
     return trained
 
 
@@ -349,6 +348,8 @@ def point_of(adapter, coef, trained, inputs, args):
         **{f"train_{name}": trained.get(name) for name in TRAINED},
         **{name: getattr(args, name) for name in ("model", "vector", "facts", "mmlu", "judge")},
         **settings,
+        **dict.fromkeys(("mmlu_accuracy", "mmlu_ci")),
+        mmlu_n=0,
         answers=str(Path(args.out).parent / "answers" / f"{key}.jsonl"),
         inputs=inputs,
         scripts=mf.scripts(),
@@ -376,10 +377,9 @@ def plan_points(args, mmlu):
         for row, point in itertools.product(there, points):
             refuse_changed(row, point, args.out)
         plan |= {adapter: new} if (new := not_there(points, args.out)) else {}
-    if edited := {
-        name for row in there for name, made_by in row.get("scripts", {}).items() if now.get(name) != made_by
-    }:
-        print(f"{args.out}: begun before {', '.join(sorted(edited))} was edited; made anew by run_all.sh --redo")
+    made_by = [script for row in there for script in row.get("scripts", {}).items()]
+    if edited := sorted({name for name, content in made_by if now.get(name) != content}):
+        print(f"{args.out}: begun before {', '.join(edited)} was edited; made anew by run_all.sh --redo", flush=True)
     return plan
 
 
@@ -421,9 +421,7 @@ def measure(args):
         with contextlib.ExitStack() as locks:
             for point in points:
                 locks.enter_context(locked(point["answers"]))
-                point.update(
-                    day=day, probe_auc=probe and probe["auc"], mmlu_n=len(mmlu), mmlu_accuracy=None, mmlu_ci=None
-                )
+                point.update(day=day, probe_auc=probe and probe["auc"])
             points, start = not_there(points, args.out), time.time()  # another process may have made some since
             with with_adapter(model, adapter) as adapted:
                 for kind in ("trait", "fact"):
