@@ -413,9 +413,9 @@ def measure(args):
     if probe and probe["row"] >= len(vector):
         die(f"--judge probe: row {probe['row']} is not in {args.vector}; extract it again")
     probing = probe and functools.partial(ev.probe_scores, model, tokenizer, vector, probe)
-    for adapter in plan:
+    for adapter in list(plan)[1:]:
         with with_adapter(model, adapter):
-            pass  # all fit, before the first is measured
+            pass  # it fits; known before the first is measured
     day = pin_day(tokenizer, [args.out, *(point["answers"] for points in plan.values() for point in points)])
     for adapter, points in plan.items():
         with contextlib.ExitStack() as locks:
@@ -447,7 +447,9 @@ def finish(point, rows, out):
     point = point | summary(rows, point["judge"], limit) | mf.provenance()
     append_jsonl(out, point)
     shown = "inference_coef trait_score abstained abstained_coherent coherence_nll fact_accuracy mmlu_accuracy"
-    print("  ".join(f"{name} {point[name]:.1f}" for name in shown.split() if point[name] is not None), flush=True)
+    said = [f"{name} {point[name]:.1f}" for name in shown.split() if point[name] is not None]
+    said += [f"{name} {point[name]}" for name in ("trait_unscored", "fact_unscored") if point[name]]
+    print("  ".join(said), flush=True)
 
 
 def rejudge(args):
