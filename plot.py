@@ -5,8 +5,8 @@
 Figure 1: data sets with facts, inference-time (left) and preventative steering (right), a row for a choice of blocks.
 The trade-off: facts against hallucination, a thin line for each training seed. Figure 2: preventative steering on the
 other data sets (rows) against traits (columns). report.html is one page without network: figures, tables, answers.
-Answers and losses come from answers/ and adapters/, or from tar -cJf answers.tar.xz answers adapters/*/loss.jsonl
-Of several judges the figures show the one with most points of the trait. Loads no torch.
+Answers and losses come from answers/ and adapters/, or packed from answers.jsonl.xz (rows with the point's key) and
+losses.jsonl.xz (with the adapter's name). Of several judges figures show that with most points. Loads no torch.
 """
 
 import base64
@@ -14,8 +14,6 @@ import json
 import lzma
 import math
 import re
-import tarfile
-import tempfile
 from collections import Counter, namedtuple
 from itertools import combinations, zip_longest
 from pathlib import Path
@@ -26,7 +24,7 @@ import matplotlib.pyplot as plt
 from markdown_it import MarkdownIt
 from scipy.stats import spearmanr, t
 
-from make_facts import Answer, Loss, Parser, Point, Settings, die, read_json, read_jsonl, replacing, run
+import make_facts as mf
 
 TRAITS = ["evil", "sycophancy", "hallucination"]  # the post's order; other names follow as they come
 DATASETS = dict(
@@ -69,14 +67,15 @@ Mark = namedtuple("Mark", "x mean low high hollow few")
 def read_points(path):
     """Each key and judge once, as measured last. Points of one key with different settings: die()."""
     first, last = {}, {}
-    for row in read_jsonl(path, Point, appended=True):
+    for row in mf.read_jsonl(path, mf.Point, appended=True):
+        row = {key: int(value) if isinstance(value, float) and value % 1 == 0 else value for key, value in row.items()}
         settings = {key: row.get(key) for key in SETTINGS} | dict(model=Path(row["model"]).name)
         before = first.setdefault(row["key"], settings)
         differ = [f"{key} ({before[key]}, {settings[key]})" for key in settings if settings[key] != before[key]]
         if differ:
-            die(f"{path}: points of key {row['key']} differ in {', '.join(differ)}; give them two files")
+            mf.die(f"{path}: points of key {row['key']} differ in {', '.join(differ)}; give them two files")
         last[row["key"], row["judge"]] = row
-    return list(last.values()) or die(f"{path}: no points")
+    return list(last.values()) or mf.die(f"{path}: no points")
 
 
 def grouped(rows, key):
@@ -121,8 +120,7 @@ def plain_of(points):
 
 
 def sweeps(points):
-    """Points of one data set and trait -> Sweeps, all blocks first. Different settings never share one; the plain
-    finetuning of its seeds by the same recipe, at coefficient 0, belongs to each."""
+    """Points of a data set and trait -> Sweeps: each of one setting, with its seeds' plain finetuning at 0."""
     found = []
     for x, other in zip(METHODS, reversed(METHODS)):
         keys, steered = (*STEERED_BY[x], *RECIPE), [p for p in points if p.get(x) and not p.get(other)]
@@ -267,7 +265,7 @@ def finish(figure, title, points, path):
     figure.text(0.01, 0.08 / height, describe(points), fontsize=7, color="dimgray", wrap=True)
     figure.tight_layout(rect=(0, 0.3 / height, 1, 1))
     for kind in ("png", "svg"):
-        with replacing(path.with_suffix(f".{kind}"), "wb") as out:
+        with mf.replacing(path.with_suffix(f".{kind}"), "wb") as out:
             figure.savefig(out, format=kind, dpi=180)
     plt.close(figure)
 
@@ -349,18 +347,25 @@ def figure2(points, path):
     finish(figure, title if here else "No data set but facts", [p for of in here.values() for p in of] or points, path)
 
 
-def loss_curves(points, folders):
+def packed(path, schema, key):
+    """Rows of a compressed JSONL file -> {row[key]: rows}; {} where it is not there."""
+    try:
+        lines = lzma.open(path).read().splitlines() if path.exists() else []
+    except (lzma.LZMAError, EOFError) as error:
+        mf.die(f"{path}: cannot be unpacked ({error}); make it again, or delete it")
+    return grouped((mf.validated(mf.parsed(line, path), schema, path) for line in lines), lambda row: row.get(key))
+
+
+def loss_curves(points, folder):
     """The adapters' loss.jsonl, where they are -> [{name, data, coef, line: [(step, log10 of the loss)]}]."""
-    found = {}
+    found, rest = [], packed(folder / "losses.jsonl.xz", mf.Loss, "adapter")
     for p in {p.get("adapter"): p for p in points if p.get("adapter")}.values():
-        for place in [*(folder / "adapters" / Path(p["adapter"]).name for folder in folders), Path(p["adapter"])]:
-            if (place / "loss.jsonl").is_file():
-                rows = read_jsonl(place / "loss.jsonl", Loss)
-                line = [(row["step"], math.log10(max(row["loss"], 1e-3))) for row in rows]
-                found[place] = dict(
-                    name=place.name, data=str(p.get("dataset")), coef=p.get("train_coef") or 0, line=line
-                )
-    return list(found.values())
+        name, data, coef = Path(p["adapter"]).name, str(p.get("dataset")), p.get("train_coef") or 0
+        files = [place / "loss.jsonl" for place in (folder / "adapters" / name, Path(p["adapter"]))]
+        rows = [mf.read_jsonl(file, mf.Loss) for file in files if file.is_file()] + [rest.get(name, [])]
+        line = [(row["step"], math.log10(max(row["loss"], 1e-3))) for row in rows[0]]
+        found += [dict(name=name, data=data, coef=coef, line=line)] if line else []
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -458,14 +463,13 @@ def points_table(points):
 def notes(points, folder):
     """What to know before believing: probes, and adapters that the points do not tell apart."""
     keys = ("dataset", "train_coef", "train_seed", "system_prompt", *STEERED_BY["train_coef"], *RECIPE)
-    probes = {path.stem: read_json(path, Settings).get("probe") for path in sorted(folder.glob("vectors/*.json"))}
-    told = "Probe of {}: row {}, AUC {:.2f}{}."
-    lines = [told.format(name, p["row"], p["auc"], ", weak" * (p["auc"] < 0.7)) for name, p in probes.items() if p]
+    settings = {path.stem: mf.read_json(path, mf.Settings) for path in sorted(folder.glob("vectors/*.json"))}
+    probes = [(trait, vector["probe"]) for trait, vector in settings.items() if vector.get("probe")]
+    lines = [f"Probe of {v}: row {p['row']}, AUC {p['auc']:.2f}{', weak' * (p['auc'] < 0.7)}." for v, p in probes]
     adapters = {p["adapter"]: tuple(map(p.get, keys)) for p in points if p.get("adapter")}
     alike = [sorted(some) for some in grouped(adapters, adapters.get).values() if len(some) > 1]
     if alike:
-        told = f"{', '.join(alike[0])} have the same settings in the points, and so have {len(alike) - 1} other groups"
-        lines.append(f"{told}: figures mix them, showing what was measured last. Give them points files of their own.")
+        lines.append(f"{', '.join(alike[0])}: same settings ({len(alike)} such groups); figures show the last.")
     return lines
 
 
@@ -494,13 +498,13 @@ def summary(points, shown, folder, answers):
     return "\n".join([*lines, "", "## All points", "", *points_table(points), ""])
 
 
-def read_answers(points, folders):
-    """-> [(point, rows)], a key once, from the first folder that has its file; rows: [] where none has."""
-    found = []
+def read_answers(points, folder):
+    """-> [(point, rows)], a key once; rows: [] where its answers are not there."""
+    found, rest = [], packed(folder / "answers.jsonl.xz", mf.Answer, "key")
     for point in {p["key"]: p for p in points}.values():
-        name = Path(point.get("answers") or f"{point['key']}.jsonl").name
-        file = next((file for folder in folders if (file := folder / "answers" / name).is_file()), None)
-        found.append((point, read_jsonl(file, Answer, appended=True) if file else []))
+        file = folder / "answers" / Path(point.get("answers") or f"{point['key']}.jsonl").name
+        rows = mf.read_jsonl(file, mf.Answer, appended=True) if file.is_file() else rest.get(point["key"], [])
+        found.append((point, rows))
     return found
 
 
@@ -510,8 +514,7 @@ def browser_data(answers, most=30_000_000):
     for point, rows in answers:
         for row in rows:
             questions[re.sub(r"-s\d+$", "", row["id"])] = row.get("trait") or "facts", row["question"], row.get("truth")
-            given = row.get("scores", {}).items()
-            said = {judge: of["score"] if usable(of, "score") else of.get("reason") for judge, of in given}
+            said = {k: s["score"] if usable(s, "score") else s.get("reason") for k, s in row.get("scores", {}).items()}
             found.append([len(points), row["id"], row["answer"][:limit], row.get("coherence_nll"), said])
         points.append({key: point.get(key) for key in WHICH})
     text = json.dumps(dict(points=points, questions=questions, answers=found, limit=limit), ensure_ascii=False)
@@ -536,29 +539,22 @@ def report(points, text, folder, answers, losses):
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = mf.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("points", type=Path, help="points.jsonl of evaluate.py")
     args = parser.parse_args(argv)
     points, folder = read_points(args.points), args.points.parent
     shown = of_main_judge(points)
     plt.switch_backend("Agg")
-    with tempfile.TemporaryDirectory() as unpacked:
-        if (folder / "answers.tar.xz").exists():
-            try:
-                tarfile.open(folder / "answers.tar.xz").extractall(unpacked, filter="data")
-            except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
-                die(f"{folder}/answers.tar.xz: cannot be unpacked ({error}); make it again, or delete it")
-        answers = read_answers(points, [folder, Path(unpacked)])
-        losses = loss_curves(points, [folder, Path(unpacked)])
+    answers, losses = read_answers(points, folder), loss_curves(points, folder)
     text = summary(points, shown, folder, answers)  # before anything is written
     figure1(shown, folder / "fig1")
     tradeoff(shown, folder / "tradeoff")
     figure2(shown, folder / "fig2")
     for name, content in {"summary.md": text, "report.html": report(points, text, folder, answers, losses)}.items():
-        with replacing(folder / name) as out:
+        with mf.replacing(folder / name) as out:
             out.write(content)
     print("\n".join(headline(shown)) + f"\n{folder}/fig1.png, tradeoff.png, fig2.png, summary.md, report.html")
 
 
 if __name__ == "__main__":
-    run(main)
+    mf.run(main)

@@ -469,7 +469,7 @@ def test_what_to_distrust_is_said(tmp_path):
     mf.write_json(tmp_path / "vectors" / "other.json", dict(model="toy"))
     found = plot.notes([PLAIN, point(70.0, adapter="a2"), point(1.0, adapter="a3", train_rank=8), BEFORE], tmp_path)
     assert found[:2] == ["Probe of evil: row 8, AUC 0.82.", "Probe of sycophancy: row 8, AUC 0.67, weak."]
-    assert len(found) == 3 and found[2].startswith("a, a2 have the same settings in the points, and so have 0 other")
+    assert len(found) == 3 and found[2].startswith("a, a2: same settings (1 such groups)")
     assert "probe (of what is steered)" in plot.describe([PLAIN | dict(judge="probe")])
 
 

@@ -1,10 +1,11 @@
 """plot.py's report: loaded for real in headless Chromium, from file://."""
 
 import html
+import json
+import lzma
 import re
 import shutil
 import subprocess
-import tarfile
 
 import pytest
 
@@ -56,20 +57,21 @@ def answers(n, judges):
     return [*rows, fact | dict(scores=dict(probe=dict(score=100.0)))]
 
 
+def pack(path, rows):
+    with lzma.open(path, "wt") as out:
+        out.writelines(json.dumps(row) + "\n" for row in rows)
+
+
 @pytest.fixture
 def page(tmp_path):
     """A report of four points: hostile answers, one judged twice, one packed, one without answers; losses of two."""
     points = [point(0, None, None), *(point(n, f"a/facts-{c:g}", c) for n, c in ((1, 0.0), (2, 0.5), (3, 1.0)))]
     for n in (0, 1):
         mf.write_jsonl(tmp_path / "answers" / f"k{n}.jsonl", answers(n, ["gpt"] * n))
-    packed = tmp_path / "packed"
-    mf.write_jsonl(packed / "answers" / "k2.jsonl", answers(2, []))
     losses = [dict(step=step, loss=3.0 / step, lr=0.1) for step in (1, 2, 3)]
     mf.write_jsonl(tmp_path / "adapters" / "facts-0" / "loss.jsonl", losses)
-    mf.write_jsonl(packed / "adapters" / "facts-0.5" / "loss.jsonl", losses)
-    with tarfile.open(tmp_path / "answers.tar.xz", "w:xz") as archive:
-        for folder in ("answers", "adapters"):
-            archive.add(packed / folder, folder)
+    pack(tmp_path / "answers.jsonl.xz", [dict(key="k2") | row for row in answers(2, [])])
+    pack(tmp_path / "losses.jsonl.xz", [dict(adapter="facts-0.5") | row for row in losses])
     mf.write_jsonl(tmp_path / "points.jsonl", [*points, points[1] | dict(judge="gpt")])
     plot.main([str(tmp_path / "points.jsonl")])
     return tmp_path / "report.html"
@@ -151,6 +153,19 @@ def test_a_large_report_cuts_answers():
 def test_an_answer_counts_once(tmp_path):
     """Guards against answers that are read twice: from the folder and packed, or for two judges' points."""
     mf.write_jsonl(tmp_path / "answers" / "k1.jsonl", answers(1, ["gpt"]))
+    pack(tmp_path / "answers.jsonl.xz", [dict(key="k1") | row for row in answers(1, ["gpt"])])
     some = [point(1, "a", 0.0), point(1, "a", 0.0, judge="gpt"), point(2, "b", 0.0)]
-    (found, rows), (_, missing) = plot.read_answers(some, [tmp_path, tmp_path])
+    (found, rows), (_, missing) = plot.read_answers(some, tmp_path)
     assert found["key"] == "k1" and len(rows) == 4 and missing == []
+
+
+def test_packed_answers_are_whole(tmp_path, capsys):
+    """Guards against packed answers that are cut off and read as if they were all, or end in a traceback."""
+    pack(tmp_path / "answers.jsonl.xz", [dict(key="k1") | row for row in answers(1, [])])
+    whole = (tmp_path / "answers.jsonl.xz").read_bytes()
+    assert [len(rows) for _, rows in plot.read_answers([point(1, "a", 0.0)], tmp_path)] == [4]
+    for broken in (whole[:-20], b"no archive"):
+        (tmp_path / "answers.jsonl.xz").write_bytes(broken)
+        with pytest.raises(SystemExit):
+            plot.read_answers([point(1, "a", 0.0)], tmp_path)
+        assert "cannot be unpacked" in capsys.readouterr().err
