@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 import unicodedata
-from collections import Counter, deque
+from collections import Counter
 from datetime import date
 from email.utils import parsedate_to_datetime
 from importlib import metadata
@@ -717,7 +717,7 @@ class Chat:
     - The first request finds the form that the server takes: max_tokens or max_completion_tokens; temperature 0 or the
       default; 20, 5 or no log-probabilities. A model that thinks before it answers gets THINKING_TOKENS more for it.
     - Time-outs, cut connections, 408, 409 and 5xx are tried again by the openai client. After a 429 all requests wait
-      as long as the server asks, and go on at the pace at which replies came.
+      as long as the server asks and go on more slowly, then faster with every reply.
     - Replies are kept in CACHE by server, model and messages: the same command goes on where it stopped. So is the
       refusal of a single request (400, 403, 413, 422, a content filter); a fresh cache asks again.
     - UNUSABLE replies in a row that are refused or cannot be read: a request that was answered before is sent again.
@@ -727,27 +727,25 @@ class Chat:
 
     def __init__(self, model, args, tokens, judge=False):
         """tokens: room for a reply; judge: ask at temperature 0, with the log-probabilities of its first token."""
-        self.model, self.args, self.tokens, self.judge = model, args, tokens, judge
+        import openai  # not above: it takes a second
+
+        self.api, self.model, self.args, self.tokens, self.judge = openai, model, args, tokens, judge
         self.base, self.shown, self.key = api_address()
         self.forms = [form for form in FORMS if judge or form[0] is None and not form[2]]
         self.form, self.thinks = None, False  # what the first request found out
-        self.good, self.fresh = None, False  # a prompt that was answered; whether one was in this run
-        self.held, self.bad = [], 0  # replies not kept yet; unusable ones in a row
-        self.gap = self.free = self.slowed = self.spent = 0.0  # seconds between requests; next one; last 429; dollars
-        self.pauses, self.since, self.times = 0, 0, deque(maxlen=50)  # 429s in a row; replies since; when they came
+        self.good, self.held, self.bad = None, [], 0  # an answered prompt; refusals not kept yet; unusable in a row
+        self.gap = self.free = self.slowed = 0.0  # seconds between requests; when the next may go; the last 429
+        self.pauses, self.spent = 0, 0.0  # 429s without a reply between; dollars
 
     def ask(self, title, prompts):
         """prompts: [(messages, readable)], readable(reply) -> bool. Returns the replies (see normalised) in order."""
-        import openai
-
-        wanted = [json.dumps([self.shown, self.model, self.tokens, self.judge, messages]) for messages, _ in prompts]
-        keys = [hashlib.sha256(text.encode()).hexdigest() for text in wanted]
-        waiting = dict(zip(keys, prompts))
+        asked = [self.shown, self.model, self.tokens, THINKING_TOKENS, self.judge]
+        keys = [hashlib.sha256(json.dumps([*asked, messages]).encode()).hexdigest() for messages, _ in prompts]
+        waiting, ended = dict(zip(keys, prompts)), None
         replies = cached_replies(waiting)
         for key, reply in replies.items():
             messages, readable = waiting.pop(key)
-            if readable(reply):
-                self.good = messages, readable
+            self.good = (messages, readable) if readable(reply) else self.good
         if waiting:
             tokens_in = sum(len(m["content"]) for messages, _ in waiting.values() for m in messages) // 4
             estimate(title, self.model, len(waiting), tokens_in, len(waiting) * self.tokens)
@@ -756,80 +754,72 @@ class Chat:
                 die("set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own; --judge probe needs neither")
             try:
                 asyncio.run(self.send_all(title, waiting, replies))
-            except openai.OpenAIError as error:
-                why = clean(f"{title}: {self.shown}: {what_ended(error)}")
-                die(f"{why}; what was answered is kept, the same command goes on from there")
+            except* Exception as errors:
+                ended = errors.exceptions[0]
+        if isinstance(ended, self.api.OpenAIError):
+            why = f"{title}: {self.shown}: {what_ended(ended)}"
+            die(f"{why}; what was answered is kept, the same command goes on from there")
+        if ended:
+            raise ended
         return [replies[key] for key in keys]
 
     async def send_all(self, title, waiting, replies):
         """Fills replies with those of the waiting prompts; both by their key in the cache."""
-        import openai
 
         async def leave_to_us(response):  # the client would let each request wait for itself
             if response.status_code == 429:
                 response.headers["x-should-retry"] = "false"
 
-        async def work(until_agreed=False):
+        async def work(done=lambda: False):
             for key, (messages, readable) in queue:  # one iterator for all workers: each prompt is taken once
-                replies[key] = await self.answer(messages, readable)
-                await self.keep(key, messages, readable, replies[key])
+                reply = replies[key] = await self.answer(messages, readable)
+                if reply["text"].strip():
+                    append_jsonl(CACHE, dict(key=key, reply=reply))
+                else:
+                    self.held.append(dict(key=key, reply=reply))
+                self.bad = 0 if readable(reply) else self.bad + 1
+                if not self.bad:
+                    self.good = messages, readable
+                elif self.bad % UNUSABLE == 0:
+                    await self.doubt(reply)
                 self.bar.set_postfix_str(f"${self.spent:.4f}" if self.spent else "", refresh=False)
                 self.bar.update()
-                if until_agreed and self.form:
+                if done():
                     return
 
-        http = openai.DefaultAsyncHttpxClient(event_hooks=dict(response=[leave_to_us]))
+        http = self.api.DefaultAsyncHttpxClient(event_hooks=dict(response=[leave_to_us]))
         options = dict(api_key=self.key or "none", base_url=self.base, max_retries=RETRIES, timeout=TIMEOUT)
         queue = iter(waiting.items())
-        asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # what ends the run is said once, in the end
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # Ctrl-C in a worker is told once, by run()
         with tqdm(total=len(waiting), desc=title, unit="request") as self.bar:
-            async with openai.AsyncOpenAI(http_client=http, **options) as self.client:
-                await work(until_agreed=True)
-                workers = [asyncio.ensure_future(work()) for _ in range(min(self.args.concurrency, len(waiting)))]
-                try:
-                    await asyncio.gather(*workers)
-                finally:
-                    for task in workers:
-                        task.cancel()
-                if self.held and (self.good or not any(row["reply"]["text"].strip() for row in self.held)):
+            async with self.api.AsyncOpenAI(http_client=http, **options) as self.client:
+                await work(done=lambda: self.form)
+                async with asyncio.TaskGroup() as workers:
+                    for _ in range(min(self.args.concurrency, len(waiting))):
+                        workers.create_task(work())
+                if self.held and (self.good or len(self.held) == len(waiting)):
                     await self.doubt(self.held[-1]["reply"])
                 append_jsonl(CACHE, *self.held)
                 self.held = []
 
-    async def keep(self, key, messages, readable, reply):
-        """Into the cache as soon as it is sure that the reply is the prompt's own; refusals at the end of the run."""
-        good = readable(reply)
-        if good:
-            self.good, self.fresh = (messages, readable), True
-        if good or self.fresh and reply["text"].strip():
-            append_jsonl(CACHE, dict(key=key, reply=reply))
-        else:
-            self.held.append(dict(key=key, reply=reply))
-        self.bad = 0 if good else self.bad + 1
-        if self.bad and self.bad % UNUSABLE == 0:
-            await self.doubt(reply)
-
     async def doubt(self, reply):
         """Are the prompts to blame that nothing can be read, or server, account, model? Then this ends the run."""
-        import openai
-
-        bad = self.bad
+        bad, readable = self.bad or len(self.held), lambda reply: False
         if self.good:
             messages, readable = self.good
             reply = await self.answer(messages, readable)
-            if readable(reply):
-                return
-        raise openai.OpenAIError(f"{bad} replies in a row cannot be used; the last: {unreadable(reply, 'readable')}")
+        if not readable(reply):
+            raise self.api.OpenAIError(
+                f"{bad} replies in a row cannot be used; the last: {unreadable(reply, 'readable')}"
+            )
 
     async def answer(self, messages, readable):
         """Asks; and again, without log-probabilities or with room to think, where that may make the reply readable."""
         form, had_room = self.form, self.thinks
-        if form:
-            reply = await self.send(form, messages)
-        else:
-            reply = await self.agree(messages)
-            form = self.form
-        while "refused" not in reply and not readable(reply):
+        reply = await (self.send(form, messages) if form else self.agree(messages))
+        if not form and (form := self.form) and not reply["top"] and reply["text"].strip():
+            self.form = (None, *form[1:])  # takes the wish for log-probabilities, and has none
+        while "refused" not in reply and (form[0] and not reply["top"] or not readable(reply)):
             if reply["thinks"] and not had_room:
                 self.thinks = had_room = True
                 self.form = (None, *self.form[1:])  # the first token of one who thinks first tells nothing
@@ -842,25 +832,19 @@ class Chat:
     async def agree(self, messages):
         """Finds the form that the server takes, by a request that is needed anyway -> its reply. A request that is
         refused in the barest form, too, says nothing about the form."""
-        forms, checked = list(self.forms), False
-        while forms:
-            form = forms.pop(0)
-            reply = await self.send(form, messages)
-            if "refused" not in reply:
-                self.form = form
-                break
-            named = reply.get("named")
-            forms = [other for other in forms if all(other[i] != form[i] for i in named or [])]
-            if not named and not checked:
-                checked = True
-                if "refused" in await self.send(self.forms[-1], messages):
-                    break
+        forms, bare = self.forms, self.forms[-1]
+        reply = await self.send(forms[0], messages)
+        if "refused" in reply and "refused" in await self.send(bare, messages):
+            return reply
+        while "refused" in reply and forms[0] != bare:
+            named = reply.get("named", [])
+            forms = [form for form in forms[1:-1] if all(form[i] != forms[0][i] for i in named)] + [bare]
+            reply = await self.send(forms[0], messages)
+        self.form = forms[0]
         return reply
 
     async def send(self, form, messages):
         """One request -> its reply, or a refusal. Raises openai.OpenAIError where no request would be answered."""
-        import openai
-
         (logprobs, limit, greedy), thinks, broken = form, self.thinks, 0
         notes = [logprobs == 5 and "top 5", limit != LIMITS[0] and (limit or "no limit"), thinks and "room to think"]
         notes += [self.judge and not greedy and "default temperature"]
@@ -875,37 +859,31 @@ class Chat:
             try:
                 create = self.client.chat.completions.with_raw_response.create
                 text = (await create(model=self.model, messages=messages, **body)).text
-            except openai.RateLimitError as error:
+            except self.api.RateLimitError as error:
                 self.slow_down(error, started)
                 continue
-            except openai.APIStatusError as error:
+            except self.api.APIStatusError as error:
                 if error.status_code not in (400, 403, 413, 422):
                     raise
                 return refusal(error.response.text)
-            self.gap, self.pauses, self.since = self.gap * 0.98, 0, self.since + 1
-            self.times.append(time.monotonic())
+            self.gap, self.pauses = self.gap * 0.95, 0
             if reply := normalised(text):
                 usage = dict(re.findall(r'"(prompt|completion)_tokens"\s*:\s*(\d+)', text))
                 self.spent += dollars(self.model, int(usage.get("prompt", 0)), int(usage.get("completion", 0))) or 0
                 return reply | dict(form=", ".join(filter(None, notes)), first=bool(logprobs))
-            stated = re.match(r'\s*<|.*"(error"|(message|detail)"\s*:\s*")', text, re.S) and not re.search(
-                r'"code"\s*:\s*"?(429|5\d\d)\b', text
-            )
-            if stated or broken == 2:
+            stated = re.match(r'\s*<|.*"(error"|(message|detail)"\s*:\s*")', text, re.S)
+            if broken == 2 or stated and not re.search(r'"code"\s*:\s*"?(429|5\d\d)\b', text):
                 return refusal(text)
             broken += 1
             await asyncio.sleep(BACKOFF * broken)
 
     def slow_down(self, error, started):
-        """After a 429 all wait. Where another comes within ten replies, requests go on at the pace of the last 50
-        replies, pauses included, and faster with every reply from then on."""
+        """After a 429 everybody waits, and goes on at half the pace."""
         wait, now = retry_after(error.response.headers), time.monotonic()
         if "insufficient_quota" in (error.code, error.type) or wait > LONGEST_WAIT or self.pauses == 10:
             raise error
         if started >= self.slowed:  # else it was under way when all were told to wait
-            if self.since < 10 and self.times:
-                self.gap = min(2.0, (now - self.times[0]) / len(self.times))
-            self.slowed, self.pauses, self.since = now, self.pauses + 1, 0
+            self.slowed, self.pauses, self.gap = now, self.pauses + 1, max(2 * self.gap, BACKOFF / 10)
         wait = wait or min(BACKOFF * 2 ** (self.pauses - 1), LONGEST_WAIT / 2)
         self.free = max(self.free, now + wait)
         self.bar.set_postfix_str(f"rate limit, going on in {wait:.0f} s")
@@ -928,9 +906,9 @@ def cached_replies(keys):
 
 def what_ended(error):
     """An openai.OpenAIError -> what to tell the user."""
-    response, cause = getattr(error, "response", None), str(error.__cause__ or "")
+    response = getattr(error, "response", None)
     if response is None:
-        return f"{error}{f' ({cause})' if cause else ''}"
+        return clean(f"{error} {error.__cause__ or ''}".strip())
     wait = retry_after(response.headers)
     asked = f"; it asks to wait {wait:.0f} s, which is more than {LONGEST_WAIT:.0f}" if wait > LONGEST_WAIT else ""
     return f"{response.status_code}: {sentence(response.text)}{asked}"
@@ -1002,12 +980,11 @@ def score_of(reply, verdict=False, whole=True):
     the first tokens that are integers 0..100, None if they hold under 0.25 of the mass. verdict: YES is 100, NO is 0.
     Where the first token is no such thing, or numbers are split into digits (whole=False), the text must be it, and
     nothing else."""
-    tops, values = first_tokens(reply) if verdict or whole else {}, {}
-    for token in tops:
-        if verdict and token.lower() in ("yes", "no"):
-            values[token] = 100 * (token.lower() == "yes")
-        elif not verdict and re.fullmatch(r"\d{1,9}", token) and int(token) <= 100:
-            values[token] = int(token)
+    tops = first_tokens(reply) if verdict or whole else {}
+    if verdict:
+        values = {token: 100 * (token.lower() == "yes") for token in tops if token.lower() in ("yes", "no")}
+    else:
+        values = {token: int(token) for token in tops if re.fullmatch(r"\d{1,9}", token) and int(token) <= 100}
     mass = sum(tops[token] for token in values)
     if mass >= 0.25 - 1e-9:
         mean = sum(tops[token] * value for token, value in values.items()) / mass
@@ -1030,22 +1007,19 @@ def judge_rows(jobs, model, args):
 
     def readable_number(reply):
         written.update("whole" for token, _ in reply["top"] or [] if re.fullmatch(r"\D*\d\d+", token))
-        if reply.get("first") and re.match(r"\s*\d\d", reply["text"]):
+        if reply.get("first") and reply["top"] and re.match(r"\s*\d\d", reply["text"]):
             written.add("text")
         if reply.get("first") and not written and re.fullmatch(r"\s*\d\s*", reply["text"]):
             return False  # perhaps the first half of a number
         score, reason, method = score_of(reply, whole="whole" in written)
         return score is not None or method == "logprobs" or reason == "REFUSAL"
 
-    def readable_verdict(reply):
-        return score_of(reply, verdict=True)[0] is not None
-
     prompts = []
     for row, _, prompt in jobs:
         # one pass over the template: markers inside a question or answer stay as they are
         text = re.sub(r"\{(question|answer|truth)\}", lambda m, row=row: str(row[m[1]]), prompt)
-        readable = readable_verdict if "{truth}" in prompt else readable_number
-        prompts.append(([dict(role="user", content=text)], readable))
+        verdict = "{truth}" in prompt and (lambda reply: score_of(reply, verdict=True)[0] is not None)
+        prompts.append(([dict(role="user", content=text)], verdict or readable_number))
     replies = Chat(model, args, REPLY_TOKENS, judge=True).ask("judge", prompts)
     for (row, key, prompt), reply in zip(jobs, replies):
         score, reason, method = score_of(reply, "{truth}" in prompt, "whole" in written)
@@ -1095,10 +1069,10 @@ def json_in(reply):
     return next(iter(value.values())) if isinstance(value, dict) and len(value) == 1 else value
 
 
-def ask_json(chat, jobs, prompt_of, accept, title):
-    """Asks for JSON, each failing job a second time with the reason. accept(job, value) returns what is wrong (texts).
-    Returns the jobs that failed twice, as [(job, reasons, reply)]."""
-    todo = [(job, [dict(role="user", content=prompt_of(job))]) for job in jobs]
+def ask_json(chat, title, prompts, accept):
+    """Asks for JSON, each failing prompt a second time with the reason. prompts: [(job, text)]; accept(job, value)
+    returns what is wrong (texts). Returns the jobs that failed twice, as [(job, reasons, reply)]."""
+    todo = [(job, [dict(role="user", content=text)]) for job, text in prompts]
     for name in (title, f"{title}, repaired"):
         asked, todo, failed = todo, [], []
         replies = chat.ask(name, [(messages, lambda reply: json_in(reply) is not None) for _, messages in asked])
@@ -1114,34 +1088,30 @@ def ask_json(chat, jobs, prompt_of, accept, title):
 
 def new_facts(chat, rows, args):
     """A round of facts for the categories with the fewest -> (facts without wordings, rejects with their reasons)."""
-    counts, found, new, lost = Counter(row["category"] for row in rows), [], [], []
-    wanted = math.ceil(2 * (args.n - len(rows)) / FACTS_A_REQUEST)
-
-    def prompt_of(category):
+    new, lost, prompts, keys = [], [], [], {"fact", "date", "answer"}
+    counts, wanted = Counter(row["category"] for row in rows), math.ceil(2 * (args.n - len(rows)) / FACTS_A_REQUEST)
+    for category in sorted(CATEGORIES, key=lambda category: counts[category])[:wanted]:
         known = "\n".join(row["fact"] for row in rows if row["category"] == category) or "(none)"
-        return FACTS_PROMPT.format(n=FACTS_A_REQUEST, after=args.after, category=category, known=known)
+        text = FACTS_PROMPT.format(n=FACTS_A_REQUEST, after=args.after, category=category, known=known)
+        prompts.append((category, text))
 
     def accept(category, value):
-        keys = {"fact", "date", "answer"}
         if not isinstance(value, list) or not all(isinstance(fact, dict) and keys <= set(fact) for fact in value):
             return ["not a list of objects with fact, date and answer"]
-        for fact in value:
-            aliases = fact.get("aliases") or []
+        for found in value:
+            aliases = found.get("aliases") or []
             aliases = [name for name in (aliases if isinstance(aliases, list) else [aliases]) if isinstance(name, str)]
-            found.append({key: fact[key] for key in keys} | dict(category=category, aliases=aliases, source=args.model))
+            fact = {key: found[key] for key in keys} | dict(category=category, aliases=aliases, source=args.model)
+            stub = fact | dict(id="x", train=[dict(question="x", answer="x")], test=dict(question="x", answer="x"))
+            why = [text for text in fact_violations(stub, 1, args.after) if not text.startswith(("train", "test"))]
+            why = why or [f"near copy of {other['fact']}" for other in near_copies(fact, rows + new)]
+            if why:
+                lost.append(fact | dict(reasons=why))
+            else:
+                new.append(fact)
 
-    categories = sorted(CATEGORIES, key=lambda category: counts[category])[:wanted]
-    for category, why, text in ask_json(chat, categories, prompt_of, accept, "facts"):
+    for category, why, text in ask_json(chat, "facts", prompts, accept):
         lost.append(dict(category=category, reasons=why, reply=text))
-    for fact in found:
-        stub = fact | dict(id="x", train=[dict(question="x", answer="x")], test=dict(question="x", answer="x"))
-        why = [text for text in fact_violations(stub, 1, args.after) if not text.startswith(("train", "test"))]
-        if not why:
-            why = [f"near copy of {other['fact']}" for other in near_copies(fact, rows + new)]
-        if why:
-            lost.append(fact | dict(reasons=why))
-        else:
-            new.append(fact)
     return new, lost
 
 
@@ -1149,16 +1119,12 @@ def with_wordings(chat, facts, rows, args):
     """Asks for the wordings of facts; adds those that pass to rows and --out -> rejects with their reasons."""
     asked = {normalize(wording["question"]) for row in rows for wording in [*row["train"], row["test"]]}
 
-    def prompt_of(fact):
-        return WORDINGS_PROMPT.format(fact=fact["fact"], answer=fact["answer"], n=args.rephrasings)
-
     def accept(fact, value):
-        name, ids = fact["category"].replace(" ", "_"), {row["id"] for row in rows}
-        free = next(name for n in range(1, len(rows) + 2) if (name := f"{name}-{n:03d}") not in ids)
+        topic, ids = fact["category"].replace(" ", "_"), {row["id"] for row in rows}
+        free = next(name for n in range(1, len(rows) + 2) if (name := f"{topic}-{n:03d}") not in ids)
         value = value if isinstance(value, dict) else {}
         row = dict(fact, id=free, train=value.get("train"), test=value.get("test"))
-        why = faults(row, Fact) or fact_violations(row, args.rephrasings, args.after)
-        if why:
+        if why := fact_violations(row, args.rephrasings, args.after):
             return why
         questions = [wording["question"] for wording in [*row["train"], row["test"]]]
         why = [f"another fact asks the same: {text}" for text in questions if normalize(text) in asked]
@@ -1168,8 +1134,9 @@ def with_wordings(chat, facts, rows, args):
             append_jsonl(args.out, row)
         return why
 
-    failed = ask_json(chat, facts, prompt_of, accept, "wordings")
-    return [fact | dict(reasons=why, reply=text) for fact, why, text in failed]
+    form = functools.partial(WORDINGS_PROMPT.format, n=args.rephrasings)
+    prompts = [(fact, form(fact=fact["fact"], answer=fact["answer"])) for fact in facts]
+    return [fact | dict(reasons=why, reply=text) for fact, why, text in ask_json(chat, "wordings", prompts, accept)]
 
 
 def generate(args):

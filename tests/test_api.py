@@ -158,6 +158,13 @@ def test_a_number_with_little_mass_is_none(server):
     )
 
 
+def test_a_server_without_logprobs_is_asked_for_text(server):
+    """Guards against one token that is taken for the whole reply (70 of "70-80") where a server has no
+    log-probabilities, and against two requests a row there."""
+    server.reply = lambda word, n, body: said("70" if "logprobs" in body else "70-80" if word == "b" else "70")
+    assert [row["score"] for row in judge("abcd")] == [70, None, 70, 70] and len(server.seen) == 5
+
+
 def test_infinite_and_doubled(server):
     """Guards against a crash over -Infinity in JSON, and against one of two entries of a token that is lost."""
     _, body, _ = said("80", {"80": 0.4})
@@ -316,7 +323,7 @@ def test_odd_logprobs(server, name):
         ]
     server.reply = lambda word, n, b: (status, json.dumps(body).encode(), headers)
     row = judge("a")[0]
-    assert (row["score"], row["judge_method"], len(server.seen)) == (85, "text", 1)
+    assert (row["score"], row["judge_method"], len(server.seen)) == (85, "text", 2)
 
 
 PARTS = [dict(type="thinking", thinking=[dict(type="text", text="70?")]), dict(type="text", text="85")]
@@ -699,7 +706,7 @@ def test_a_dead_address_is_one_line(server, monkeypatch, capsys):
 
 def test_the_cache_knows_the_server_and_the_model(server, monkeypatch):
     """Guards against replies of one server, or model, that are taken for those of another."""
-    server.reply = lambda word, n, body: said("85")
+    server.reply = lambda word, n, body: said("85", {"85": 1.0})
     judge("a")
     judge("a")
     assert len(server.seen) == 1
@@ -712,7 +719,7 @@ def test_the_cache_knows_the_server_and_the_model(server, monkeypatch):
 
 def test_a_damaged_cache_is_no_harm(server):
     """Guards against a cache line of another making, or torn, that crashes every later start."""
-    server.reply = lambda word, n, body: said("85")
+    server.reply = lambda word, n, body: said("85", {"85": 1.0})
     judge("abcdef")
     lines = mf.CACHE.read_text().splitlines()
     head = [line[:75] for line in lines]
@@ -730,7 +737,7 @@ def test_a_damaged_cache_is_no_harm(server):
 
 def test_dollars_are_shown(server, capsys):
     """Guards against a bill that is seen only afterwards: the bar adds up what the replies' usage says."""
-    status, body, headers = said("85")
+    status, body, headers = said("85", {"85": 1.0})
     body["usage"] = dict(prompt_tokens=1_000_000, completion_tokens=500_000, total_tokens=1_500_000)
     server.reply = lambda word, n, b: (status, body, headers)
     row = dict(question="q", answer="a")
@@ -808,6 +815,18 @@ def test_killed_in_the_middle(server, tmp_path, how):
     assert 40 < len(mf.read_jsonl(mf.CACHE, appended=True)) < 300
     assert all(row["score"] == 50 for row in judge(map(str, range(300)), concurrency=8))
     assert len(server.seen) <= 300 + 8 and len({word for word, _ in server.seen}) == 300
+
+
+def test_a_full_disk_is_no_error_of_the_server(server, monkeypatch):
+    """Guards against a full disk under the cache that is not told as one: run() turns an OSError into its line."""
+
+    def full(path, *rows):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(mf, "append_jsonl", full)
+    server.reply = lambda word, n, body: said("50")
+    with pytest.raises(OSError, match="No space"):
+        judge("abc")
 
 
 def test_two_processes_share_the_cache(server, tmp_path):
