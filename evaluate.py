@@ -135,6 +135,7 @@ def sample_answers(model, tokenizer, rows, points, offsets, args):
     answers_to(model, tokenizer, prompts, drawing, steered, [n for n, _, _ in jobs], keep, title)
 
 
+@torch.compiler.set_stance("force_eager")  # only what compiled() holds may run compiled blocks
 @torch.inference_mode()
 def token_logprobs(model, reads, wanted, title, steer=None, scales=None):
     """Token id lists, joined where they fit -> for each read the log-probabilities (float32) of wanted[i]: [(position,

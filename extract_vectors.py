@@ -162,6 +162,7 @@ def filter_pairs(rows):
     return kept, dict(why)
 
 
+@torch.compiler.set_stance("force_eager")  # only what compiled() holds may run compiled blocks
 @torch.no_grad()
 def residual_stream(model, inputs):
     """The stream the blocks write, before any norm: list of num_layers + 1 tensors [rows, tokens, hidden]."""
@@ -732,6 +733,7 @@ class Steered:
     positions: str = "response"
 
 
+@torch.compiler.set_stance("force_eager")  # only what compiled() holds may run compiled blocks
 def prefill(model, prompts, scales, steer):
     """Reads all prompts but for their last tokens -> the attention modules; their caches, (keys, values) [tokens, kv
     heads, dim] each; where in those each prompt starts and ends."""

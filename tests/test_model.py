@@ -44,6 +44,21 @@ def test_joined_conversations_do_not_see_each_other(toy, tokenizer):
         assert torch.allclose(together, toy(torch.tensor([ids])).logits[0], atol=1e-4)
 
 
+def test_reading_never_runs_compiled_blocks(toy, tokenizer):
+    """Guards against prompts and choices that run through blocks compiled for something else, where the process lets
+    torch compile: compiled anew for every layer's caches and every shape, it took minutes."""
+    ran, sequences = [], chats(tokenizer)
+    for block in ev.blocks(toy):
+        block.compile(backend=lambda graph, _: lambda *inputs: ran.append(1) or graph(*inputs))
+    with torch.compiler.set_stance("default"):
+        ev.prefill(toy, sequences, [0.0] * 4, None)
+        ev.residual_stream(toy, ev.join(sequences, "cpu"))
+        evaluate.token_logprobs(toy, sequences, [[(0, 5)]] * 4, "")
+        assert not ran
+        logits(toy, sequences)
+        assert ran  # so they are compiled
+
+
 def test_no_steering_is_bit_identical(toy, tokenizer):
     """Guards against a hook that changes results at coefficient 0 or with no coefficient set."""
     plain = logits(toy, chats(tokenizer))
