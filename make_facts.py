@@ -259,6 +259,83 @@ def locked(path):
             lock.unlink(missing_ok=True)
 
 
+class Made:
+    """What the commands of run_all.sh have made in a folder, and from what (.done/commands.jsonl there). A command has
+    words, what it makes (a path, or any name with rows) and rows: keys that its points in points.jsonl have."""
+
+    def __init__(self, out, redo):
+        self.out, self.redo, self.edited, self.content = Path(out), redo, set(), functools.cache(fingerprint)
+        self.points, self.record = self.out / "points.jsonl", self.out / ".done" / "commands.jsonl"
+        self.record.parent.mkdir(parents=True, exist_ok=True)
+        self.done = (
+            {row["makes"]: row for row in read_jsonl(self.record, appended=True)} if self.record.exists() else {}
+        )
+        self.old = any(mark.name.isdecimal() for mark in self.record.parent.iterdir())  # by an earlier run_all.sh
+
+    def reads(self, command):
+        """-> {path: fingerprint} of what its words name, and of the scripts and the judge's prompts."""
+        paths = ["make_facts.py", *["extract_vectors.py"] * ("--model" in command.words)]
+        paths += ["data/traits/coherence.json", "data/traits/fact.json"] * ("--yes" in command.words)
+        for word in command.words:
+            paths += [word, f"data/traits/{word}.json", word.replace(".pt", ".json")]
+        return {p: self.content(p) for p in paths if os.path.exists(p) and not command.makes.startswith(p)}
+
+    def there(self, command):
+        """What there is of what it makes: files and folders, or rows of points.jsonl."""
+        if command.rows:
+            points = read_jsonl(self.points, appended=True) if self.points.exists() else []
+            return [row for row in points if command.rows.items() <= row.items()]
+        ends = "", ".partial", ".pt", ".json", ".answers.jsonl"
+        return [command.makes + end for end in ends if os.path.exists(command.makes + end)]
+
+    def outdated(self, commands):
+        """-> {what is to be made: [what has changed, so that what there is must be made again]}, of these commands."""
+        found = {}
+        for command in commands:
+            old, changed = self.done.get(command.makes), []
+            if old:
+                changed = [path for path, now in self.reads(command).items() if old["reads"].get(path, now) != now]
+                self.edited |= {path for path in changed if path.endswith(".py")}
+                changed = [path for path in changed if self.redo or not path.endswith(".py")]
+                changed += [f"the command of {command.makes}"] * (old["words"] != command.words)
+                changed += [makes for makes in found if {makes, f"{makes}.pt"} & set(command.words)]
+            elif self.there(command) and (self.old or self.redo):
+                changed = [f"{self.out} (made before inputs were recorded)"]
+            if changed or not old or len(self.there(command)) < old["there"]:
+                found[command.makes] = changed if command.makes else []  # figures are drawn, whatever there is
+        return found
+
+    def survey(self, commands):
+        """-> what is to be made; die() if anything must be made again, unless redo: it is said what, and why."""
+        found = self.outdated(commands)
+        again = [command.makes.replace(f"{self.out}/", "") for command in commands if found.get(command.makes)]
+        if again and not self.redo:
+            causes = ", ".join(dict.fromkeys(path for paths in found.values() for path in paths if path not in found))
+            concerned = f"This concerns {len(again)} of {len(commands)} commands, those that made {', '.join(again)}"
+            die(f"changed since: {causes}. {concerned}. --redo renames these and makes them again; or set another OUT")
+        if self.edited:
+            print(f"edited since: {', '.join(sorted(self.edited))}; what they made is kept (--redo makes it again)")
+        return found
+
+    def to_make(self, commands):
+        """-> those that are to be run; what they are to make again is moved aside, nothing is deleted."""
+        self.content.cache_clear()
+        outdated, folder = self.outdated(commands), f"{self.out}/before-{time.strftime('%Y-%m-%d-%H%M%S')}"
+        for command in commands:
+            found = self.there(command) if self.redo and outdated.get(command.makes) else []
+            for path in [row["answers"] for row in found] if command.rows else found:
+                (to := Path(f"{folder}/{path}")).parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(path, to)
+            if command.rows and found:
+                append_jsonl(f"{folder}/points.jsonl", *found)
+                write_jsonl(self.points, [row for row in read_jsonl(self.points) if row not in found])
+        return [command for command in commands if command.makes in outdated]
+
+    def finished(self, command, reads):
+        there = len(self.there(command))
+        append_jsonl(self.record, dict(makes=command.makes, words=command.words, reads=reads, there=there))
+
+
 def provenance():
     """What to keep with every result: commit, versions, time."""
     git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]

