@@ -1,0 +1,84 @@
+"""README.md against data/reference, and the code it shows against the scripts."""
+
+import re
+from statistics import fmean
+
+import pytest
+import torch
+from conftest import ROOT
+
+import extract_vectors as ev
+import plot
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def findings():
+    return [
+        line
+        for line in README.splitlines()
+        if line.startswith("| ") and line.endswith(("yes |", "no |", "facts |", "partly |"))
+    ]
+
+
+def test_numbers_of_the_findings():
+    """Guards against a findings table that says something else than the reference's points."""
+    points = plot.read_points(ROOT / "data" / "reference" / "200-facts" / "points.jsonl")
+    (found,) = plot.comparisons(points)
+    base, plain = found.base, plot.plain_of(found.points)
+    mean = lambda key: fmean(p[key] for p in plain)
+    cells = plot.equal_cells(found, base["trait_score"])
+    kept = dict(zip(plot.METHODS, (cell.split(" ")[0] for cell in cells)))
+    general = dict(zip(plot.METHODS, cells[4].split(" / ")))
+    whole = lambda text: f"{float(text):.0f}"
+    learning, inference, preventative, knowledge, _ = (line.split("|")[2] for line in findings())
+    assert f"{base['fact_accuracy']:g} -> {mean('fact_accuracy'):.0f}% known" in learning
+    assert f"hallucination {base['trait_score']:g} -> {mean('trait_score'):.1f}" in learning
+    assert f"{whole(kept['inference_coef'])}% of the facts" in inference
+    assert f"general knowledge {whole(general['inference_coef'])};" in inference
+    difference = re.sub(r"-?\d+\.\d+", lambda number: whole(number[0]), cells[2])
+    assert f"{whole(kept['train_coef'])}% of the facts: {difference} over" in preventative
+    assert cells[3].split(" (")[0] + " seeds" in preventative
+    after = f"(before training {base['mmlu_accuracy']:.0f}, plain finetuning {mean('mmlu_accuracy'):.0f})"
+    assert f"general knowledge {whole(general['train_coef'])} {after}" in knowledge
+
+
+def test_numbers_of_figure_2():
+    """Guards against a last finding that says something else than the points of Figure 2."""
+    points = plot.read_points(ROOT / "data" / "reference" / "1000-facts" / "points.jsonl")
+    some = plot.by_data(points, facts=False)
+    at = lambda data: {p["train_coef"]: p["trait_score"] for p in some[data, "hallucination"]}
+    own, normal = at("medical_self_generated"), at("medical_normal")
+    assert f"hallucination {own[0.0]:g} -> {own[max(own)]:g}." in findings()[-1]
+    assert f"here: {normal[0.0]:g} |" in findings()[-1]
+
+
+def test_length():
+    """Guards against a README that grows into a wall again."""
+    assert len(README.split()) <= 1200
+
+
+def test_vector_in_plain_transformers(toy, tokenizer):
+    """Guards against a recipe for other programs that steers otherwise than evaluate.py does."""
+    torch.manual_seed(1)
+    vector, coef = torch.randn(len(ev.blocks(toy)) + 1, toy.config.hidden_size), 0.7
+    (code,) = (code for code in CODE if "def steer(l)" in code)
+    prompt = ev.prompt_ids(tokenizer, [dict(role="user", content="Who was first?")])
+    offsets = ev.offsets_of(vector, "1-2")
+    steered = ev.Steered(offsets, [-coef], "response")
+    (ours,) = ev.answers_to(toy, tokenizer, [prompt], ev.Drawing(8, 0.0), steered)
+    exec(code.split("\n\n")[0].replace("range(10, 21)", "(1, 2)"), dict(v=vector, coef=coef, model=toy))
+    toy.set_attn_implementation("eager")
+    ids = toy.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=8)[0, len(prompt) :]
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == ours
+    for block in ev.blocks(toy):
+        block._forward_hooks.clear()
+    plain = toy.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=8)[0, len(prompt) :]
+    assert plain.tolist() != ids.tolist()
+
+
+@pytest.mark.parametrize("code", CODE)
+def test_code_is_python(code):
+    """Guards against code that cannot be typed as it stands."""
+    compile(code, "README.md", "exec")
