@@ -81,6 +81,7 @@ REFUSED = {
     "LFM2": ("Lfm2", dict(layer_types=["conv", "full_attention", "conv"])),
     "Gemma 2": ("Gemma2", dict(query_pre_attn_scalar=8)),
     "gpt-oss": ("GptOss", dict(num_local_experts=4, num_experts_per_tok=2)),
+    "noise in training": ("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.5)),
 }
 TALKS = [("Hi", "Hello you."), ("What is 2 + 2?", "Four, as far as I know it."), ("Why?", "No.")]
 
@@ -250,13 +251,12 @@ def test_a_family_is_exact(family, letters, monkeypatch, capsys):
 def test_a_family_that_cannot_be_exact_is_refused(family, letters, capsys):
     """Guards against recurrent state that leaks between joined conversations, softcaps and sinks that are left out: one
     line that says what differs, exit code 2."""
-    model = tiny(*REFUSED[family])
-    with pytest.raises(SystemExit) as stop:
-        ev.prepare(model, family)
-        ev.check_model(model, letters, family)
-    said = capsys.readouterr().err
-    print(said)
-    assert stop.value.code == 2 and said.count("\n") == 1 and model.config.model_type in said
+    for model in (tiny(*REFUSED[family]), tiny(*REFUSED[family]).bfloat16()):
+        with pytest.raises(SystemExit) as stop:
+            ev.prepare(model, family)
+            ev.check_model(model, letters, family)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.count("\n") == 1 and model.config.model_type in said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
