@@ -1,6 +1,6 @@
 """Speed and memory of the scripts' own commands beside stock transformers and peft: random weights, one GPU.
 
-    python tests/bench.py [--shape qwen2.5-7b] [--only training] [--profile]   # the speed table, about 8 minutes
+    python tests/bench.py [--shape qwen2.5-7b] [--only training] [--profile]   # the speed table, about 14 minutes
     python tests/bench.py --memory 22.5     # every kind of command of run_all.sh's paper profile under so many GiB
     python tests/bench.py --two-gpus        # finetune.py on two GPUs against one
     python tests/bench.py --write tests/README.md      # puts what was measured last between that file's markers
@@ -216,9 +216,6 @@ class Bench:
         if time.perf_counter() - self.began > 60 * self.args.minutes:
             print(f"no time left for: {name}", flush=True)
             return
-        torch.compiler.set_stance(
-            "default"
-        )  # the scripts leave it at force_eager, which stock settings must not suffer
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
@@ -318,19 +315,20 @@ def matrix_rates(bench):
 
 
 def finetuning(bench, name, data, *flags, step_name=None):
-    """finetune.main from loading to the saved adapters; step_name: also records an optimiser step of it."""
+    """finetune.main from loading to the saved adapters; step_name: also records an optimiser step of it, the median,
+    and what the steps took beyond it (checkpoints, captured graphs). At this rate nothing is learnt: an adapter of
+    short answers would leave sampling little to do."""
     encoded, adapters = bench.encoded(data), flags.count("0.1") + flags.count("0.2") or 1
     steps, tokens = -(-len(encoded) // 16), sum(len(ids) for ids, _ in encoded)
     answers = sum(sum(is_answer) for _, is_answer in encoded)
     torch.compiler.reset()  # as in a process of its own
     start = now()
     with optimiser_steps() as marks:
-        command(finetune, "--model", bench.model_folder, "--data", data, *flags)
+        command(finetune, "--model", bench.model_folder, "--data", data, "--lr", "1e-9", *flags)
     seconds, times = now() - start, between(marks)
     if len(marks) != steps * adapters:
         raise RuntimeError(f"{len(marks)} steps seen, {steps * adapters} expected")
     later = times[-(steps - 1) :] or times  # of the last adapter: what is compiled and captured is there
-    step = (statistics.mean if adapters > 1 else statistics.median)(later)  # one adapter: compilation is among them
     bench.record(
         name,
         seconds=seconds,
@@ -343,9 +341,11 @@ def finetuning(bench, name, data, *flags, step_name=None):
     )
     if step_name:
         flop = 4 * (bench.weights * tokens + bench.head * answers) / steps
-        mean, median = (1e3 * f(later) for f in (statistics.mean, statistics.median))
-        note = f"{len(later)} steps: mean {mean:.1f} ms, median {median:.1f} ms"
-        bench.record(step_name, seconds=step, flop=flop, tokens=tokens / steps, gib=bench.gib(), note=note)
+        step, mean = statistics.median(later), statistics.mean(later)
+        beyond = len(later) * (mean - step)
+        note = f"{len(later)} steps: median {1e3 * step:.1f} ms, mean {1e3 * mean:.1f} ms"
+        more = dict(tokens=tokens / steps, gib=bench.gib(), note=note)
+        bench.record(step_name, seconds=step, beyond=beyond, flop=flop, **more)
 
 
 def steered_facts(bench, data):
@@ -383,17 +383,21 @@ def evaluating(bench, adapter, *flags):
         return now() - start, samples, choices
 
 
-def answers_written(bench, kind):
-    """New tokens of every answer of this kind that evaluate.py has kept."""
+def answers_written(bench, kind, least):
+    """New tokens of every answer of this kind that evaluate.py has kept; an error where they are too few."""
     rows = (row for path in (bench.folder / "answers").glob("*.jsonl") for row in read_jsonl(path))
-    return sum(row["tokens"] for row in rows if row["kind"] == kind)
+    tokens = sum(row["tokens"] for row in rows if row["kind"] == kind)
+    if tokens < least:
+        raise RuntimeError(f"{tokens} tokens of {kind} answers, at least {least:.0f} expected: answers ended early")
+    return tokens
 
 
 def sampling_all(bench):
     """All coefficients in one batch; the first sampling of a process, so that its start is seen, too."""
     torch.compiler.reset()
     seconds, (call, *_), _ = evaluating(bench, "facts-0.1", "--inference-coef", *INFERENCE)
-    tokens, first = answers_written(bench, "trait"), call["replay"] or call["start"]
+    whole = len(INFERENCE) * 20 * bench.count.samples * bench.count.new
+    tokens, first = answers_written(bench, "trait", 0.9 * whole), call["replay"] or call["start"]
     bench.record("evaluate.py, nine coefficients", seconds=seconds, gib=bench.gib())
     bench.record(
         "sampling: coefficients",
@@ -419,7 +423,7 @@ def one_point(bench):
     held = bench.before - torch.cuda.memory_allocated() if bench.device == "cuda" else 0  # the model that was there
     bench.record("evaluate.py", seconds=seconds, gib=bench.gib() + held / 2**30, note=note)
     bench.record("sampling: one point", seconds=trait["end"] - trait["start"])
-    made = answers_written(bench, "fact")
+    made = answers_written(bench, "fact", 0.9 * bench.count.facts * bench.count.fact_tokens)
     flop = 2 * (bench.weights + bench.head) * made
     bench.record("sampling: facts", seconds=known["end"] - known["start"], tokens=made, flop=flop)
     flop = 2 * (bench.weights * tokens + bench.head * len(prompts))
@@ -488,6 +492,8 @@ def joined(chats, device):
 def stock_training(bench, name, data, rows=16, compile=False, join=False, checkpointing=False):
     """An optimiser step on 16 conversations in micro-batches of so many rows: peft under autocast, fused AdamW."""
     batch, model = typical(bench.encoded(data)), bench.model
+    if compile:
+        torch.compiler.reset()  # as in a process of its own
     model.set_attn_implementation("joined" if join else "sdpa")
     inputs = [(joined if join else padded)(batch[i : i + rows], bench.device) for i in range(0, 16, rows)]
     settings = dict(r=32, lora_alpha=64, use_rslora=True, lora_dropout=0.0, task_type="CAUSAL_LM")
@@ -509,8 +515,12 @@ def stock_training(bench, name, data, rows=16, compile=False, join=False, checkp
         optimizer.zero_grad()
 
     try:
-        seconds = timed(step, bench.count.repeats, 2 if bench.device == "cuda" else 0)
-        bench.record(name, seconds=seconds, tokens=sum(len(ids) for ids, _ in batch), gib=bench.gib())
+        began = now()
+        step()
+        started = now() - began  # compilation, if any
+        seconds = timed(step, bench.count.repeats, 1 if bench.device == "cuda" else 0)
+        more = dict(start=max(0.0, started - seconds), tokens=sum(len(ids) for ids, _ in batch), gib=bench.gib())
+        bench.record(name, seconds=seconds, **more)
     finally:
         for block in model.model.layers:
             block._compiled_call_impl = None
@@ -593,35 +603,39 @@ STOCK_UNITS |= dict(encoding="a conversation")
 def speed(bench):
     """Every measurement of the table, the most important first."""
     facts, medical = bench.data("facts", 16 * bench.count.steps), bench.data("medical", 16 * bench.count.medical)
-    stock = lambda f, name, *more, **how: bench.measure(name, lambda: f(bench, name, *more, **how))
+
+    def stock(f, name, *more, **how):
+        with torch.compiler.set_stance("default"):  # which the scripts leave at force_eager
+            bench.measure(name, lambda: f(bench, name, *more, **how))
+
     bench.measure("matrix rate", lambda: matrix_rates(bench))
     bench.measure("saving the model", bench.save_model, always=True)
     bench.measure("finetune.py", lambda: steered_facts(bench, facts))
+    bench.measure("evaluate.py, nine coefficients", lambda: sampling_all(bench))
+    bench.measure("evaluate.py", lambda: one_point(bench))
+    bench.measure("reading: answers", lambda: reading(bench))
+    bench.measure("encoding", lambda: encoding(bench))
     bench.measure("stock: loading the model", bench.load)
     for rows in (16, 2):
         stock(stock_training, f"stock: facts, {16 // rows} x {rows} padded", facts, rows)
     stock(stock_training, "stock: facts, one row without padding", facts, join=True)
-    stock(stock_training, "stock: facts, 1 x 16 padded, compiled", facts, compile=True)
-    bench.measure("evaluate.py, nine coefficients", lambda: sampling_all(bench))
     stock(stock_sampling, "stock: sampling, plain loop, 20 rows", 20)
     first, *others = bench.count.static
     stock(stock_sampling, f"stock: sampling, static cache, {first:,} rows", first, cache_implementation="static")
-    bench.measure("evaluate.py", lambda: one_point(bench))
-    bench.measure("finetune.py, medical", lambda: steered_medical(bench, medical))
-    for rows in (16, 2):
-        stock(stock_training, f"stock: medical, {16 // rows} x {rows} padded", medical, rows)
-    stock(stock_training, "stock: medical, one row without padding", medical, join=True)
-    bench.measure("finetune.py, unsteered", lambda: unsteered_facts(bench, facts))
     for rows in (32, 1):
         at_a_time = "one by one" if rows == 1 else f"{rows} at a time"
         stock(stock_mmlu, f"stock: MMLU, {at_a_time}", rows)
         stock(stock_reading, f"stock: reading, {at_a_time}", rows)
-    bench.measure("reading: answers", lambda: reading(bench))
-    bench.measure("encoding", lambda: encoding(bench))
+    stock(stock_training, "stock: facts, 1 x 16 padded, compiled", facts, compile=True)
+    bench.measure("finetune.py, medical", lambda: steered_medical(bench, medical))
+    for rows in (16, 2):
+        stock(stock_training, f"stock: medical, {16 // rows} x {rows} padded", medical, rows)
+    stock(stock_training, "stock: medical, one row without padding", medical, join=True)
+    stock(stock_training, "stock: medical, 1 x 16 padded, compiled", medical, compile=True)
     stock(stock_paged, "stock: sampling, generate_batch")
+    bench.measure("finetune.py, unsteered", lambda: unsteered_facts(bench, facts))
     for rows in others:
         stock(stock_sampling, f"stock: sampling, static cache, {rows:,} rows", rows, cache_implementation="static")
-    stock(stock_training, "stock: medical, 1 x 16 padded, compiled", medical, compile=True)
     checked = dict(rows=2, checkpointing=True)
     stock(stock_training, "stock: facts, 8 x 2 padded, checkpointing", facts, **checked)
     if bench.args.profile:
@@ -651,13 +665,17 @@ def kernels(bench):
     print(table, flush=True)
 
 
-def stock_seconds(found, kind, best):
-    """(seconds a unit, setting) of the best stock setting of this kind, or of the one most people run."""
+def stock_seconds(found, kind, units, best, started):
+    """(seconds of so many units, setting) of the best stock setting of this kind, or of the one most people run.
+    started: with what its first step took beyond a usual one, as where blocks are compiled."""
     start = f"stock: {kind}, "
     rows = {name[len(start) :]: row for name, row in found.items() if name.startswith(start) and "seconds" in row}
     if not best:
         rows = {name: row for name, row in rows.items() if name == COMMON[kind]}
-    return min(((row["seconds"], name) for name, row in rows.items()), default=None)
+    totals = {name: row["seconds"] * units + started * row.get("start", 0) for name, row in rows.items()}
+    untold = {name for name, row in rows.items() if started and "compiled" in name and "start" not in row}
+    told = {name: name + ", compilation not counted" * (name in untold) for name in rows}
+    return min(((total, told[name]) for name, total in totals.items()), default=None)
 
 
 def jobs(found):
@@ -692,16 +710,16 @@ def shown(seconds):
 
 
 def stock_cell(found, kinds, best, ours):
-    """ "402 ms, 6.6 x (1 x 16 padded)"; empty where something is missing; sums of measurements are "computed"."""
-    total, names = 0.0, []
+    """ "402 ms, 6.6 x (1 x 16 padded)"; sums of measurements are "computed"."""
+    total, names, whole = 0.0, [], "loading" in dict(kinds)
     for kind, units in kinds:
         if kind == "loading":
             pair = found.get("stock: loading the model", {}).get("seconds"), ""
         else:
-            pair = stock_seconds(found, kind, best) or (None, "")
+            pair = stock_seconds(found, kind, units, best, whole) or (None, "")
         if pair[0] is None:
-            return ""
-        total += pair[0] * units
+            return "not measured"
+        total += pair[0]
         names += [pair[1]] if pair[1] else []
     computed = "" if len(kinds) == 1 and kinds[0][1] == 1 else ", computed"
     return f"{shown(total)}, **{total / ours:.1f} x** ({'; '.join(names)}{computed})"
@@ -719,14 +737,14 @@ def speed_table(found):
     for title, name, kinds in jobs(found):
         row = found.get(name, {})
         if "seconds" not in row:
-            text.append(f"| {title} | not measured: {row.get('error', 'see below')} | | | | |")
+            why = f"not measured: {row['error']}" if "error" in row else "not measured on this code"
+            text.append(f"| {title} | {why} | | | | |")
             continue
         stock = [stock_cell(found, kinds, best, row["seconds"]) for best in (True, False)]
         share = f"{row['flop'] / row['seconds'] / rate / 1e10:.0f}%" if "flop" in row and rate else ""
         speed = f" ({row['tokens'] / row['seconds']:,.0f} tokens/s)" if name.startswith("sampling") else ""
-        text.append(
-            f"| {title} | {shown(row['seconds'])}{speed} | {' | '.join(stock)} | {share} | {row.get('gib', 0):.0f} |"
-        )
+        gib = f"{row['gib']:.0f}" if "gib" in row else ""
+        text.append(f"| {title} | {shown(row['seconds'])}{speed} | {' | '.join(stock)} | {share} | {gib} |")
     text.append("\nStock settings tried:")
     for kind, unit in STOCK_UNITS.items():
         rows = [(name.split(", ", 1)[1], row) for name, row in found.items() if name.startswith(f"stock: {kind}, ")]
@@ -737,16 +755,27 @@ def speed_table(found):
     if "first_step" in whole:
         later = f", the next adapter's after {whole['next_adapter']:.1f} s" if whole.get("next_adapter") else ""
         text.append(f"\nStart of finetune.py to its first step, loading included: {whole['first_step']:.1f} s{later}.")
+    rows = [(kind, found.get(f"training: {kind}, steered", {})) for kind in ("facts", "medical")]
+    beyond = "; ".join(f"{kind} {row['beyond']:.1f} s ({row['note']})" for kind, row in rows if "beyond" in row)
+    if beyond:
+        text.append(
+            f"Steps are medians; what the last adapter's took beyond, with checkpoints and new graphs: {beyond}."
+        )
     if "note" in (sampled := found.get("sampling: coefficients", {})):
         text.append(f"Sampling before the others in its process: {sampled['note']}.")
-    text += [figure1(found), *(f"Failed: {row['name']}: {row['error']}." for row in found.values() if "error" in row)]
+    text += [
+        figure1(found),
+        about.get("note"),
+        *(f"Failed: {row['name']}: {row['error']}." for row in found.values() if "error" in row),
+    ]
     return "\n".join(line for line in text if line is not None)
 
 
 def figure1(found):
     """Minutes of Figure 1 by computation: 7 adapters of 1,250 steps; 9 coefficients in one batch, 7 more points."""
     try:
-        training = found["finetune.py"]["first_step"] + 7 * 1250 * found["training: facts, steered"]["seconds"]
+        step = found["training: facts, steered"]
+        training = found["finetune.py"]["first_step"] + 7 * (1250 * step["seconds"] + step["beyond"])
         facts, mmlu = found["sampling: facts"]["seconds"], found["reading: MMLU"]["seconds"]
         points = found["evaluate.py, nine coefficients"]["seconds"] + 9 * (facts + mmlu)
         points += 7 * found["evaluate.py"]["seconds"]
@@ -845,7 +874,7 @@ def memory_table(runs):
         "that GPU (set_per_process_memory_fraction, mem_get_info told the cap); smaller cards themselves were not "
         f"tried. The CUDA context and what else lies outside the allocator, {max(outside):.1f} GiB here, come on top."
     )
-    return "\n".join(text)
+    return "\n".join([*text, *(found["about"]["note"] for found in runs.values() if "note" in found["about"])])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -957,7 +986,7 @@ def flags():
     parser.add_argument("--folder", help="where the model is saved and deleted again; default: the temporary folder")
     parser.add_argument("--record", default="out/bench.jsonl", help="measurements are appended to it")
     parser.add_argument("--only", default="", help="measurements whose name this regular expression finds")
-    parser.add_argument("--minutes", type=float, default=8.0, help="start no measurement after so many")
+    parser.add_argument("--minutes", type=float, default=20.0, help="start no measurement after so many")
     parser.add_argument("--profile", action="store_true", help="print the kernels of five training steps, too")
     parser.add_argument("--memory", type=float, help="GiB: run every kind of command under this cap instead")
     parser.add_argument("--two-gpus", action="store_true", help="compare finetune.py on one GPU and on two instead")
