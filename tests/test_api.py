@@ -192,6 +192,7 @@ TEXTS = {
     "Rating: 85%": 85,
     '"85"': 85,
     "８５": 85,
+    "８５／１００": 85,
     "<think>70 or 75?</think>\n\n85": 85,
     "Hmm, 70.</think>85": 85,
     "<thinking>\nIs it 20?\n</thinking> **85**": 85,
@@ -599,6 +600,14 @@ def test_passing_faults_are_retried(server, fault):
     """Guards against an answer lost, or scored twice, through a fault that passes."""
     server.reply = lambda word, n, body: fault if n < 3 else said("50", {"50": 1.0})
     assert judge("a")[0]["score"] == pytest.approx(50) and len(server.seen) == 3
+
+
+def test_retry_after():
+    """Guards against a wait in the wrong unit, against the clock, or of a number that is none."""
+    cases = [({"retry-after-ms": "1500", "retry-after": "9"}, 1.5), ({"retry-after": "7"}, 7), ({}, 0)]
+    cases += [({"retry-after": text}, 0) for text in ("soon", "nan", "-5", "Wed, 21 Oct 2015 07:28:00 GMT")]
+    assert [mf.retry_after(headers) for headers, _ in cases] == [seconds for _, seconds in cases]
+    assert 50 < mf.retry_after({"retry-after": formatdate(time.time() + 60, usegmt=True)}) <= 60
 
 
 @pytest.mark.parametrize("status", [429, 503])
