@@ -668,10 +668,9 @@ BACKOFF, LONGEST_WAIT = 0.5, 120.0  # seconds: first pause after a 429 that name
 REPLY_TOKENS, FACTS_TOKENS, THINKING_TOKENS = 16, 6000, 4000  # room for a score, for new facts, for thinking before
 UNUSABLE = 20  # refused or unreadable replies in a row, after which the run doubts the server
 ANSWER_TOKENS, FACT_ANSWER_TOKENS = 300, 25  # lengths of answers that --dry-run assumes
-# forms of a request, best first: log-probabilities, name of the limit, temperature 0; and how a refusal names these
+# forms of a request, best first: log-probabilities, name of the limit, temperature 0
 LIMITS = "max_tokens", "max_completion_tokens"
 FORMS = [*itertools.product((20, 5, None), LIMITS, (True, False)), (None, None, False)]
-NAMED = r"log.?prob|seed", r"max_\w*tokens", "temperature"
 THOUGHT = r"(?:\w+:)?(?:think|thinking|thought|reason|reasoning|reflection|analysis|scratchpad)\b[^<>]*"
 OPENED, CLOSED = rf"(?:<{THOUGHT}>|\[THINK\]|◁think▷)", rf"(?:</{THOUGHT}>|\[/THINK\]|◁/think▷)"
 
@@ -745,9 +744,8 @@ def sentence(text):
 
 
 def refusal(text):
-    """What stands for a reply where the server sent an error with this body. named: parts of the form that it names."""
-    named = [i for i, pattern in enumerate(NAMED) if re.search(pattern, text, re.I)]
-    return dict(text="", top=None, cut=False, thinks=False, form="", refused=sentence(text), named=named)
+    """What stands for a reply where the server sent an error with this body."""
+    return dict(text="", top=None, cut=False, thinks=False, form="", refused=sentence(text))
 
 
 def normalised(text):
@@ -909,15 +907,13 @@ class Chat:
     async def agree(self, messages):
         """Finds the form that the server takes, by a request that is needed anyway -> its reply. A request that is
         refused in the barest form, too, says nothing about the form."""
-        forms, bare = self.forms, self.forms[-1]
-        reply = await self.send(forms[0], messages)
-        if "refused" in reply and "refused" in await self.send(bare, messages):
-            return reply
-        while "refused" in reply and forms[0] != bare:
-            named = reply.get("named", [])
-            forms = [form for form in forms[1:-1] if all(form[i] != forms[0][i] for i in named)] + [bare]
-            reply = await self.send(forms[0], messages)
-        self.form = forms[0]
+        for form in self.forms:
+            reply = await self.send(form, messages)
+            if "refused" not in reply:
+                self.form = form
+                break
+            if form is self.forms[0] and "refused" in await self.send(self.forms[-1], messages):
+                break
         return reply
 
     async def send(self, form, messages):

@@ -446,6 +446,7 @@ THINKERS = dict(
     reasoning_content=said(None, end="length", reasoning_content="Okay,"),
     reasoning=said("", end="length", reasoning="Let me see"),
     hidden=said("", end="length"),
+    stopped=said(None, reasoning="Okay, 80?"),
     tag=said("<think>", {"<think>": 1.0}),
     prose=said("<think>\nThe scale is 0-100, so 20", end="length"),
     other_tag=said("<reasoning>30 is", end="length"),
