@@ -941,6 +941,8 @@ def test_generate(server, tmp_path, monkeypatch):
         value = a_fact(number)[1]
         if number == 2 and messages == 1:
             value["train"][0]["question"] += " Person2?"  # leaks the answer
+        if number == 3 and messages == 1:
+            value["train"][0]["question"] = QUESTIONS[0].format(n=1)  # the first fact's
         return said("sorry, no" if number == 4 else json.dumps(value))
 
     three = ["Person1", "Person2", "Person3"]
