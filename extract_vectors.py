@@ -299,22 +299,17 @@ def load_model(name, dtype=None):
 
 def prepare(model, name):
     """Joined attention from here on, but for generate(); no dropout, which the recipe has not; RoPE whose frequencies
-    depend on the longest text in a batch (dynamic, longrope) keeps those of short texts, and longer ones are
-    refused."""
+    depend on the longest text of a batch (dynamic, longrope) keeps those of short ones; longer ones are refused."""
     dropouts, model.longest = set(), float("inf")
     for part in (config := model.config.get_text_config(), *model.modules()):
         for key, value in vars(part).items():
-            if (
-                isinstance(value, float)
-                and value
-                and ("drop" in key or isinstance(part, torch.nn.Dropout) and key == "p")
-            ):
+            drops = "drop" in key or key == "p" and isinstance(part, torch.nn.Dropout)
+            if drops and isinstance(value, float) and value:
                 dropouts.add(value)
                 setattr(part, key, 0.0)
         if getattr(part, "rope_type", None) in ("dynamic", "longrope"):
-            model.longest = config.rope_parameters.get(
-                "original_max_position_embeddings", config.max_position_embeddings
-            )
+            original = config.rope_parameters.get("original_max_position_embeddings")
+            model.longest = original or config.max_position_embeddings
             part.rope_type = "default"
     if dropouts:
         print(f"{name}: its dropout of {', '.join(map(str, sorted(dropouts)))} is switched off", flush=True)
@@ -327,7 +322,7 @@ def prepare(model, name):
 def refuse_long(model, tokens):
     if tokens > getattr(model, "longest", tokens):
         die(
-            f"{type(model).__name__}: texts of {tokens} tokens; from {model.longest} on its RoPE changes with the batch"
+            f"{type(model).__name__}: texts of {tokens} tokens; its RoPE changes with the batch from {model.longest} on"
         )
 
 
@@ -477,8 +472,7 @@ def tokenized(tokenizer, texts, plain=False):
 
 
 def end_of_turn(tokenizer):
-    """The special token (text) with which the template ends an answer: the first after it; the tokenizer's eos if
-    none."""
+    """The special token (text) that the template puts after an answer; the tokenizer's eos if there is none."""
     chat, special = [dict(role="user", content="?"), dict(role="assistant", content=STAND_IN)], typed(tokenizer)
     for more in ([], [dict(role="user", content="?")]):
         after = render(tokenizer, [chat + more])[0].partition(STAND_IN)[2]
@@ -540,8 +534,7 @@ def prompt_ids(tokenizer, messages):
 
 
 def check_chats(tokenizer, name, most):
-    """die() unless a dummy chat, with and without a system turn, of one and of two turns, can be encoded and read
-    back."""
+    """die() unless dummy chats, with and without a system turn, of one and two turns, can be encoded and read back."""
     if not tokenizer.chat_template:
         die(f"--model {name}: its tokenizer has no chat template; use a chat model")
     turns = [dict(role="user", content="Who was first?"), dict(role="assistant", content="It was Ann.")]
@@ -557,8 +550,8 @@ def check_chats(tokenizer, name, most):
 
 
 def spoken(tokenizer, ids, prompt):
-    """Generated ids -> (the answer as it is stored, whether a thought was cut off): what comes before </think>, or
-    after an open <think>, in the prompt or not."""
+    """Generated ids -> (the answer as it is stored, whether a thought was cut off: all before </think>, or after a <think>
+    that stays open)."""
     text, thinking = tokenizer.decode(ids), tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
     if not thinking and "<think>" not in text and "</think>" not in text:
         return tokenizer.decode(ids, skip_special_tokens=True).strip(), False
@@ -597,8 +590,7 @@ def compiled(model, dynamic=None):
 
 
 def has_flash(tensor):
-    """Whether torch's flash attention kernel takes it; it works with lengths that are on the GPU, so graphs can hold
-    it."""
+    """Whether torch's flash attention kernel takes it; its lengths may be on the GPU, so graphs can hold it."""
     return tensor.is_cuda and tensor.dtype != torch.float32 and torch.cuda.get_device_capability()[0] >= 8
 
 
@@ -704,8 +696,7 @@ def by_length(sequences, budget):
 
 def choose(logits, temperature, uniform):
     """logits [rows, vocabulary], uniform numbers [rows, 1] -> token ids [rows] by inverting the distribution function,
-    so that a row's draw depends on its own numbers alone, whatever shares its batch. Temperature 0 takes the
-    likeliest."""
+    so that a row's draw depends on its own numbers alone. Temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(-1)
     cumulated = (logits.float() / temperature).softmax(-1).cumsum(-1)
@@ -725,8 +716,7 @@ class Drawing:
 @dataclasses.dataclass
 class Steered:
     """How prompts are steered while they are answered: offsets as of offsets_of(); scales: one signed coefficient a
-    prompt, negative = away from the trait; positions "response": the last prompt token and all new ones, "all": every
-    one."""
+    prompt, negative = away from the trait; positions "response": the last prompt token and new ones, "all": all."""
 
     offsets: dict
     scales: list
@@ -958,8 +948,7 @@ def extract(args, trait, rows, files, settings):
 
 
 def sample_answers(args, model, tokenizer, rows, files, settings):
-    """The contrastive answers, in rows' order; each is on disk as soon as it is there, and those that are there are
-    kept."""
+    """The contrastive answers, in rows' order; each is on disk as soon as it is there, and kept."""
     path, there = files["answers.jsonl"], {}
     if path.exists():
         there = {row["id"]: row for row in read_jsonl(path, appended=True)}
@@ -1024,6 +1013,8 @@ def main(argv=None):
         die("the probe needs at least 2 extraction questions and 1 sample; raise --limit or --samples")
     files = {kind: Path(args.out) / f"{args.trait}.{kind}" for kind in ("pt", "json", "answers.jsonl")}
     mf.check_output(args.out, args.trait_file, args.model, folder=True)
+    if args.export_gguf:
+        mf.check_output(args.export_gguf, args.trait_file)
     if args.dry_run and not files["pt"].exists():
         prompts = trait["eval_prompt"], load_trait("coherence")["eval_prompt"]
         asked = [(prompt + row["question"], mf.ANSWER_TOKENS) for row in rows for prompt in prompts]
