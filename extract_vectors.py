@@ -550,8 +550,8 @@ def check_chats(tokenizer, name, most):
 
 
 def spoken(tokenizer, ids, prompt):
-    """Generated ids -> (the answer as it is stored, whether a thought was cut off: all before </think>, or after a <think>
-    that stays open)."""
+    """Generated ids -> (the answer as it is stored, whether a thought was cut off: all before </think>, or after an
+    open <think>)."""
     text, thinking = tokenizer.decode(ids), tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
     if not thinking and "<think>" not in text and "</think>" not in text:
         return tokenizer.decode(ids, skip_special_tokens=True).strip(), False
