@@ -167,8 +167,8 @@ def choice_logprobs(model, tokenizer, prompts, coef, steer, positions):
         if whole[: len(start)] != start:
             die(f"the tokenizer joins prompt and answer, so the answer cannot be scored: ...{prompt[-80:]}")
     wanted = [[(at - 1, whole[at]) for at in range(len(start), len(whole))] for start, whole in encoded]
-    steered = [0 if positions == "all" else len(start) - 1 for start, _ in encoded]  # from which position on
-    scales = [[-coef * (at >= first) for at in range(len(whole) - 1)] for first, (_, whole) in zip(steered, encoded)]
+    first = lambda start: 0 if positions == "all" else len(start) - 1  # position that is steered
+    scales = [[-coef * (at >= first(start)) for at in range(len(whole) - 1)] for start, whole in encoded]
     values = token_logprobs(model, [whole[:-1] for _, whole in encoded], wanted, "choices", coef and steer, scales)
     pairs = iter((float(value.sum()), len(value)) for value in values)
     return [list(itertools.islice(pairs, len(continuations))) for _, continuations in prompts]
@@ -499,9 +499,6 @@ def respond(args):
         mf.write_jsonl(out, [dict(messages=chat) for chat in made])
         partial.unlink()
     print(f"{len(made)} conversations, {len(rows) - len(made)} empty answers left out")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def flags():
