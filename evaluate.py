@@ -400,7 +400,7 @@ def measure(args):
         tokens = dict(trait=mf.ANSWER_TOKENS, fact=mf.FACT_ANSWER_TOKENS)
         jobs = [(prompt + row["question"], tokens[row["kind"]]) for row, _, prompt in judge_jobs(asked)]
         points = len(args.adapter or [None]) * len(args.inference_coef)
-        mf.foresee(f"judging {args.trait}", args.judge, points, jobs)
+        mf.estimate_judging(f"judging {args.trait}", args.judge, points, jobs)
     plan = plan_points(args, mmlu)
     if not plan:
         print(f"{args.out}: all these points are there")

@@ -1018,7 +1018,7 @@ def main(argv=None):
     if args.dry_run and not files["pt"].exists():
         prompts = trait["eval_prompt"], load_trait("coherence")["eval_prompt"]
         asked = [(prompt + row["question"], mf.ANSWER_TOKENS) for row in rows for prompt in prompts]
-        mf.foresee(f"filtering {args.trait}", args.judge, 1, asked)
+        mf.estimate_judging(f"filtering {args.trait}", args.judge, 1, asked)
     keys = "model trait samples temperature max_new_tokens limit first judge seed".split()
     used = [rows, trait["eval_prompt"], load_trait("coherence")["eval_prompt"]]
     content = hashlib.sha256(json.dumps(used).encode()).hexdigest()[:16]

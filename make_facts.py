@@ -697,7 +697,7 @@ def estimate(title, model, requests, tokens_in, tokens_out):
     print(f"{title}: {requests:,} requests to {model}, {tokens}, {cost}", flush=True)
 
 
-def foresee(title, judge, times, jobs):
+def estimate_judging(title, judge, times, jobs):
     """--dry-run before there are answers: prints the estimate for `times` rounds over jobs [(prompt, assumed tokens of
     the answer in it)], and exits."""
     if judge in ("none", "probe", "lexical"):
