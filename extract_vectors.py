@@ -25,6 +25,7 @@ import jinja2
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
@@ -106,8 +107,8 @@ def load_vector(path, model, model_name):
     want, found = (config.num_hidden_layers + 1, config.hidden_size), tuple(getattr(vector, "shape", ()))
     if found != want:
         die(f"{path}: shape {found}, but {model_name} needs {want}")
-    if not vector.isfinite().all():
-        die(f"{path}: holds NaN or infinity; extract it again")
+    if not vector.is_floating_point() or not vector.isfinite().all():
+        die(f"{path}: holds NaN, infinity or whole numbers; extract it again")
     if beside.is_file():
         same_model(path, "was extracted from", read_json(beside, mf.Settings), model_name)
     else:
@@ -277,6 +278,10 @@ def model_fingerprint(name):
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
+# what transformers raises where a file of the model is broken
+BROKEN_FILES = OSError, ValueError, ImportError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError
+
+
 def load_model(name, dtype=None):
     """Local folder or hub name -> (model in eval mode on the fastest device, tokenizer), checked; .generate() works."""
     device, fast = pick_device()
@@ -284,9 +289,10 @@ def load_model(name, dtype=None):
         die(f"--model {name}: make a model folder of it first (data/small_model/convert.py shows how)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model, lacks = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or fast, output_loading_info=True)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        die(f"--model {name}: cannot be loaded ({str(error).splitlines()[0]})")
+        options = dict(dtype=dtype or fast, output_loading_info=True, ignore_mismatched_sizes=True)
+        model, lacks = AutoModelForCausalLM.from_pretrained(name, **options)
+    except (*BROKEN_FILES, SafetensorError, StrictDataclassError) as error:
+        die(f"--model {name}: cannot be loaded ({' '.join(str(error).split())[:300] or type(error).__name__})")
     if missing := sorted(lacks["missing_keys"]) + sorted(str(key) for key in lacks["mismatched_keys"]):
         die(f"--model {name}: {len(missing)} weights are not in its files or have another shape, such as {missing[0]}")
     print(f"{name}: {model.num_parameters() / 1e6:,.0f}M parameters on {device}, {model.dtype}", flush=True)
