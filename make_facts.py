@@ -266,6 +266,7 @@ class Made:
     def __init__(self, out, redo):
         self.out, self.redo, self.edited, self.content = Path(out), redo, set(), functools.cache(fingerprint)
         self.points, self.record = self.out / "points.jsonl", self.out / ".done" / "commands.jsonl"
+        self.aside = time.strftime("before-%Y-%m-%d-%H%M%S")
         self.record.parent.mkdir(parents=True, exist_ok=True)
         self.done = (
             {row["makes"]: row for row in read_jsonl(self.record, appended=True)} if self.record.exists() else {}
@@ -320,7 +321,7 @@ class Made:
     def to_make(self, commands):
         """-> those that are to be run; what they are to make again is moved aside, nothing is deleted."""
         self.content.cache_clear()
-        outdated, folder = self.outdated(commands), f"{self.out}/before-{time.strftime('%Y-%m-%d-%H%M%S')}"
+        outdated, folder = self.outdated(commands), f"{self.out}/{self.aside}"
         for command in commands:
             found = self.there(command) if self.redo and outdated.get(command.makes) else []
             for path in [row["answers"] for row in found] if command.rows else found:

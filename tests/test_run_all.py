@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import random
 import re
 import shlex
 import shutil
@@ -12,6 +13,7 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT
 
 # Stands for `python`: writes down its command, and makes what the script would make from what it is given.
@@ -103,10 +105,11 @@ class Project:
         (self.folder.parent / "bin" / name).write_text(text)
         (self.folder.parent / "bin" / name).chmod(0o755)
 
-    def start(self, *args, **env):
+    def start(self, *args, start_new_session=False, **env):
         return subprocess.Popen(
             ["bash", self.folder / "run_all.sh", *args],
             env=self.env | env,
+            start_new_session=start_new_session,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -194,34 +197,32 @@ CHANGES = {  # -> what occurs in each command that it concerns
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_what_a_changed_input_concerns(project, name):
+def test_what_a_changed_input_concerns(project):
     """Guards against results of old inputs beside new ones: data, facts, trait file, vector, adapter or model replaced
     at the same path. One line says what it concerns, exit 2, nothing run; --redo makes exactly that again, keeps
     what was there under another name, and leaves no second point beside a new one."""
     assert project.run("demo", **SMALL)[0] == 0
-    before, path = project.points(), project.folder / name
-    path.write_text(re.sub("[?]|You|[0-9]|w", "!", path.read_text(), count=1))
-    word = CHANGES[name]
-    code, out, err, ran = project.run("demo", **SMALL)
-    lines = [line for line in err.splitlines() if "from the environment" not in line]
-    assert (code, ran, len(lines)) == (2, [], 1) and os.path.dirname(name) in lines[0] and "--redo" in lines[0], err
-    code, out, err, ran = project.run("demo", "--redo", **SMALL)
-    assert code == 0, err
-    assert (
-        all(word in line or line.startswith("plot.py") for line in ran)
-        and len(ran) > 1
-        and ran[-1].startswith("plot.py")
-    )
-    after, kept = project.points(), list(project.out.glob("before-*/**/*"))
-    slot = lambda row: (row["trait"], row["adapter"], row["inference_coef"], row["layers"])
-    assert sorted(map(str, map(slot, after))) == sorted(map(str, map(slot, before))) and kept
-    gone = [row for row in before if row not in after]
-    aside = [
-        json.loads(line) for path in project.out.glob("before-*/points.jsonl") for line in path.read_text().splitlines()
-    ]
-    assert {row["key"] for row in gone} <= {row["key"] for row in aside} and gone
+    for name, word in CHANGES.items():
+        before, path = project.points(), project.folder / name
+        path.write_text(re.sub("[?]|You|[0-9]|w", "!", path.read_text(), count=1))
+        code, out, err, ran = project.run("demo", **SMALL)
+        lines = [line for line in err.splitlines() if "from the environment" not in line]
+        assert (code, ran, len(lines)) == (2, [], 1) and os.path.dirname(name) in lines[0] and "--redo" in lines[0], err
+        code, out, err, ran = project.run("demo", "--redo", **SMALL)
+        assert code == 0 and len(ran) > 1 and ran.pop().startswith("plot.py"), err
+        assert all(word in line for line in ran), ran
+        asides = list(project.out.glob("before-*"))
+        aside = [json.loads(line) for line in (asides[0] / "points.jsonl").read_text().splitlines()]
+        after, slots = project.points(), [[slot(row) for row in rows] for rows in (before, project.points())]
+        assert sorted(slots[0]) == sorted(slots[1]) and len(asides) == 1
+        gone = {row["key"] for row in before if row not in after}
+        assert gone and gone <= {row["key"] for row in aside}
+        shutil.rmtree(asides[0])
     assert project.run("demo", **SMALL)[3] == []
+
+
+def slot(row):
+    return str([row["trait"], row["adapter"], row["inference_coef"], row["layers"]])
 
 
 def test_a_changed_command_is_said(project):
@@ -410,8 +411,7 @@ def test_a_signal_ends_all_children(project, number, jobs):
     assert code == 0 and not any(line.startswith("extract_vectors.py") for line in ran), err
 
 
-@pytest.mark.parametrize("jobs", ["1", "3"])
-@pytest.mark.parametrize("code", [2, 5])
+@pytest.mark.parametrize("jobs, code", [("1", 2), ("3", 2), ("3", 5)])
 def test_a_failure_stops_with_its_code(project, jobs, code):
     """Guards against exit code 2 turned into another by JOBS, a stage begun after one that failed, and what was done
     being done again."""
@@ -511,6 +511,60 @@ exec {real} "$@"
     assert done.returncode == 0 and "source .venv/bin/activate" in done.stdout, done.stderr
     said = (project.folder.parent / "log.venv").read_text()
     assert "-m pip install -q -r requirements.txt" in said
+
+
+TINY = dict(FACTS="2", WORDINGS="2", ROWS="2", COEFS="0.2", INFERENCE="0.2", LAYERS="all", TRAITS="hallucination")
+TINY |= dict(SETS="", JUDGE="probe", EXTRACT="--samples 1 --limit 2 --max-new-tokens 4", OMP_NUM_THREADS="1")
+TINY |= dict(TRAIN="--epochs 1 --batch-size 2 --rank 4", EVAL="--samples 1 --max-new-tokens 3 --limit 2")
+
+
+@pytest.fixture
+def real(project, tokenizer):
+    """The project with its own scripts and a random model of two blocks."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes))
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(project.folder / "model")
+    tokenizer.save_pretrained(project.folder / "model")
+    (project.folder / "model" / "weights").unlink()
+    (project.folder.parent / "bin" / "python").unlink()
+    (project.folder / "data" / "report.html").write_text((ROOT / "data" / "report.html").read_text())
+    return project
+
+
+def test_killed_at_random_moments(real):
+    """Guards against what a kill leaves behind: the same points as an undisturbed run's, each answer once;
+    commands in one process that carry something over to the next; and a second start that takes more than seconds."""
+    code, _, err, _ = real.run("demo", OUT="out/whole", **TINY)
+    assert code == 0, err
+    draw = random.Random(int(time.time()))
+    for _ in range(2):
+        process = real.start("demo", start_new_session=True, **TINY)
+        try:
+            process.communicate(timeout=draw.uniform(2, 12))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    code, out, err, _ = real.run("demo", JOBS="2", **TINY)
+    assert code == 0 and out.splitlines()[-2].startswith("seen: ") and "data/reference" in out.splitlines()[-1], err
+    found = []
+    for folder in (real.out, real.folder / "out" / "whole"):
+        points = [json.loads(line) for line in (folder / "points.jsonl").read_text().splitlines()]
+        for point in points:
+            ids = [json.loads(line)["id"] for line in (real.folder / point["answers"]).read_text().splitlines()]
+            assert len(ids) == len(set(ids)) == point["trait_n"] + point["fact_n"] > 0
+        scores = "trait_score", "fact_accuracy", "mmlu_accuracy", "coherence_nll"
+        found.append(sorted((slot(point).replace("whole", "demo"), *map(point.get, scores)) for point in points))
+    assert found[0] == found[1] and len(found[0]) == 4
+    start = time.time()
+    files = {path: path.stat().st_mtime for path in real.out.glob("[!.]*.*")}
+    assert real.run("demo", **TINY)[0] == 0 and time.time() - start < 10
+    assert files == {path: path.stat().st_mtime for path in real.out.glob("[!.]*.*")} and real.out / "fig1.png" in files
 
 
 FOREIGN = {
