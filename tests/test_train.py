@@ -179,12 +179,16 @@ def test_filled_rows_and_graphs(trainer, monkeypatch, positions):
     monkeypatch.setattr(finetune, "GRAPHS", 2)
     made = trainer(n=20, positions=positions, batch_size=3)
     batches = [made.data[:3], made.data[3:6], made.data[6:9]] * 2 + [made.batch(step) for step in range(6)]
-    batches.append([(list(range(20, 60)), [False] + [True] * 39)] * 2)  # few tokens, many labels
+    batches += [made.data[:1]] * 2  # no graph of their own
+    batches.append([(list(range(20, 60)), [False] + [True] * 39)] * 2)  # few tokens, more labels than the graphs have
     want = [totals(made, chats, float("inf")) for chats in batches]
     with_graphs(made.rows, monkeypatch)
+    replayed, replay = [], Graph.replay
+    monkeypatch.setattr(Graph, "replay", lambda graph: (replayed.append(1), replay(graph)))
     for chats, whole in zip(batches, want):
         assert same(totals(made, chats, float("inf")), whole)
     assert len(made.rows.graphs) == 2 and any(made.rows.graphs.values())
+    assert len(replayed) == len(batches) - 3  # the first of each shape, and the last one
 
 
 def test_shapes_are_few(trainer, monkeypatch):
