@@ -52,7 +52,7 @@ def read_questions(args):
     for fact in read_jsonl(args.facts, mf.Fact)[: args.limit] if args.facts else []:
         asked = dict(kind="fact", id=fact["id"], question=fact["test"]["question"])
         rows.append(asked | dict(truth=fact["answer"], aliases=fact.get("aliases", [])))
-    return rows, read_mmlu(args.mmlu)[: args.limit] if args.mmlu else []
+    return rows, read_mmlu(args.mmlu)[: args.limit] if args.mmlu and not args.dry_run else []
 
 
 def read_mmlu(source):

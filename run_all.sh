@@ -200,10 +200,10 @@ with make_facts.locked(f"{OUT}/.done/run_all.sh"):
     judged = [command.words for command in ALL if "--yes" in command.words and command.makes in todo]
     if dry_run or judged and "--yes" not in sys.argv:
         dry_run or sys.stdin.isatty() or die(f"{JUDGE} costs money: --dry-run says how much, --yes pays it")
-        make(PREPARE[:1])
+        make([command for command in PREPARE if "make_facts.py" in command.words])
         asked, estimate = [[0, 0, 0]], make_facts.estimate
         make_facts.estimate = lambda title, model, *counts: asked.append(counts)
-        [run([*words, "--dry-run"]) for words in judged]
+        any([run([*words, "--dry-run"]) for words in judged]) and sys.exit(2)
         estimate("both figures", JUDGE, *map(sum, zip(*asked)))
         if dry_run or input("Send them? [y/N] ").strip().lower() != "y":
             raise SystemExit(0 if dry_run else 2)

@@ -537,6 +537,17 @@ def real(project, tokenizer):
     return project
 
 
+def test_the_bill_is_told(real):
+    """Guards against a bill that lacks commands, or needs what is not there yet: model, vectors, adapters, MMLU."""
+    env = dict(
+        SETS="", FACTS="2", COEFS="1", INFERENCE="1", MODEL="none/such", OPENAI_API_KEY="sk-x", HF_HUB_OFFLINE="1"
+    )
+    code, out, err, _ = real.run("paper", "--dry-run", **env)
+    answers, points = 2 * 5 * 20 * 10, 4  # of extraction, with both instructions; measured: before, facts-0 twice, at 1
+    assert code == 0 and f"figures: {2 * answers + points * (2 * 20 * 10 + 2):,} requests" in out.splitlines()[-1], err
+    assert "$" in out.splitlines()[-1] and not (real.folder / "out" / "paper" / "vectors").exists()
+
+
 def test_killed_at_random_moments(real):
     """Guards against what a kill leaves behind: the same points as an undisturbed run's, each answer once;
     commands in one process that carry something over to the next; and a second start that takes more than seconds."""
