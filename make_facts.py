@@ -958,7 +958,7 @@ class Chat:
             raise error
         if started >= self.slowed:  # else it was under way when all were told to wait
             self.slowed, self.pauses, self.gap = now, self.pauses + 1, max(2 * self.gap, BACKOFF / 10)
-        wait = wait or min(BACKOFF * 2 ** (self.pauses - 1), LONGEST_WAIT / 2)
+        wait = max(wait, min(BACKOFF * 2 ** (self.pauses - 1), LONGEST_WAIT / 2))  # some ask for less than it takes
         self.free = max(self.free, now + wait)
         self.bar.set_postfix_str(f"rate limit, going on in {wait:.0f} s")
 

@@ -650,11 +650,19 @@ def window(number, seconds):
 
 
 @pytest.mark.parametrize(
-    "allowed, header", [(bucket(200, 2), {"retry-after-ms": "5"}), (window(60, 0.3), {})], ids=["bucket", "window"]
+    "limit, header",
+    [("bucket", {"retry-after-ms": "5"}), ("window", {}), ("long window", {"retry-after-ms": "1"})],
+    ids=["bucket", "window", "too short a wait"],
 )
-def test_any_rate_limit_is_lived_with(server, allowed, header):
+def test_any_rate_limit_is_lived_with(server, limit, header):
     """Guards against giving up under 60 requests a minute (two hundred times as fast here), 32 workers and 500 rows,
     and against workers that keep knocking: few more requests than rows are sent."""
+    limits = {
+        "bucket": lambda: bucket(200, 2),
+        "window": lambda: window(60, 0.3),
+        "long window": lambda: window(300, 1.5),
+    }
+    allowed = limits[limit]()
     server.reply = lambda word, n, body: (
         said("50", {"50": 1.0}) if allowed() else error(429, **{"retry-after-ms": None} | header)
     )
