@@ -1,5 +1,6 @@
 """Every input has one door: a wrong one ends in one line that says where and what is wanted, with exit code 2."""
 
+import argparse
 import errno
 import importlib
 import json
@@ -567,6 +568,25 @@ COMMANDS = dict(
         "answered/p.jsonl",
     ],
 )
+
+
+def test_judges(refused, monkeypatch):
+    """Guards against hours of sampling for a judge that cannot be asked."""
+    args = argparse.Namespace(judge="m", trait="evil", yes=True)
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    refused(mf.check_judge, args, "probe", said="set OPENAI_API_KEY")
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    mf.check_judge(args, "probe")
+    for wrong, said in (
+        (dict(judge="none"), "--judge none: give probe"),
+        (dict(judge=""), "--judge : give probe"),
+        (dict(judge="lexical"), "hallucination only"),
+        (dict(yes=False), "say --yes"),
+    ):
+        refused(mf.check_judge, argparse.Namespace(**vars(args) | wrong), "probe", said=said)
+    for right in (dict(judge="probe"), dict(judge="lexical", trait=None), dict(judge="org/model-4.1:free")):
+        mf.check_judge(argparse.Namespace(**vars(args) | right), "probe")
 
 
 @pytest.fixture
