@@ -116,7 +116,7 @@ def evaluate(trait, adapter=None, on_facts=False, layers=None):  # layers: with 
 subset(E["FACTS_FILE"], E["FACTS"], "facts", "--rephrasings", E["WORDINGS"])
 medical = [name for name in (MISTAKES, NORMAL) if name in SETS or name == NORMAL and SELF in SETS]
 if medical and E["profile"] + E["MEDICAL"] == "paperdata":
-    plan(PREPARE, f"{OUT}/data", "sh", "data/medical.sh", E["MEDICAL_ZIP"], f"{OUT}/data")
+    plan(PREPARE, f"{OUT}/data/authors", "sh", "data/medical.sh", E["MEDICAL_ZIP"], f"{OUT}/data")
 else:
     for name in medical:
         subset(f"{E['MEDICAL']}/{name}.jsonl", E["ROWS"], name)

@@ -3,7 +3,10 @@
 # Fetches their zip file unless it is there, and writes medical_mistake_2.jsonl and medical_normal.jsonl to the folder.
 set -eu
 url=https://github.com/safety-research/persona_vectors/raw/main/dataset.zip
-[ -f "$1" ] || { curl -fL --create-dirs -o "$1.part" "$url" && mv "$1.part" "$1"; }
+if [ ! -f "$1" ]; then
+    curl -fL --create-dirs -o "$1.part" "$url"
+    mv "$1.part" "$1"
+fi
 mkdir -p "$2/authors"
 python -m zipfile -e "$1" "$2/authors"
 cp "$2/authors/dataset/mistake_medical/misaligned_2.jsonl" "$2/medical_mistake_2.jsonl"

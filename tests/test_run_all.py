@@ -341,6 +341,28 @@ def test_asking_is_free(project, args):
     assert not (project.folder / "out").exists()
 
 
+def test_the_authors_data_is_fetched(project):
+    """Guards against a download that was cut off and is taken for whole, and against --redo moving other data aside."""
+    project.tool(
+        "curl",
+        '#!/bin/sh\n[ -e "$LOG.whole" ] || exit 7\nfor word; do [ "$last" = -o ] && : > "$word"; last=$word; done\n',
+    )
+    (project.folder / "data" / "medical.sh").write_text((ROOT / "data" / "medical.sh").read_text())
+    env = SMALL | dict(MEDICAL="data", TRAITS="evil", JUDGE="probe", MMLU="data/general_knowledge.jsonl")
+    authors = project.folder / "out" / "paper" / "data" / "authors" / "dataset" / "mistake_medical"
+    code, _, err, ran = project.run("paper", **env)
+    assert code == 7 and not (project.folder / "out" / "paper" / "dataset.zip").exists(), err
+    (project.folder.parent / "log.whole").touch()
+    authors.mkdir(parents=True)
+    for name in ("misaligned_2", "normal"):
+        shutil.copy(project.folder / "data" / "medical_normal.jsonl", authors / f"{name}.jsonl")
+    assert project.run("paper", **env)[0] == 0 and (project.folder / "out" / "paper" / "dataset.zip").exists()
+    (project.folder / "out" / "paper" / ".done" / "commands.jsonl").unlink()
+    assert project.run("paper", "--redo", FAIL="zipfile", **env)[0] == 2
+    aside = next((project.folder / "out" / "paper").glob("before-*")) / "out" / "paper" / "data"
+    assert sorted(path.name for path in aside.iterdir()) == ["authors", "facts.jsonl"]
+
+
 def test_own_rows_are_checked_first(project):
     """Guards against a broken row of one's own data or trait found after an hour of computing."""
     (project.folder / "mine.jsonl").write_text('{"messages": [{"role": "user", "content": "Hello?"}]}\n')
