@@ -957,7 +957,8 @@ class Chat:
         if "insufficient_quota" in (error.code, error.type) or wait > LONGEST_WAIT or self.pauses == 10:
             raise error
         if started >= self.slowed:  # else it was under way when all were told to wait
-            self.slowed, self.pauses, self.gap = now, self.pauses + 1, max(2 * self.gap, BACKOFF / 10)
+            self.slowed, self.pauses = now, self.pauses + 1
+            self.gap = min(max(2 * self.gap, BACKOFF / 10), 4 * BACKOFF)
         wait = max(wait, min(BACKOFF * 2 ** (self.pauses - 1), LONGEST_WAIT / 2))  # some ask for less than it takes
         self.free = max(self.free, now + wait)
         self.bar.set_postfix_str(f"rate limit, going on in {wait:.0f} s")
