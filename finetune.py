@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from peft.tuners import lora
+from peft.tuners.lora import LoraLayer
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -32,7 +32,7 @@ import make_facts as mf
 
 MAX_TOKENS = 2048  # a longer conversation is left out, counted and said
 WARM_UP = 5  # steps, but at most a tenth of them
-FILL = 128  # rows that become graphs are filled up to a multiple of this many tokens, longer ones to coarser ones
+FILL = 128  # rows that become graphs are filled up to a multiple of this many tokens, from 2,048 on to coarser ones
 GRAPHS = 32  # shapes of rows that are captured, at most
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,14 +93,13 @@ def add_lora(model, rank, alpha, seed):
     places = [name for name, part in model.named_modules() if part in inside and isinstance(part, torch.nn.Linear)]
     torch.manual_seed(seed)
     recipe = dict(use_rslora=True, target_modules=places, task_type="CAUSAL_LM")
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, **recipe))
-
-
-class Summed(lora.Linear):
-    """PEFT's layer without its scale, which Trainer has in B: no pass over the outputs for it, forward or backward."""
-
-    def forward(self, x):
-        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+    tuned = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, **recipe))
+    for part in tuned.modules():
+        if isinstance(part, LoraLayer):
+            # The scale multiplies the `rank` numbers a token between A and B, not the output: a pass over memory less
+            scale, part.scaling["default"] = part.scaling["default"], 1.0
+            part.lora_A["default"].register_forward_hook(lambda _, __, output, scale=scale: output * scale)
+    return tuned
 
 
 def rate_at(step, steps):
@@ -126,32 +125,22 @@ class Trainer:
     """AdamW on the mean loss over the answer tokens of a batch, whatever rows and processes share it.
 
     LoRA's numbers lie end to end in one float32 tensor (weights [n]), a step's gradients and loss in another (total
-    [n + 1]). These, and those that the model computes with (used [n]), never move: graphs serve all coefficients.
+    [n + 1]). These, and those in the model's dtype that it computes with, never move: graphs serve all coefficients.
     data: [(ids, is_answer)]. args: epochs, lr, batch_size (over all processes), max_steps or None, seed, positions."""
 
     def __init__(self, model, data, args, steer=None):
         self.model, self.data, self.args, self.steer = model, data, args, steer
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        for layer in (part for part in model.modules() if isinstance(part, lora.Linear)):
-            layer.__class__, self.scale = Summed, layer.scaling["default"]
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.parameters = [p for kind in ("lora_A", "lora_B") for name, p in named if kind in name]
-        self.half = sum(p.numel() for name, p in named if "lora_A" in name)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.weights = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters]))
         self.initial, self.device = self.weights.data.to("cpu", copy=True), self.weights.device
         self.total = torch.zeros(len(self.weights) + 1, device=self.device)
         self.weights.grad = self.total[:-1]
-        self.used = torch.empty_like(self.weights.data, dtype=model.dtype)
+        self.used = self.weights.data.to(model.dtype)  # rounded once a step, as autocast would for each product
         self.lay_out(self.used)
-        self.use_weights()
         self.coef = torch.zeros((), device=self.device)
         self.steps = args.max_steps or math.ceil(math.ceil(len(data) / args.batch_size) * args.epochs)
         self.rows = Rows(self)
-
-    def use_weights(self):
-        """Gives the model the weights, rounded once a step as autocast would for each product, with the scale in B."""
-        self.used[: self.half].copy_(self.weights.data[: self.half])
-        torch.mul(self.weights.data[self.half :], self.scale, out=self.used[self.half :])
 
     def lay_out(self, numbers):
         """Makes the model's LoRA parameters views of `numbers` [n]."""
@@ -180,7 +169,7 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_([self.weights], 1.0)
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
-        self.use_weights()
+        self.used.copy_(self.weights.data)
 
     def train(self, path, coef=0.0):
         """From the initial adapter, or on from the checkpoint at path, to the end -> rows of loss.jsonl."""
@@ -214,7 +203,7 @@ class Trainer:
             except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
                 print(f"{path}: cannot be read, starting anew ({str(error).splitlines()[0]})", flush=True)
         self.weights.data.copy_(there["weights"])
-        self.use_weights()
+        self.used.copy_(self.weights.data)
         return there["steps"]
 
     def save(self, folder):
@@ -280,14 +269,13 @@ class Rows:
             self.pool = torch.cuda.graph_pool_handle()
 
     def filled(self, row):
-        """The shape a row is filled up to, so that shapes are few."""
+        """The shape a row is filled up to: eight sizes an octave, so that shapes are few."""
         shape, size = shape_of(row), self.trainer.args.batch_size
         if not self.captures or not row:
             return shape
         up = lambda n, multiple: -(-n // multiple) * multiple
-        multiple = max(FILL, (1 << (shape.tokens >> 4).bit_length()) >> 1)  # from 2,048 tokens on 16 sizes an octave
-        tokens = up(shape.tokens, multiple)
-        return Shape(tokens, up(shape.answers, multiple), self.longest, size + tokens // self.longest + 1)
+        tokens = up(shape.tokens, max(FILL, 1 << (shape.tokens.bit_length() - 4)))
+        return Shape(tokens, up(shape.answers, tokens // 8), self.longest, size + tokens // self.longest + 1)
 
     def bytes(self, row):
         """What a row needs, about."""
@@ -364,9 +352,7 @@ class Rows:
         answers = given.pop("batch_answers")
         loss = row_loss(trainer.model, given, trainer.steer, trainer.coef) / answers
         parts = torch.autograd.grad(loss, trainer.parameters, allow_unused=True, materialize_grads=True)
-        parts, half = [part.flatten() for part in parts], len(parts) // 2  # of A, then of B
-        trainer.total[: trainer.half].add_(torch.cat(parts[:half]))
-        trainer.total[trainer.half : -1].add_(torch.cat(parts[half:]), alpha=trainer.scale)
+        trainer.total[:-1].add_(torch.cat([part.flatten() for part in parts]))
         trainer.total[-1].add_(loss.detach())
 
 

@@ -188,7 +188,7 @@ def test_filled_rows_and_graphs(trainer, monkeypatch, positions):
     for chats, whole in zip(batches, want):
         assert same(totals(made, chats, float("inf")), whole)
     assert len(made.rows.graphs) == 2 and any(made.rows.graphs.values())
-    assert len(replayed) == len(batches) - 4  # the first of each shape, and two too large for these
+    assert len(replayed) == len(batches) - 3  # the first of each shape, and the last one
 
 
 def test_shapes_are_few(trainer, monkeypatch):
@@ -214,7 +214,7 @@ def test_shapes_are_few(trainer, monkeypatch):
                 made.rows.run(row, 1)
         assert len(made.rows.graphs) <= finetune.GRAPHS
         real = sum(lengths)
-        assert real <= sum(ran) < 1.15 * real and len(replayed) > 0.8 * sum(fitting)
+        assert real <= sum(ran) < 1.15 * real and len(replayed) > 0.9 * sum(fitting)
     assert finetune.GRAPHS <= 32
 
 
