@@ -109,6 +109,8 @@ def load_vector(path, model, model_name):
         die(f"{path}: shape {found}, but {model_name} needs {want}")
     if not vector.is_floating_point() or not vector.isfinite().all():
         die(f"{path}: holds NaN, infinity or whole numbers; extract it again")
+    if not vector.any():
+        die(f"{path}: is all zeros and steers nothing; extract it again")
     if beside.is_file():
         same_model(path, "was extracted from", read_json(beside, mf.Settings), model_name)
     else:
@@ -1020,7 +1022,7 @@ def main(argv=None):
     files = {kind: Path(args.out) / f"{args.trait}.{kind}" for kind in ("pt", "json", "answers.jsonl")}
     mf.check_output(args.out, args.trait_file, args.model, folder=True)
     if args.export_gguf:
-        mf.check_output(args.export_gguf, args.trait_file)
+        mf.check_output(args.export_gguf, args.trait_file, args.model)
     if args.dry_run and not files["pt"].exists():
         prompts = trait["eval_prompt"], load_trait("coherence")["eval_prompt"]
         asked = [(prompt + row["question"], mf.ANSWER_TOKENS) for row in rows for prompt in prompts]

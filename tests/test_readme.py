@@ -68,7 +68,7 @@ def test_vector_in_plain_transformers(toy, tokenizer):
     offsets = ev.offsets_of(vector, "1-2")
     steered = ev.Steered(offsets, [-coef], "response")
     (ours,) = ev.answers_to(toy, tokenizer, [prompt], ev.Drawing(8, 0.0), steered)
-    exec(code.split("\n\n")[0].replace("range(10, 21)", "(1, 2)"), dict(v=vector, coef=coef, model=toy))
+    exec(code.split("PeftModel")[0].replace("range(10, 21)", "(1, 2)"), dict(v=vector, coef=coef, model=toy))
     toy.set_attn_implementation("eager")
     ids = toy.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=8)[0, len(prompt) :]
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() == ours

@@ -114,8 +114,8 @@ def test_vector_files(work, vector, script):
 
 
 def test_whole_chain(work, vector, script, smollm):
-    """Guards against scripts that do not fit together: train, load the adapter with plain PEFT, evaluate, plot; and against
-    a saved adapter with a trace of the hook, or points that are measured twice."""
+    """Guards against scripts that do not fit together: train, load the adapter with plain PEFT, evaluate, plot; and
+    against a saved adapter with a trace of the hook, or points that are measured twice."""
     code, out, err = script(
         "finetune.py", *train(work, "facts", "--steer-mode", "preventative", "--vector", vector, "--coef", 0.5)
     )
@@ -168,8 +168,9 @@ def test_whole_chain(work, vector, script, smollm):
         p["train_coef"] == 0.5 and p["train_positions"] == "all" and p["dataset"] == "facts" for p in points
     )
     fields = (
-        "model adapter dataset steer_mode train_coef inference_coef layers positions trait trait_score trait_ci trait_n trait_unscored coherence fact_accuracy "
-        "fact_ci fact_n mmlu_accuracy mmlu_ci mmlu_n mmlu_scoring judge seed seconds"
+        "model adapter dataset steer_mode train_coef inference_coef layers positions trait trait_score trait_ci "
+        "trait_n trait_unscored coherence fact_accuracy fact_ci fact_n mmlu_accuracy mmlu_ci mmlu_n mmlu_scoring judge "
+        "seed seconds"
     )
     assert set(fields.split()) <= set(points[0])
     answers = mf.read_jsonl(points[1]["answers"])
@@ -211,7 +212,7 @@ def test_two_commands_of_a_stage_at_once(work):
 
 
 def test_dry_run_counts_what_the_judge_would_be_asked(script, work):
-    """Guards against a bill that is not announced: points x (answers x 2 prompts + facts), before any model is loaded."""
+    """Guards against a bill that is not announced: points x (answers x 2 prompts + facts), before a model is loaded."""
     code, out, err = script(
         "evaluate.py",
         "--model",
