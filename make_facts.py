@@ -907,14 +907,16 @@ class Chat:
 
     async def agree(self, messages):
         """Finds the form that the server takes, by a request that is needed anyway -> its reply. A request that is
-        refused in the barest form, too, says nothing about the form."""
+        refused in the two barest forms, too, says nothing about the form."""
         for form in self.forms:
             reply = await self.send(form, messages)
             if "refused" not in reply:
                 self.form = form
                 break
-            if form is self.forms[0] and "refused" in await self.send(self.forms[-1], messages):
-                break
+            if form is self.forms[0]:
+                barest = [await self.send(bare, messages) for bare in self.forms[-2:]]
+                if all("refused" in other for other in barest):
+                    break
         return reply
 
     async def send(self, form, messages):
