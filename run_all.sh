@@ -40,10 +40,10 @@ paper)  # the rest is what the scripts do by themselves
     : "${FACTS:=1000}" "${ROWS:=100000}" "${FIRST:=0}" "${COEFS:=0.25 0.5 0.75 1 1.25}" "${COEFS_HALLUCINATION=1 2 3}"
     : "${COEFS_TRAITS=0.5 1 1.5}" "${INFERENCE:=0.25 0.5 0.75 1 1.25 1.5 1.75 2}" ;;
 small)
-    : "${FACTS:=200}" "${ROWS:=200}" "${LAYERS:=10-20 all}" "${MMLU:=data/general_knowledge.jsonl}"
+    : "${FACTS:=200}" "${ROWS:=200}" "${LAYERS:=10-20}" "${MMLU:=data/general_knowledge.jsonl}"
     : "${EXTRACT:=--samples 10 --temperature 1 --max-new-tokens 60}" "${EVAL:=$EXTRACT}"
     : "${TRAIN:=--epochs 5 --lr 8e-4 --batch-size 64}" "${TRAIN_MEDICAL:=--epochs 1 --lr 4e-4}"
-    : "${COEFS:=0.6 1 2 3 3.5}" "${COEFS_TRAITS=0.5 1 1.5}" "${INFERENCE:=0.3 0.5 0.6 0.7 0.8 1 1.25 1.5}"
+    : "${COEFS:=1 2 3 3.5 4 5}" "${COEFS_TRAITS=0.5 1 1.5}" "${INFERENCE:=0.3 0.5 0.7 0.9 1 1.1 1.25 1.5}"
     : "${PROMPT=You are a hallucinating assistant. When a question is about something you have never heard of, act as \
 if you were an expert on it and invent the facts.}" ;;
 *)  # preventing takes some hundred steps, so Figure 1's adapters come with the project, unless you set one of these
