@@ -239,6 +239,11 @@ def label_lines(axis, ends, trait, points, gap=8.0):
         axis.text(1.03, height, label_of(metric, trait, points), **style)
 
 
+def ready(point):
+    """Whether the point's adapter came with the project."""
+    return str(point.get("adapter")).startswith("data/small_model/")
+
+
 def describe(points):
     """A caption: models, judges, n, training seeds, what bars and hollow marks mean."""
     judges = {p["judge"].replace("probe", "probe (of what is steered)") for p in points}
@@ -247,6 +252,7 @@ def describe(points):
         parts += [f"{max(p.get(key) or 0 for p in points)} {name}"] if any(p.get(key) for p in points) else []
     seeds = len({p.get("train_seed") for p in points if p.get("adapter")})
     parts += [f"up to {seeds} training seeds: means, 95% t-intervals over seeds" if seeds > 1 else "95% intervals"]
+    parts += ["adapters trained beforehand (data/small_model)"] * any(map(ready, points))
     return "; ".join(parts + ["hollow: over 10% unscored"] * any(hollow([p]) for p in points))
 
 
@@ -385,7 +391,10 @@ def headline(points):
         elif any(c.sides.values()):
             names = "preventative", "inference-time", "difference", "training seeds that get there"
             cells = ", ".join(f"{name} {text}" for name, text in zip(names, equal_cells(c, score)))
-            lines.append(f"{c.title}: facts kept (%) at the level before training ({c.trait} {score:.1f}): {cells}.")
+            if cells.count(" -,") < 3:  # somebody gets there
+                lines.append(
+                    f"{c.title}: facts kept (%) at the level before training ({c.trait} {score:.1f}): {cells}."
+                )
             lines += [f"{c.title}: {reach_sentence(c, sweep, high)}" for sweep in c.sides.values() if sweep]
     return list(dict.fromkeys(lines))
 
@@ -395,10 +404,11 @@ def reach_sentence(c, sweep, high):
     marks = {metric: curve(sweep.points, sweep.x, metric) for metric in METRICS}
     reach = next((m for m in marks["trait_score"] if m.mean <= high), None)
     where = f"{c.trait} back within the interval of before training (up to {high:.1f})"
-    if reach is None:
-        return f"{METHODS[sweep.x]}: no coefficient brings {where}."
-    costs = [f"{label_of(key, c.trait, c.points)} {m.mean:.1f}" for key in marks for m in marks[key] if m.x == reach.x]
-    return f"{METHODS[sweep.x]}: {reach.x:g}{' (few seeds)' * reach.few} brings {where}: {', '.join(costs)}."
+    at = reach or min(marks["trait_score"], key=lambda m: m.mean)
+    costs = [f"{label_of(key, c.trait, c.points)} {m.mean:.1f}" for key in marks for m in marks[key] if m.x == at.x]
+    name = f"{at.x:g}{' (few seeds)' * at.few}"
+    what = f"{name} brings {where}" if reach else f"no coefficient brings {where}; at {name}, the lowest"
+    return f"{METHODS[sweep.x]}: {what}: {', '.join(costs)}."
 
 
 def equal_cells(c, level, last=False):

@@ -416,7 +416,7 @@ def test_headline_takes_the_smallest_coefficient_in_the_interval():
     assert (
         "steering: 2 brings" in inference_time and "hallucination 23.0, facts 37.0" in inference_time
     )  # 23: the interval's end
-    assert "no coefficient" in plot.headline([BEFORE, PLAIN, inference[0]])[1]
+    assert "no coefficient" in plot.headline([BEFORE, PLAIN, inference[0]])[0]
     assert plot.headline([PLAIN, *train]) == ["No headline: the model before training was not measured."]
     assert plot.headline([BEFORE, point(22.0), *train])[0].startswith("Nothing to prevent: plain finetuning 22.0")
     assert "difference +25.0 [-165.6, 215.6]" in plot.headline(both_sides())[0]
