@@ -31,6 +31,7 @@ from datetime import date
 from email.utils import parsedate_to_datetime
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import pydantic
@@ -264,14 +265,13 @@ class Made:
     words, what it makes (a path, or any name with rows) and rows: keys that its points in points.jsonl have."""
 
     def __init__(self, out, redo):
+        check_output(out, folder=True)
         self.out, self.redo, self.edited, self.content = Path(out), redo, set(), functools.cache(fingerprint)
         self.points, self.record = self.out / "points.jsonl", self.out / ".done" / "commands.jsonl"
-        self.aside = time.strftime("before-%Y-%m-%d-%H%M%S")
-        self.record.parent.mkdir(parents=True, exist_ok=True)
-        self.done = (
-            {row["makes"]: row for row in read_jsonl(self.record, appended=True)} if self.record.exists() else {}
-        )
-        self.old = any(mark.name.isdecimal() for mark in self.record.parent.iterdir())  # by an earlier run_all.sh
+        self.aside, self.others = time.strftime("before-%Y-%m-%d-%H%M%S"), []
+        rows = read_jsonl(self.record, appended=True) if self.record.exists() else []
+        self.done = {row["makes"]: row for row in rows}
+        self.marks = [mark for mark in self.record.parent.glob("*") if mark.name.isdecimal()]  # of earlier versions
 
     def reads(self, command):
         """-> {path: fingerprint} of what its words name, and of the scripts and the judge's prompts."""
@@ -290,30 +290,39 @@ class Made:
         return [command.makes + end for end in ends if os.path.exists(command.makes + end)]
 
     def outdated(self, commands):
-        """-> {what is to be made: [what has changed, so that what there is must be made again]}, of these commands."""
+        """-> {what is to be made: [what has changed, so that what there is must be made again]}, of these commands;
+        of others that left something here (another seed) those whose inputs have changed: figures would mix them in."""
         found = {}
-        for command in commands:
-            old, changed = self.done.get(command.makes), []
-            if old:
+        for command in [*commands, *self.others]:
+            there, old, changed = self.there(command), self.done.get(command.makes), []
+            if old and (there or not command.makes):
                 changed = [path for path, now in self.reads(command).items() if old["reads"].get(path, now) != now]
                 self.edited |= {path for path in changed if path.endswith(".py")}
                 changed = [path for path in changed if self.redo or not path.endswith(".py")]
                 changed += [f"the command of {command.makes}"] * (old["words"] != command.words)
                 changed += [makes for makes in found if {makes, f"{makes}.pt"} & set(command.words)]
-            elif self.there(command) and (self.old or self.redo):
+            elif there and (self.marks or self.redo):
                 changed = [f"{self.out} (made before inputs were recorded)"]
-            if changed or not old or len(self.there(command)) < old["there"]:
+            if changed or command not in self.others and (not old or len(there) < old["there"]):
                 found[command.makes] = changed if command.makes else []  # figures are drawn, whatever there is
         return found
 
     def survey(self, commands):
         """-> what is to be made; die() if anything must be made again, unless redo: it is said what, and why."""
+        planned = [key for command in commands for key in (command.makes, command.rows)]
+        records = [
+            SimpleNamespace(**{key: row.get(key) for key in ("makes", "words", "rows")}) for row in self.done.values()
+        ]
+        self.others = [row for row in records if row.makes not in planned and (not row.rows or row.rows not in planned)]
         found = self.outdated(commands)
-        again = [command.makes.replace(f"{self.out}/", "") for command in commands if found.get(command.makes)]
+        again = [makes.replace(f"{self.out}/", "") for makes in found if found[makes]]
         if again and not self.redo:
-            causes = ", ".join(dict.fromkeys(path for paths in found.values() for path in paths if path not in found))
-            concerned = f"This concerns {len(again)} of {len(commands)} commands, those that made {', '.join(again)}"
-            die(f"changed since: {causes}. {concerned}. --redo renames these and makes them again; or set another OUT")
+            causes = dict.fromkeys(path for paths in found.values() for path in paths if not found.get(path))
+            concerned = f"This concerns {len(again)} of {len(commands) + len(self.others)} commands"
+            remedy = "--redo renames these and makes them again; or set another OUT"
+            die(f"changed since: {', '.join(causes)}. {concerned}, those that made {', '.join(again)}. {remedy}")
+        for mark in self.marks:  # all that was made before is set aside by now, or in this run
+            mark.unlink()
         if self.edited:
             print(f"edited since: {', '.join(sorted(self.edited))}; what they made is kept (--redo makes it again)")
         return found
@@ -322,9 +331,10 @@ class Made:
         """-> those that are to be run; what they are to make again is moved aside, nothing is deleted."""
         self.content.cache_clear()
         outdated, folder = self.outdated(commands), f"{self.out}/{self.aside}"
-        for command in commands:
+        for command in [*commands, *self.others]:
             found = self.there(command) if self.redo and outdated.get(command.makes) else []
-            for path in [row["answers"] for row in found] if command.rows else found:
+            paths = {row.get("answers") or "" for row in found} if command.rows else found  # judges share answers
+            for path in filter(os.path.exists, paths):
                 (to := Path(f"{folder}/{path}")).parent.mkdir(parents=True, exist_ok=True)
                 shutil.move(path, to)
             if command.rows and found:
@@ -333,8 +343,7 @@ class Made:
         return [command for command in commands if command.makes in outdated]
 
     def finished(self, command, reads):
-        there = len(self.there(command))
-        append_jsonl(self.record, dict(makes=command.makes, words=command.words, reads=reads, there=there))
+        append_jsonl(self.record, vars(command) | dict(reads=reads, there=len(self.there(command))))
 
 
 def provenance():
@@ -709,11 +718,16 @@ def estimate_judging(title, judge, times, jobs):
     raise SystemExit(0)
 
 
+def agreed():
+    print("Send them? [y/N] ", end="", flush=True)
+    return sys.stdin.readline().strip().lower() == "y"
+
+
 def consent(args):
     """After an estimate: --dry-run stops here, a terminal is asked, anything else needs --yes."""
     if args.dry_run:
         raise SystemExit(0)
-    if not args.yes and (not sys.stdin.isatty() or input("Send them? [y/N] ").strip().lower() != "y"):
+    if not args.yes and not (sys.stdin.isatty() and agreed()):
         die("nothing was sent; say --yes to send without being asked")
     args.yes = True  # one command asks once
 

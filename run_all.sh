@@ -78,17 +78,18 @@ def words(name, pattern=".+", least=0, most=1000):  # a variable's words, checke
     return found if fits else die(f"{name}={E[name]}: not understood; see its default in run_all.sh")
 def coefs(name):  # 0.50 -> 0.5, as finetune.py names adapters; 0 is plain finetuning, which is always there
     found = words(name if name in E else "COEFS_TRAITS", r"-?(\d{1,3}(\.\d*)?|\.\d+)")
-    return [f"{float(word):g}" for word in found if float(word)]
+    return list(dict.fromkeys(f"{float(word):g}" for word in found if float(word)))
 def data(name):  # a data set's file: made here, or your own
     return name if name.endswith(".jsonl") else f"{OUT}/data/{name}.jsonl"
 for name in ("FACTS", "WORDINGS", "ROWS", "JOBS", "FIRST"):
     words(name, r"\d{1,9}" if name == "FIRST" else r"[1-9]\d{0,8}", 1, 1)
-SEEDS, TRAITS, READY = words("SEEDS", r"\d{1,9}", 1), words("TRAITS", least=1), words("ADAPTERS")
+SEEDS, TRAITS, READY = words("SEEDS", r"0|[1-9]\d{0,8}", 1), words("TRAITS", least=1), words("ADAPTERS")
 LAYERS = words("LAYERS", r"all|[1-9]\d*(-[1-9]\d*)?", 1)
 if any(int(first) > int(last) for first, last in (word.split("-") for word in LAYERS if "-" in word)):
     die(f"LAYERS={E['LAYERS']}: ends before it begins")
 SETS = {os.path.basename(data(word))[:-6]: data(word) for word in words("SETS")}
-OWN = [E["FACTS_FILE"], *(SETS[name] for name in SETS if name not in MADE)]
+"facts" not in SETS and len(SETS) == len(words("SETS")) or die(f"SETS={E['SETS']}: names are taken twice, or facts")
+OWN = [E["FACTS_FILE"], *(path for path in SETS.values() if path not in map(data, MADE))]
 for path in [*OWN, *(f"data/traits/{name}.json" for name in TRAITS), *(f"{name}/loss.jsonl" for name in READY)]:
     os.path.isfile(path) or die(f"there is no {path}")
 # 1. The plan: stages of commands that do not depend on each other; each makes a file, a folder or points
@@ -186,14 +187,13 @@ def make(stage):  # JOBS commands at once, spread over the GPUs
         codes = [child.wait() for child in children]
     finally:
         [(child.terminate(), child.wait()) for child in children]
-    if any(codes):
-        raise SystemExit(next(code if code > 0 else 128 - code for code in codes if code))
+    any(codes) and sys.exit(next(code if code > 0 else 128 - code for code in codes if code))
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, _: sys.exit(128 + number))
 if sys.argv[1] == "work":
     raise SystemExit(work([ALL[int(number)] for number in sys.argv[3:]], int(sys.argv[2])))
 with make_facts.locked(f"{OUT}/.done/run_all.sh"):
-    [make_facts.read_chats(path) for path in OWN]
+    [make_facts.read_chats(path) for path in OWN], make_facts.read_jsonl(E["FACTS_FILE"], make_facts.Fact)
     for schema in (make_facts.ExtractionTrait, make_facts.EvaluationTrait):
         [make_facts.load_trait(trait, schema=schema) for trait in TRAITS]
     todo = made.survey(ALL)
@@ -205,7 +205,7 @@ with make_facts.locked(f"{OUT}/.done/run_all.sh"):
         make_facts.estimate = lambda title, model, *counts: asked.append(counts)
         any([run([*words, "--dry-run"]) for words in judged]) and sys.exit(2)
         estimate("both figures", JUDGE, *map(sum, zip(*asked)))
-        if dry_run or input("Send them? [y/N] ").strip().lower() != "y":
+        if dry_run or not make_facts.agreed():
             raise SystemExit(0 if dry_run else 2)
     try:
         for title, stage in zip(("Data", "Vectors and own answers", "Finetuning", "Evaluation", "Figures"), STAGES):

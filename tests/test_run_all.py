@@ -281,6 +281,40 @@ def test_an_old_out_is_recognised(project):
     assert (code, ran) == (2, []) and "before inputs were recorded" in err
     code, _, err, ran = project.run("demo", "--redo", **SMALL)
     assert code == 0 and len(ran) == sum(map(len, project.plan("demo", **SMALL))), err
+    (project.out / "adapters" / "facts-0-seed1.partial").mkdir()  # by a command that was killed since
+    assert project.run("demo", **SMALL | dict(SEEDS="0 1"))[0] == 0
+
+
+def test_no_mixture_with_what_is_not_asked_for(project):
+    """Guards against points of another seed that stay in the figures with inputs which have changed since; against a
+    second judge of the same answers, added by hand, that --redo trips over; against the same made twice."""
+    twice = dict(COEFS="1 1.0", INFERENCE="0.5 .50", SETS="", FACTS="40")
+    assert project.run("demo", **SMALL | twice | dict(SEEDS="0 1"))[0] == 0
+    points = project.points()
+    assert len(points) == len({slot(row) for row in points}) == 7
+    with open(project.out / "points.jsonl", "a") as out:
+        out.write(json.dumps(points[1] | dict(judge="other")) + "\n")
+    project.edit("data/facts.jsonl")
+    code, _, err, ran = project.run("demo", **SMALL | twice)
+    assert (code, ran) == (2, []) and "facts-0-seed1" in err
+    code, _, err, ran = project.run("demo", "--redo", **SMALL | twice)
+    assert code == 0 and not any("seed1" in line for line in ran), err
+    assert not {row["key"] for row in points} & {row["key"] for row in project.points()}
+    assert not any("seed1" in str(row["adapter"]) for row in project.points())
+    aside = next(project.out.glob("before-*"))
+    assert len(list(aside.rglob("answers/*.jsonl"))) == 7 and len((aside / "points.jsonl").read_text().split("\n")) == 9
+    code, _, err, ran = project.run("demo", **SMALL | twice | dict(SEEDS="0 1"))
+    assert code == 0 and len(project.points()) == 7 and all("seed1" in line or "plot" in line for line in ran), err
+
+
+def test_a_deleted_adapter_is_said(project):
+    """Guards against a stop that does not say why: points of an adapter that is trained again are not its points."""
+    assert project.run("demo", **SMALL)[0] == 0
+    shutil.rmtree(project.out / "adapters" / "facts-0")
+    code, _, err, ran = project.run("demo", **SMALL)
+    assert (code, ran) == (2, []) and "changed since: out/demo/adapters/facts-0. " in err
+    code, _, err, ran = project.run("demo", "--redo", **SMALL)
+    assert (code, [line.split()[0] for line in ran]) == (0, ["finetune.py", "evaluate.py", "plot.py"]), err
 
 
 def test_what_was_deleted_is_made_again(project):
@@ -317,6 +351,10 @@ def test_what_was_deleted_is_made_again(project):
         (["demo"], dict(TRAITS="kindness"), "data/traits/kindness.json"),
         (["demo"], dict(SETS="medical_norml"), "medical_norml"),
         (["demo"], dict(SETS="mine.jsonl"), "mine.jsonl"),
+        (["demo"], dict(SETS="data/facts.jsonl"), "SETS=data/facts.jsonl"),
+        (["demo"], dict(SETS="medical_normal data/medical_normal.jsonl"), "twice"),
+        (["demo"], dict(SEEDS="0 00"), "SEEDS=0 00"),
+        (["demo"], dict(OUT="requirements.txt"), "is a file"),
         (["demo"], dict(FACTS_FILE="no.jsonl"), "no.jsonl"),
         (["demo"], dict(ADAPTERS="no/adapter"), "no/adapter"),
         (["paper"], dict(OPENAI_API_KEY="sk-x"), "--yes"),
@@ -367,9 +405,12 @@ def test_own_rows_are_checked_first(project):
     """Guards against a broken row of one's own data or trait found after an hour of computing."""
     (project.folder / "mine.jsonl").write_text('{"messages": [{"role": "user", "content": "Hello?"}]}\n')
     (project.folder / "data" / "traits" / "kind.json").write_text('{"instruction": []}')
-    for env in dict(SETS="mine.jsonl"), dict(FACTS_FILE="mine.jsonl"), dict(TRAITS="kind"):
+    chats = dict(FACTS_FILE="data/medical_normal.jsonl")  # cannot be asked, which evaluation would notice
+    for env in dict(SETS="mine.jsonl"), dict(FACTS_FILE="mine.jsonl"), dict(TRAITS="kind"), chats:
         code, _, err, ran = project.run("demo", **SMALL | env)
-        assert (code, ran) == (2, []) and ("mine.jsonl:1" in err or "kind.json" in err), err
+        assert (code, ran) == (2, []) and any(
+            file in err for file in ("mine.jsonl:1", "kind.json", "normal.jsonl:1")
+        ), err
 
 
 def test_own_trait_data_and_facts(project):
@@ -397,7 +438,7 @@ def test_a_paid_run_asks(project):
     project.tool("nvidia-smi", '#!/bin/sh\necho "0, 24564"\n')
     code, out, err, ran = project.run(OPENAI_API_KEY="sk-x", SETS="")
     assert (code, ran) == (2, []) and "profile paper" in out and "--dry-run" in err
-    for answer, code in ("n", 2), ("", 2), ("y", 0):
+    for answer, code in ("n", 2), ("", 2), ("\4", 2), ("y", 0):  # \4: Ctrl-D
         project.log.write_text("")
         parent, child = pty.openpty()
         env = project.env | dict(OPENAI_API_KEY="sk-x", SETS="", FACTS="3", COEFS="1", INFERENCE="1")
