@@ -676,13 +676,15 @@ CACHE = Path(os.environ.get("JUDGE_CACHE", "out/judge_cache.jsonl"))
 RETRIES, TIMEOUT = 6, 300.0  # of the client: what may pass is tried 6 times more; seconds for one reply
 BACKOFF, LONGEST_WAIT = 0.5, 120.0  # seconds: first pause after a 429 that names none; the most a server may ask for
 REPLY_TOKENS, FACTS_TOKENS, THINKING_TOKENS = 16, 6000, 4000  # room for a score, for new facts, for thinking before
+OVERLOADED = 429, 503, 529  # after which all requests wait and slow down
 UNUSABLE = 20  # refused or unreadable replies in a row, after which the run doubts the server
 ANSWER_TOKENS, FACT_ANSWER_TOKENS = 300, 25  # lengths of answers that --dry-run assumes
 # forms of a request, best first: log-probabilities, name of the limit, temperature 0
 LIMITS = "max_tokens", "max_completion_tokens"
 FORMS = [*itertools.product((20, 5, None), LIMITS, (True, False)), (None, None, False)]
-THOUGHT = r"(?:\w+:)?(?:think|thinking|thought|reason|reasoning|reflection|analysis|scratchpad)\b[^<>]*"
-OPENED, CLOSED = rf"(?:<{THOUGHT}>|\[THINK\]|◁think▷)", rf"(?:</{THOUGHT}>|\[/THINK\]|◁/think▷)"
+THOUGHT = r"[\w:|]*(?:think|thought|reason|reflection|analysis|scratchpad)[^<>]*"
+OPENED = rf"(?:<{THOUGHT}>|<\|channel\|>analysis|\[THINK\]|◁think▷)"
+CLOSED = rf"(?:<(?:/|\|end_(?:of_)?){THOUGHT}>|<\|channel\|>final<\|message\|>|\[/THINK\]|◁/think▷)"
 
 
 def api_flags(parser):
@@ -764,27 +766,30 @@ def refusal(text):
 
 
 def normalised(text):
-    """Body of a chat completion -> dict(text, top: [(token, probability)] of its first token or None, cut: at its
-    limit, thinks: before it answers, refused: why there is no answer), all writable; None if it is none."""
+    """Body of a chat completion -> dict(text, top: [(token, probability)] of its first token or None, cut: before its
+    end, thinks: before it answers, refused: why there is no answer), all writable; None if it is none."""
     try:
         choice = json.loads(text)["choices"][0]
-        message, end = choice.get("message") or {}, choice.get("finish_reason")
+        message, end = choice.get("message") or {}, str(choice.get("finish_reason") or "stop")
+        cut, full = not re.search("stop|eos|end", end, re.I), re.search("len|max", end, re.I)
         parts = message.get("content") or ""
         parts = [dict(text=part) if isinstance(part, str) else part for part in (parts if parts else [""])]
         thoughts = [part for part in parts if re.search("think|reason", part.get("type", ""))]
         said = clean("".join(part["text"] for part in parts if part not in thoughts and "text" in part))
         thoughts += [name for name, value in message.items() if value and re.search("think|reason", name)]
-        refused = message.get("refusal") or end == "content_filter" and not said and end
+        refused = message.get("refusal") or cut and not full and not said and end
+        if choice.get("error"):
+            return None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
     try:
         first = choice["logprobs"]["content"][0]["top_logprobs"]
         top = [(clean(token["token"]), math.exp(token["logprob"])) for token in first]
-        top = top if top and all(math.isfinite(p) for _, p in top) else None
+        top = top if top and all(math.isfinite(p) for _, p in top) and not thoughts else None
     except (LookupError, TypeError, AttributeError, OverflowError):
         top = None  # not asked for, not given, or not in the API's form
-    thinks = thoughts or re.search(OPENED, said, re.I) or end == "length" and not said.strip()
-    reply = dict(text=said, top=top, cut=end in ("length", "content_filter"), thinks=bool(thinks))
+    thinks = thoughts or re.search(OPENED, said, re.I) or full and not said.strip()
+    reply = dict(text=said, top=top, cut=cut, thinks=bool(thinks))
     return reply | dict(refused=clean(str(refused))[:300]) if refused else reply
 
 
@@ -806,10 +811,10 @@ class Chat:
 
     - The first request finds the form that the server takes: max_tokens or max_completion_tokens; temperature 0 or the
       default; 20, 5 or no log-probabilities. A model that thinks before it answers gets THINKING_TOKENS more for it.
-    - Time-outs, cut connections, 408, 409 and 5xx are tried again by the openai client. After a 429 all requests wait
-      as long as the server asks and go on more slowly, then faster with every reply.
+    - Time-outs, cut connections, 408, 409 and 5xx are tried again by the openai client. After a 429 or 503 all
+      requests wait as long as the server asks and go on more slowly, then faster with every reply.
     - Replies are kept in CACHE by server, model and messages: the same command goes on where it stopped. So is the
-      refusal of a single request (400, 403, 413, 422, a content filter); a fresh cache asks again.
+      refusal of a single request (400, 403, 413, 422, always 500, a content filter); a fresh cache asks again.
     - UNUSABLE replies in a row that are refused or cannot be read: a request that was answered before is sent again.
       If it is answered, the run goes on. If not, or if none was ever answered, the command ends with the server's own
       sentence, and remembers no refusal. So it does at 401, 402, 404, an empty account, a wait over LONGEST_WAIT.
@@ -831,7 +836,7 @@ class Chat:
         """prompts: [(messages, readable)], readable(reply) -> bool. Returns the replies (see normalised) in order."""
         asked = [self.shown, self.model, self.tokens, THINKING_TOKENS, self.judge]
         keys = [hashlib.sha256(json.dumps([*asked, messages]).encode()).hexdigest() for messages, _ in prompts]
-        waiting, ended = dict(zip(keys, prompts)), None
+        waiting = dict(zip(keys, prompts))
         replies = cached_replies(waiting)
         for key, reply in replies.items():
             messages, readable = waiting.pop(key)
@@ -844,20 +849,21 @@ class Chat:
                 die("set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own; --judge probe needs neither")
             try:
                 asyncio.run(self.send_all(title, waiting, replies))
-            except* Exception as errors:
-                ended = errors.exceptions[0]
-        if isinstance(ended, self.api.OpenAIError):
-            why = f"{title}: {self.shown}: {what_ended(ended)}"
-            die(f"{why}; what was answered is kept, the same command goes on from there")
-        if ended:
-            raise ended
+            except self.api.OpenAIError as error:
+                why = f"{title}: {self.shown}: {what_ended(error)}"
+                die(f"{why}; what was answered is kept, the same command goes on from there")
         return [replies[key] for key in keys]
 
     async def send_all(self, title, waiting, replies):
         """Fills replies with those of the waiting prompts; both by their key in the cache."""
 
-        async def leave_to_us(response):  # the client would let each request wait for itself
-            if response.status_code == 429:
+        async def as_meant(response):
+            await response.aread()
+            if response.status_code == 200 and not normalised(response.text):  # perhaps an error all the same
+                code = re.search(r'"code"\s*:\s*"?(429|5\d\d)\b', response.text)
+                if re.match(r'\s*<|.*"(error"|(message|detail)"\s*:\s*")', response.text, re.S):
+                    response.status_code = int(code[1]) if code else 400
+            if response.status_code in OVERLOADED:  # the client would let each request wait for itself
                 response.headers["x-should-retry"] = "false"
 
         async def work(done=lambda: False):
@@ -877,16 +883,18 @@ class Chat:
                 if done():
                     return
 
-        http = self.api.DefaultAsyncHttpxClient(event_hooks=dict(response=[leave_to_us]))
+        http = self.api.DefaultAsyncHttpxClient(event_hooks=dict(response=[as_meant]))
         options = dict(api_key=self.key or "none", base_url=self.base, max_retries=RETRIES, timeout=TIMEOUT)
-        queue = iter(waiting.items())
+        queue = (item for item in waiting.items())
         asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # Ctrl-C in a worker is told once, by run()
         with tqdm(total=len(waiting), desc=title, unit="request") as self.bar:
             async with self.api.AsyncOpenAI(http_client=http, **options) as self.client:
                 await work(done=lambda: self.form)
-                async with asyncio.TaskGroup() as workers:
-                    for _ in range(min(self.args.concurrency, len(waiting))):
-                        workers.create_task(work())
+                workers = [asyncio.create_task(work()) for _ in range(min(self.args.concurrency, len(waiting)))]
+                await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+                queue.close()  # after an error nothing more is sent; what is under way is paid, so it is waited for
+                for worker in (await asyncio.wait(workers, timeout=LONGEST_WAIT / 4))[0]:
+                    worker.result()
                 if self.held and (self.good or len(self.held) == len(waiting)):
                     await self.doubt(self.held[-1]["reply"])
                 append_jsonl(CACHE, *self.held)
@@ -909,7 +917,9 @@ class Chat:
         reply = await (self.send(form, messages) if form else self.agree(messages))
         if not form and (form := self.form) and not reply["top"] and reply["text"].strip():
             self.form = (None, *form[1:])  # takes the wish for log-probabilities, and has none
-        while "refused" not in reply and (form[0] and not reply["top"] or not readable(reply)):
+        while form and (form[0] and not reply["top"] or not readable(reply)):
+            if "refused" in reply and not (form[0] and re.search("log.?prob", reply["refused"], re.I)):
+                break
             if reply["thinks"] and not had_room:
                 self.thinks = had_room = True
                 self.form = (None, *self.form[1:])  # the first token of one who thinks first tells nothing
@@ -934,7 +944,8 @@ class Chat:
         return reply
 
     async def send(self, form, messages):
-        """One request -> its reply, or a refusal. Raises openai.OpenAIError where no request would be answered."""
+        """One request -> its reply, or a refusal: the server's, or its failure at this request where others were
+        answered. Raises openai.OpenAIError where no request would be answered."""
         (logprobs, limit, greedy), thinks, broken = form, self.thinks, 0
         notes = [logprobs == 5 and "top 5", limit != LIMITS[0] and (limit or "no limit"), thinks and "room to think"]
         notes += [self.judge and not greedy and "default temperature"]
@@ -949,26 +960,26 @@ class Chat:
             try:
                 create = self.client.chat.completions.with_raw_response.create
                 text = (await create(model=self.model, messages=messages, **body)).text
-            except self.api.RateLimitError as error:
-                self.slow_down(error, started)
-                continue
-            except self.api.APIStatusError as error:
-                if error.status_code not in (400, 403, 413, 422):
+            except self.api.APIError as error:
+                status = getattr(error, "status_code", 599)  # 599: no reply at all
+                if status in OVERLOADED:
+                    self.slow_down(error, started)
+                    continue
+                if status not in (400, 403, 413, 422) and not (status >= 500 and self.good):
                     raise
-                return refusal(error.response.text)
+                return refusal(str(error) if status == 599 else error.response.text)
             self.gap, self.pauses = self.gap * 0.95, 0
             if reply := normalised(text):
                 usage = dict(re.findall(r'"(prompt|completion)_tokens"\s*:\s*(\d+)', text))
                 self.spent += dollars(self.model, int(usage.get("prompt", 0)), int(usage.get("completion", 0))) or 0
                 return reply | dict(form=", ".join(filter(None, notes)), first=bool(logprobs))
-            stated = re.match(r'\s*<|.*"(error"|(message|detail)"\s*:\s*")', text, re.S)
-            if broken == 2 or stated and not re.search(r'"code"\s*:\s*"?(429|5\d\d)\b', text):
+            if broken == 2:
                 return refusal(text)
             broken += 1
             await asyncio.sleep(BACKOFF * broken)
 
     def slow_down(self, error, started):
-        """After a 429 everybody waits, and goes on at half the pace."""
+        """When the server is OVERLOADED, everybody waits, and goes on at half the pace."""
         wait, now = retry_after(error.response.headers), time.monotonic()
         if "insufficient_quota" in (error.code, error.type) or wait > LONGEST_WAIT or self.pauses == 10:
             raise error
@@ -1030,7 +1041,7 @@ def lexical_score(answer):
 
 def after_thinking(text):
     """What a reply says besides its think block; None if that is not finished."""
-    text = re.sub(f"{OPENED}.*?{CLOSED}", "", text, flags=re.S | re.I)
+    text = re.sub(f"{OPENED}.*?{CLOSED}", " ", text, flags=re.S | re.I)
     text = re.split(CLOSED, text, flags=re.I)[-1]
     return None if re.search(OPENED, text, re.I) else text.strip()
 
@@ -1039,7 +1050,7 @@ def whole_reply(reply, pattern):
     """The group of `pattern` if the text of a reply is that and nothing else; bold, quotes, "Score:" before it and a
     full stop are allowed."""
     said = unicodedata.normalize("NFKC", after_thinking(reply["text"]) or "")
-    said = re.sub(r"""(?<![^\W_])[*_`"'“”]+|[*_`"'“”]+(?![^\W_])""", "", said).strip()
+    said = re.sub(r"""(?<![^\W_])[*_`"'“”]++|[*_`"'“”]++(?![^\W_])""", "", said).strip()
     label = r"(?:(?:the|my|final|overall) )*(?:score|rating|answer|verdict|judge?ment|result)\s*(?:is)?\s*[:=]?\s*"
     found = re.fullmatch(rf"(?:{label})?{pattern}\.?", said, re.I)
     return found[1] if found and not (reply["cut"] and said[-1:].isalnum()) else None  # cut: perhaps half of it
@@ -1056,13 +1067,17 @@ def unreadable(reply, wanted):
     return f"not {wanted}{', cut off' * reply['cut']}: {reply['text'][:40]!r}"
 
 
+# a word, or numbers and verdicts that belong together; "/100" does not change a number
+BEGINNING = re.compile(r"\w+(?:\s*(?:[-–—.,]|to|or|and|(?:/|(?:out )?of)(?!\s*100\b))\s*(?:\d|yes\b|no\b)\w*)*", re.I)
+
+
 def first_tokens(reply):
-    """{first token without spaces: probability}; none if the likeliest only begins a longer word of the text: "8" of
-    "87", "Y" of "YES", "NO" of "NOT"."""
+    """{first token without spaces: probability}; none if the likeliest only begins what the text says: "8" of "87" or
+    "8/10", "70" of "70-80", "Y" of "YES", "NO" of "NOT"."""
     tops = Counter()
     for token, p in reply["top"] or []:
         tops[token.strip(" \n▁Ġ")] += p
-    likeliest, word = max(tops, key=tops.get, default=""), re.search(r"\w+", reply["text"])
+    likeliest, word = max(tops, key=tops.get, default=""), BEGINNING.search(reply["text"])
     return {} if likeliest and word and word[0] != likeliest and word[0].startswith(likeliest) else tops
 
 
@@ -1071,6 +1086,8 @@ def score_of(reply, verdict=False, whole=True):
     the first tokens that are integers 0..100, None if they hold under 0.25 of the mass. verdict: YES is 100, NO is 0.
     Where the first token is no such thing, or numbers are split into digits (whole=False), the text must be it, and
     nothing else."""
+    if "refused" in reply:
+        return None, reply["refused"], None
     tops = first_tokens(reply) if verdict or whole else {}
     if verdict:
         values = {token: 100 * (token.lower() == "yes") for token in tops if token.lower() in ("yes", "no")}
@@ -1088,7 +1105,7 @@ def score_of(reply, verdict=False, whole=True):
     if said and float(said) <= 100 and not ("." in said and 0 < float(said) <= 1):  # 0.85: of 1 or of 100?
         return float(said), None, "text"
     wanted = "YES or NO" if verdict else "a number 0 to 100"
-    return None, unreadable(reply, wanted), None if "refused" in reply else "text"
+    return None, unreadable(reply, wanted), "text"
 
 
 def judge_rows(jobs, model, args):

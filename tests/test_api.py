@@ -198,6 +198,10 @@ TEXTS = {
     "<thinking>\nIs it 20?\n</thinking> **85**": 85,
     "<seed:think>1</seed:think>85": 85,
     "[THINK]4[/THINK]85": 85,
+    "<reasoning_content>20</reasoning_content>85": 85,
+    "<|begin_of_thought|>20<|end_of_thought|>85": 85,
+    "<|START_THINKING|>20<|END_THINKING|>85": 85,
+    "<|channel|>analysis<|message|>20<|end|><|start|>assistant<|channel|>final<|message|>85": 85,
     "85 \ud83d": 85,
     # nothing else
     "250": None,
@@ -212,6 +216,9 @@ TEXTS = {
     "Step 1": None,
     "85, 90": None,
     "8*5": None,
+    "8**5": None,
+    "<think>a</think>8<think>b</think>5": None,
+    "<|channel|>analysis<|message|>85": None,
     "1e2": None,
     "REFUSAL": None,
     "The answer makes 2 claims": None,
@@ -280,6 +287,63 @@ def test_verdicts_by_their_first_token(server):
     text = dict(c="Maybe", d="YES", e="**YES**", f="NOT SURE", g="<think>yes?</think>NO")
     server.reply = lambda word, n, body: first[word] if body.get("logprobs") else said(text[word])
     assert [row["score"] for row in verdicts(first)] == [100, 0, None, 100, 100, None, 0, 100]
+
+
+BEGINNINGS = {
+    "0.85": ("0", None),
+    "80-90": ("80", None),
+    "70 to 100": ("70", None),
+    "8/10": ("8", None),
+    "8 out of 10": ("8", None),
+    "85.5": ("85", 85.5),
+    "85/100": ("85", 90),
+    "85 out of 100.": ("85", 90),
+    "85.": ("85", 90),
+    "YES/NO": ("YES", None),
+    "Yes and no": ("Yes", None),
+    "Yes.": ("Yes", 100),
+}
+
+
+def test_a_first_token_that_is_not_the_whole(server):
+    """Guards against 0 for "0.85", 80 for "80-90", 8 for "8/10", YES for "YES/NO" where the server gives
+    log-probabilities of the first token and the whole text."""
+    texts = list(BEGINNINGS)
+
+    def reply(word, n, body):
+        token = BEGINNINGS[texts[int(word[1:])]][0]
+        return said(texts[int(word[1:])], {token: 0.5, "95": 0.5 - 1e-6} if "logprobs" in body else None)
+
+    server.reply = reply
+    names = [f"n{i}" for i in range(len(texts))]
+    got = [row["score"] for row in judge(names[:9]) + verdicts(names[9:])]
+    assert got == [None if score is None else pytest.approx(score, abs=1e-3) for _, score in BEGINNINGS.values()]
+
+
+def test_log_probabilities_of_thoughts(server):
+    """Guards against a score, or a verdict, by the first token of the thinking, which some servers put first into
+    the log-probabilities."""
+    server.reply = lambda word, n, body: said("85", {"20": 0.5, "Okay": 0.5}, reasoning_content="20 or 85?")
+    assert [row["score"] for row in judge("abcd")] == [85] * 4 and len(server.seen) == 5
+    server.reply = lambda word, n, body: said("YES", {"No": 0.6, "Okay": 0.4}, reasoning="No wait")
+    assert [row["score"] for row in verdicts("efgh")] == [100] * 4
+
+
+@pytest.mark.parametrize("end", ["error", "abort", "max_tokens", "model_length", "SAFETY", "stop", "eos_token", None])
+def test_names_of_an_end(server, end):
+    """Guards against half a number that is scored because the server has its own name for a reply that was cut off."""
+    server.reply = lambda word, n, body: said("50") if word == "a" else said("8", end=end)
+    row = judge("ab")[1]
+    assert (row["score"], row["reason"] is None) == ((8, True) if end in ("stop", "eos_token", None) else (None, False))
+
+
+def test_a_refusal_is_no_score(server):
+    """Guards against a number in the text of a refused reply, and a filter under another name that is asked again."""
+    refused = dict(b=said("0", refusal="I cannot rate this"), c=said(None, end="SAFETY"))
+    server.reply = lambda word, n, body: refused.get(word, said("85", {"85": 1.0}))
+    rows = judge("abcd")
+    assert [row["reason"] for row in rows] == [None, "I cannot rate this", "SAFETY", None]
+    assert [word for word, _ in server.seen].count("c") == 1
 
 
 @pytest.mark.parametrize("limit", [True, False], ids=["as asked", "one token only"])
@@ -513,6 +577,66 @@ def test_one_refused_row(server, refused):
     assert judge("abcxdefg")[3]["score"] == pytest.approx(85.5)
 
 
+@pytest.mark.parametrize("how", ["500", "cut", "choice"])
+def test_a_row_that_breaks_the_server(server, monkeypatch, how):
+    """Guards against a run that dies, at every start, of one row at which the server fails each time, or half of whose
+    reply is scored."""
+    monkeypatch.setattr(mf, "RETRIES", 1)
+    half = said("8", end="error")
+    half[1]["choices"][0]["error"] = dict(code=502, message="cannot handle this")
+
+    def reply(word, n, body):
+        if word == "x" and how == "cut":
+            raise ConnectionResetError
+        bad = half if how == "choice" else error(500, "cannot handle this")
+        return bad if word == "x" else said("85", {"85": 1.0})
+
+    server.reply = reply
+    rows = judge("abcxdefg")
+    assert [row["score"] is None for row in rows] == [word == "x" for word in "abcxdefg"]
+    assert ("onnection" if how == "cut" else "cannot handle this") in rows[3]["reason"]
+
+
+@pytest.mark.parametrize("up", [10, 37], ids=["many rows left", "few"])
+def test_a_server_that_goes_down(server, monkeypatch, capsys, up):
+    """Guards against an outage that is taken for the rows' own fault, and remembered."""
+    monkeypatch.setattr(mf, "RETRIES", 1)
+    server.reply = lambda word, n, body: (
+        said("85", {"85": 1.0}) if len(server.seen) <= up else error(500, "gone fishing")
+    )
+    words = [f"n{i}" for i in range(40)]
+    assert "gone fishing" in stops(capsys, words, concurrency=4)
+    server.reply = lambda word, n, body: said("85", {"85": 1.0})
+    assert all(row["score"] == pytest.approx(85) for row in judge(words))
+
+
+def test_log_probabilities_for_some_rows_only(server):
+    """Guards against rows that are unscored because a router's other servers refuse log-probabilities."""
+    server.reply = lambda word, n, body: (
+        error(400, "logprobs are not available here")
+        if "logprobs" in body and word in "bd"
+        else said("85", {"85": 0.9, "90": 0.1} if "logprobs" in body else None)
+    )
+    assert [row["score"] for row in judge("abcd")] == [pytest.approx(score) for score in (85.5, 85, 85.5, 85)]
+
+
+@pytest.mark.parametrize("status", [401, 402, 404, 429])
+def test_what_is_under_way_is_kept(server, status, capsys):
+    """Guards against paying twice for the requests that were under way when another one ended the run."""
+
+    def reply(word, n, body):
+        if word == "r7" and n == 1:
+            return error(status, "your quota is used up", "insufficient_quota")
+        time.sleep(0.2 * (word != "r0"))
+        return said("85", {"85": 1.0})
+
+    server.reply = reply
+    words = [f"r{i}" for i in range(30)]
+    stops(capsys, words, concurrency=8)
+    judge(words)
+    assert {word for word, n in Counter(word for word, _ in server.seen).items() if n > 1} == {"r7"}
+
+
 def test_many_refused_rows_in_a_row(server):
     """Guards against a run that dies because all answers at one strong coefficient are refused: one that was answered
     is asked again, and as it is answered, the refusals are the rows' own."""
@@ -610,6 +734,17 @@ def test_retry_after():
     cases += [({"retry-after": text}, 0) for text in ("soon", "nan", "-5", "Wed, 21 Oct 2015 07:28:00 GMT")]
     assert [mf.retry_after(headers) for headers, _ in cases] == [seconds for _, seconds in cases]
     assert 50 < mf.retry_after({"retry-after": formatdate(time.time() + 60, usegmt=True)}) <= 60
+
+
+@pytest.mark.parametrize("fault", [error(503), (200, dict(error=dict(message="too fast", code=429)), {})])
+def test_a_burst_of_overload(server, fault):
+    """Guards against a run that ends, or rows that are refused, because a server is overloaded for longer than the
+    client's retries last, or says 429 in a body with status 200."""
+    until = time.time() + 1
+    server.reply = lambda word, n, body: (
+        fault if len(server.seen) > 5 and time.time() < until else said("85", {"85": 1.0})
+    )
+    assert all(row["score"] == pytest.approx(85) for row in judge(map(str, range(60))))
 
 
 @pytest.mark.parametrize("status", [429, 503])
