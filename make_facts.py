@@ -907,9 +907,7 @@ class Chat:
             messages, readable = self.good
             reply = await self.answer(messages, readable)
         if not readable(reply):
-            raise self.api.OpenAIError(
-                f"{bad} replies in a row cannot be used; the last: {unreadable(reply, 'readable')}"
-            )
+            raise self.api.OpenAIError(f"{bad} replies in a row cannot be used: {unreadable(reply, 'readable')}")
 
     async def answer(self, messages, readable):
         """Asks; and again, without log-probabilities or with room to think, where that may make the reply readable."""
