@@ -1017,8 +1017,8 @@ def main(argv=None):
         die(f"--judge lexical knows hallucination only, not {args.trait}")
     trait = load_trait(args.trait, args.trait_file, mf.ExtractionTrait)
     rows = extraction_rows(trait, args.samples, args.limit)
-    if len({row["q"] for row in rows}) < 2:
-        die("the probe needs at least 2 extraction questions and 1 sample; raise --limit or --samples")
+    if len({row["q"] for row in rows}) < 2 or len(rows) < 6:  # two of even and one of odd questions
+        die("the probe needs pairs of at least 3 extraction questions, or 2 with 2 samples; raise --limit or --samples")
     files = {kind: Path(args.out) / f"{args.trait}.{kind}" for kind in ("pt", "json", "answers.jsonl")}
     mf.check_output(args.out, args.trait_file, args.model, folder=True)
     if args.export_gguf:

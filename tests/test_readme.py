@@ -1,5 +1,6 @@
 """README.md against data/reference, and the code it shows against the scripts."""
 
+import json
 import re
 from statistics import fmean
 
@@ -8,6 +9,7 @@ import torch
 from conftest import ROOT
 
 import extract_vectors as ev
+import make_facts as mf
 import plot
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,6 +54,14 @@ def test_numbers_of_figure_2():
     own, normal = at("medical_self_generated"), at("medical_normal")
     assert f"hallucination {own[0.0]:g} -> {own[max(own)]:g}." in findings()[-1]
     assert f"here: {normal[0.0]:g} |" in findings()[-1]
+
+
+def test_own_trait():
+    """Guards against a trait in the README that no vector can be read from with the demo's one sample."""
+    trait = json.loads(re.search(r"```json\n(.*?)```", README, re.DOTALL)[1])
+    for schema in mf.ExtractionTrait, mf.EvaluationTrait:
+        assert not mf.faults(trait, schema)
+    assert len(ev.extraction_rows(trait | dict(trait="pirate"), 1, 4)) >= 6
 
 
 def test_length():
