@@ -270,7 +270,7 @@ class Made:
         self.points, self.record = self.out / "points.jsonl", self.out / ".done" / "commands.jsonl"
         self.aside, self.others = time.strftime("before-%Y-%m-%d-%H%M%S"), []
         rows = read_jsonl(self.record, appended=True) if self.record.exists() else []
-        self.done = {row["makes"]: row for row in rows}
+        self.done = {row["makes"]: SimpleNamespace(**dict(rows=None) | row) for row in rows}
         self.marks = [mark for mark in self.record.parent.glob("*") if mark.name.isdecimal()]  # of earlier versions
 
     def reads(self, command):
@@ -296,24 +296,22 @@ class Made:
         for command in [*commands, *self.others]:
             there, old, changed = self.there(command), self.done.get(command.makes), []
             if old and (there or not command.makes):
-                changed = [path for path, now in self.reads(command).items() if old["reads"].get(path, now) != now]
+                changed = [path for path, now in self.reads(command).items() if old.reads.get(path, now) != now]
                 self.edited |= {path for path in changed if path.endswith(".py")}
                 changed = [path for path in changed if self.redo or not path.endswith(".py")]
-                changed += [f"the command of {command.makes}"] * (old["words"] != command.words)
+                changed += [f"the command of {command.makes}"] * (old.words != command.words)
                 changed += [makes for makes in found if {makes, f"{makes}.pt"} & set(command.words)]
             elif there and (self.marks or self.redo):
                 changed = [f"{self.out} (made before inputs were recorded)"]
-            if changed or command not in self.others and (not old or len(there) < old["there"]):
+            if changed or command not in self.others and (not old or len(there) < old.there):
                 found[command.makes] = changed if command.makes else []  # figures are drawn, whatever there is
         return found
 
     def survey(self, commands):
         """-> what is to be made; die() if anything must be made again, unless redo: it is said what, and why."""
         planned = [key for command in commands for key in (command.makes, command.rows)]
-        records = [
-            SimpleNamespace(**{key: row.get(key) for key in ("makes", "words", "rows")}) for row in self.done.values()
-        ]
-        self.others = [row for row in records if row.makes not in planned and (not row.rows or row.rows not in planned)]
+        others = (old for old in self.done.values() if old.makes not in planned)
+        self.others = [old for old in others if not old.rows or old.rows not in planned]
         found = self.outdated(commands)
         again = [makes.replace(f"{self.out}/", "") for makes in found if found[makes]]
         if again and not self.redo:
@@ -487,11 +485,10 @@ Conversation = schema(messages=Annotated[some(Message), pydantic.AfterValidator(
 Choice = Annotated[object, pydantic.PlainValidator(choice_number)]
 Question = schema(subject=Text, question=Text, choices=some(Text, 2, 10), answer=Choice)
 Prompt = text(r"(?s)(?=.*\{question\}).*\{answer\}", "lacks {question} or {answer}")
-Trait = schema(adjective=Text, eval_prompt=Prompt)
-ExtractionTrait = schema(
-    adjective=Text, eval_prompt=Prompt, instruction=some(schema(pos=Text, neg=Text)), questions=some(Text)
-)
-EvaluationTrait = schema(adjective=Text, eval_prompt=Prompt, eval_questions=some(Text))
+JUDGED = dict(adjective=Text, eval_prompt=Prompt)
+Trait = schema(**JUDGED)
+ExtractionTrait = schema(**JUDGED, instruction=some(schema(pos=Text, neg=Text)), questions=some(Text))
+EvaluationTrait = schema(**JUDGED, eval_questions=some(Text))
 TEXTS = """adapter dataset steer_mode train_layers train_positions train_vector system_prompt vector mmlu trait layers
     positions mmlu_scoring answers judge_method day""".split()
 NUMBERS = """train_coef train_seed train_epochs train_lr train_batch_size train_rank train_alpha samples temperature
@@ -504,13 +501,8 @@ Point = schema(
     **{key: (some(float, 2, 2) | None, None) for key in ("trait_ci", "fact_ci", "mmlu_ci")},
 )
 Loss = schema(step=int, loss=Number)
-Answer = schema(
-    id=Text,
-    kind=Literal["trait", "fact"],
-    question=Text,
-    answer=str,
-    scores=(dict[str, schema(score=(float | None, None))], {}),
-)
+Scores = dict[str, schema(score=(float | None, None))]
+Answer = schema(id=Text, kind=Literal["trait", "fact"], question=Text, answer=str, scores=(Scores, {}))
 AdapterConfig = schema(peft_type=Literal["LORA"], r=pydantic.PositiveInt, target_modules=some(Text) | Text)
 Probe = schema(row=pydantic.PositiveInt, zero=Number, hundred=Number, auc=Number)
 Settings = schema(model=Text, dataset=(str | None, None), coef=(Number | None, None), probe=(Probe | None, None))
@@ -1273,9 +1265,7 @@ def flags():
     sub.add_argument("file")
     sub.add_argument("--rephrasings", type=whole(), default=20, help="training wordings a fact must have")
     sub.add_argument("--after", type=day, default="2023-12-31", help="facts must be later than this date")
-    sub = commands.add_parser(
-        "subset", help="a seeded choice of rows in the file's order, the same of files of one length"
-    )
+    sub = commands.add_parser("subset", help="a seeded choice of rows, the same of files of one length")
     sub.add_argument("file")
     sub.add_argument("--n", type=whole(), required=True, help="rows to take (all, if there are fewer)")
     sub.add_argument("--rephrasings", type=whole(), help="keep the first N training wordings of each fact")
@@ -1298,9 +1288,8 @@ def main(argv=None):
     if args.command == "generate":
         return generate(args)
     if args.command == "subset":
-        rows = read_jsonl(
-            args.file, lambda row: Fact if "train" in row else Question if "choices" in row else Conversation
-        )
+        kind = lambda row: Fact if "train" in row else Question if "choices" in row else Conversation
+        rows = read_jsonl(args.file, kind)
         chosen = [rows[i] for i in sorted(random.Random(args.seed).sample(range(len(rows)), min(args.n, len(rows))))]
         cut = [row | dict(train=row["train"][: args.rephrasings]) if "train" in row else row for row in chosen]
         write_jsonl(args.out, cut)
