@@ -1058,7 +1058,8 @@ def unreadable(reply, wanted):
 
 
 # a word, or numbers and verdicts that belong together; "/100" does not change a number
-BEGINNING = re.compile(r"\w+(?:\s*(?:[-–—.,]|to|or|and|(?:/|(?:out )?of)(?!\s*100\b))\s*(?:\d|yes\b|no\b)\w*)*", re.I)
+JOINER = r"(?:[-–—.,]|to|or|and|(?:/|(?:out )?of)(?!\s*100\b))"
+BEGINNING = re.compile(rf"\w+(?:\s*{JOINER}\s*(?:\d|yes\b|no\b)\w*)*", re.I)
 
 
 def first_tokens(reply):

@@ -14,6 +14,7 @@ import json
 import lzma
 import math
 import re
+import textwrap
 from collections import Counter, namedtuple
 from itertools import combinations, zip_longest
 from pathlib import Path
@@ -52,7 +53,7 @@ MEASURED = """trait_score trait_n trait_unscored fact_accuracy fact_not_attempte
     mmlu_accuracy mmlu_n coherence_nll abstained abstained_coherent coherence adapter""".split()
 LEVELS = [20, 30, 40, 60, 80]  # scores at which the methods are compared, beside the level before training
 UNSCORED = 0.1  # a point with a larger share of its answers or facts unscored is drawn hollow
-EQUAL = """Facts (%), mean ± standard deviation over the training seeds that get to the score with both methods: k of n.
+EQUAL = """Facts (%), mean ± standard deviation over the seeds that get to the score with both methods: k of n.
 A seed's facts are read where its score first falls to the level as the coefficient grows, on the straight line between
 coefficients; "last": where it last does so, if that differs. Difference: paired over seeds, 95% by Student's t."""
 
@@ -266,8 +267,8 @@ def panels(rows, columns, width, height):
 
 def finish(figure, title, points, path):
     """Title above, caption below; saves .png and .svg."""
-    height = figure.get_size_inches()[1]
-    figure.suptitle(title, x=0.01, y=1 - 0.08 / height, ha="left", fontsize=13)
+    width, height = figure.get_size_inches()
+    figure.suptitle(textwrap.fill(title, round(10 * width)), x=0.01, y=1 - 0.08 / height, ha="left", fontsize=13)
     figure.text(0.01, 0.08 / height, describe(points), fontsize=7, color="dimgray", wrap=True)
     figure.tight_layout(rect=(0, 0.3 / height, 1, 1))
     for kind in ("png", "svg"):
