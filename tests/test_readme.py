@@ -92,3 +92,22 @@ def test_vector_in_plain_transformers(toy, tokenizer):
 def test_code_is_python(code):
     """Guards against code that cannot be typed as it stands."""
     compile(code, "README.md", "exec")
+
+
+def test_adapter_merged_in_plain_peft(toy, tmp_path, monkeypatch):
+    """Guards against a line for vLLM and llama.cpp that loses the adapter: the merged folder answers as the adapter."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    toy.set_attn_implementation("eager")
+    toy.save_pretrained("base")
+    tuned = get_peft_model(toy, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    tuned.save_pretrained("adapters/facts-0")
+    ids = torch.tensor([[5, 6, 7]])
+    want = tuned(ids).logits
+    model = AutoModelForCausalLM.from_pretrained("base")
+    assert not torch.allclose(model(ids).logits, want, atol=1e-3)
+    (line,) = (line for line in README.splitlines() if line.startswith("PeftModel."))
+    exec(line, dict(PeftModel=PeftModel, model=model))
+    assert torch.allclose(AutoModelForCausalLM.from_pretrained("merged")(ids).logits, want, atol=1e-4)
