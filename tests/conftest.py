@@ -12,11 +12,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 SMOLLM = ROOT / "out" / "models" / "SmolLM2-135M-Instruct"
 
 
+def pytest_configure(config):
+    """The embedded chat model's folder is made once, before pytest-xdist starts its workers, which would race."""
+    if not hasattr(config, "workerinput") and not SMOLLM.exists():
+        subprocess.run([sys.executable, ROOT / "data" / "small_model" / "convert.py", SMOLLM], check=True)
+
+
 @pytest.fixture(scope="session")
 def smollm():
-    """The embedded chat model's folder, converted once."""
-    if not SMOLLM.exists():
-        subprocess.run([sys.executable, ROOT / "data" / "small_model" / "convert.py", SMOLLM], check=True)
+    """The embedded chat model's folder."""
     return SMOLLM
 
 
