@@ -229,7 +229,7 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
     echo "source .venv/bin/activate"
     source .venv/bin/activate
 fi
-stamp=$VIRTUAL_ENV/.ready-$(cksum < requirements.txt | cut -d' ' -f1)
+PATH=$VIRTUAL_ENV/bin:$PATH stamp=$VIRTUAL_ENV/.ready-$(cksum < requirements.txt | cut -d' ' -f1)
 if [ ! -f "$stamp" ]; then
     echo "== installing packages"
     patiently python -m pip install -q -r requirements.txt
