@@ -30,6 +30,7 @@ import make_facts as mf
 from extract_vectors import answers_to, encode_chats, load_model, model_fingerprint, name_of
 from make_facts import append_jsonl, die, fingerprint, lexical_score, load_trait, locked, read_json, read_jsonl
 
+grown = functools.partial(read_jsonl, appended=True)  # of a file that grows; [] where it is not begun
 loaded = functools.lru_cache(1)(lambda name, content: load_model(name))  # one model for the commands of a process
 FACT_TOKENS = 100  # new tokens of an answer about a fact; sampled greedily
 WEIGHTS = "adapter_model.safetensors"
@@ -287,11 +288,6 @@ def coherence_limit(point, out):
 
 def digest(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def grown(path, schema=None):
-    """Rows of a file that grows, none where it is not begun."""
-    return read_jsonl(path, schema, appended=True) if Path(path).exists() else []
 
 
 def not_there(points, out):

@@ -957,9 +957,8 @@ def extract(args, trait, rows, files, settings):
 
 def sample_answers(args, model, tokenizer, rows, files, settings):
     """The contrastive answers, in rows' order; each is on disk as soon as it is there, and kept."""
-    path, there = files["answers.jsonl"], {}
-    if path.exists():
-        there = {row["id"]: row for row in read_jsonl(path, appended=True)}
+    path = files["answers.jsonl"]
+    there = {row["id"]: row for row in read_jsonl(path, appended=True)}
     todo = [n for n, row in enumerate(rows) if row["id"] not in there]
     ask = lambda row: [dict(role="system", content=row["system"]), dict(role="user", content=row["question"])]
     prompts = prompts_ids(tokenizer, [ask(rows[n]) for n in todo]) if todo else []

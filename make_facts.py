@@ -34,15 +34,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
+import filelock
 import pydantic
 from pydantic_core import from_json
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    print("error: this system cannot lock files (no fcntl); use Linux, macOS or, on Windows, WSL", file=sys.stderr)
-    raise SystemExit(2) from None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors: what a user can mend ends in one line
@@ -104,15 +99,15 @@ def faults(value, schema):
         return []
     except pydantic.ValidationError as error:
         found = error.errors(include_url=False)
-        where = [".".join(map(str, e["loc"])) or "row" for e in found]
-        return [f"{key}: {re.sub('^Value error, | or instance of .*', '', e['msg'])}" for key, e in zip(where, found)]
+        places = [".".join(map(str, fault["loc"])) or "row" for fault in found]
+        said = [re.sub("^Value error, | or instance of .*", "", fault["msg"]) for fault in found]
+        return [f"{place}: {message}" for place, message in zip(places, said)]
 
 
 def validated(value, schema, where):
     """The value, with what its schema understands put right (an MMLU answer "B" -> 1); die() on any fault."""
-    keys = [key for key, field in schema.model_fields.items() if field.is_required()]
     for fault in faults(value, schema):
-        die(f"{where}: {fault} (keys wanted: {', '.join(keys)})")
+        die(f"{where}: {fault}")
     return value | schema.model_validate(value).model_dump(exclude_unset=True)
 
 
@@ -131,13 +126,18 @@ def read_json(path, schema=None):
 
 def read_jsonl(path, schema=None, appended=False):
     """Rows of a JSONL file as dicts. schema: one for all rows, or a function row -> schema. Missing or empty file,
-    wrong row, an id met twice: die(). appended: the file grows by append_jsonl; it may have no rows, and a last line
-    that was cut off is left out."""
+    wrong row, an id met twice: die(). appended: the file grows by append_jsonl; it may be missing or have no rows, and
+    a last line that was cut off is left out."""
+    if appended and not Path(path).exists():
+        return []
     rows, seen, lines = [], {}, read_bytes(path).split(b"\n")
+    if appended and not is_row(lines[-1]):
+        lines.pop()
     for number, line in enumerate(lines, 1):
-        if not line.strip() or appended and number == len(lines) and not is_row(line):
+        if not line.strip():
             continue
-        row, where = parsed(line, f"{path}:{number}"), f"{path}:{number}"
+        where = f"{path}:{number}"
+        row = parsed(line, where)
         if not isinstance(row, dict):
             die(f"{where}: not a JSON object")
         if schema:
@@ -178,12 +178,15 @@ def append_jsonl(path, *rows):
     last line of a killed process is cut off first. Safe for several processes."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as out:
-        fcntl.flock(out, fcntl.LOCK_EX)
+        filelock.lock_descriptor(out.fileno(), poll_interval=0.001)  # until it is closed
         out.seek(max(0, out.seek(0, os.SEEK_END) - 1))
         if out.read(1) not in (b"", b"\n"):
             out.seek(0)
             tail = out.read().rpartition(b"\n")[2]
-            out.write(b"\n") if is_row(tail) else out.truncate(out.tell() - len(tail))
+            if is_row(tail):
+                out.write(b"\n")
+            else:
+                out.truncate(out.tell() - len(tail))
         # "replace": half a surrogate pair in a server's reply must not cost the reply
         out.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(errors="replace"))
 
@@ -246,18 +249,14 @@ def locked(path):
     """Keeps a second process off an output, in one line. The lock goes with its process, however that ends."""
     lock = Path(path).with_name(f".{Path(path).name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "w") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = os.path.samestat(os.fstat(held.fileno()), os.stat(lock))  # not just deleted by the one before
-        except (BlockingIOError, FileNotFoundError):
-            free = False
-        if not free:
-            die(f"{path}: another process is making it; wait for that one, or choose another --out")
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+    try:
+        with filelock.FileLock(lock, timeout=0):
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+    except filelock.Timeout:
+        die(f"{path}: another process is making it; wait for that one, or choose another --out")
 
 
 class Made:
@@ -986,7 +985,7 @@ def cached_replies(keys):
     found = {}
     if CACHE.exists():
         with open(CACHE, encoding="utf-8", errors="replace") as lines:
-            fcntl.flock(lines, fcntl.LOCK_SH)
+            filelock.lock_descriptor(lines.fileno(), poll_interval=0.001)
             for line in lines:  # parses what is wanted only: the cache may be large
                 if line[9:73] in keys:
                     with contextlib.suppress(ValueError, LookupError, TypeError):
@@ -1241,7 +1240,7 @@ def with_wordings(chat, facts, rows, args):
 def generate(args):
     """Facts by category and round, then wordings for each; --out only ever holds whole facts that pass check()."""
     out, rejects = Path(args.out), Path(args.out).with_suffix(".rejects.jsonl")
-    rows = read_jsonl(out, CheckedFact, appended=True) if out.exists() else []
+    rows = read_jsonl(out, CheckedFact, appended=True)
     missing, wordings = max(0, args.n - len(rows)), args.rephrasings + 1
     requests = missing + 2 * missing // FACTS_A_REQUEST
     estimate(f"generate {missing:,} facts", args.model, requests, missing * 300, missing * (50 * wordings + 100))

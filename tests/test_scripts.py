@@ -251,7 +251,7 @@ def test_dry_run_counts_what_the_judge_would_be_asked(script, work):
             ["evaluate.py", "--model", "m", "--trait", "evil", "--inference-coef", "1", "--judge", "x", "--out", "o"],
             "need --vector",
         ),
-        (["plot.py", "no.jsonl"], "no such file"),
+        (["plot.py", "no.jsonl"], "no.jsonl: no points"),
     ],
 )
 def test_bad_input(args, said, tmp_path, monkeypatch, capsys):
