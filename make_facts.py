@@ -36,6 +36,7 @@ from typing import Annotated, Literal
 
 import filelock
 import pydantic
+from pydantic import Field
 from pydantic_core import from_json
 from tqdm import tqdm
 
@@ -383,11 +384,6 @@ def whole(least=1, most=10**9):
 coefficient = number(-1000, 1000)
 
 
-def day(text):
-    """An argparse type: a date, YYYY-MM-DD."""
-    return date.fromisoformat(text).isoformat()
-
-
 def layer_choice(text):
     """--layers: "all", a block "N" or a range "A-B"; whether the model has them, offsets_of knows."""
     first, _, last = text.partition("-")
@@ -453,37 +449,34 @@ def in_turns(messages):
 
 def choice_number(answer, info):
     """Of an MMLU row: 1, "1" or "B" -> 1."""
-    choices, said = info.data.get("choices", []), str(answer).strip().upper()
-    number = ord(said) - ord("A") if re.fullmatch("[A-J]", said) else int(said) if re.fullmatch("[0-9]", said) else -1
-    if not 0 <= number < len(choices):
+    choices = range(len(info.data.get("choices", [])))
+    numbers = {name: number for number in choices for name in (str(number), "ABCDEFGHIJ"[number])}
+    said = str(answer).strip().upper()
+    if said not in numbers:
         raise ValueError(f"{answer!r} is none of the {len(choices)} choices; give a number from 0, or a letter from A")
-    return number
+    return numbers[said]
+
+
+def calendar_date(text):
+    date.fromisoformat(f"{text}-01"[:10])
+    return text
 
 
 def some(kind, least=1, most=None):
-    return Annotated[list[kind], pydantic.Field(min_length=least, max_length=most)]
+    return Annotated[list[kind], Field(min_length=least, max_length=most)]
 
 
-def text(pattern=r"\S", otherwise="is empty"):
-    def check(value):
-        if not re.search(pattern, value):
-            raise ValueError(otherwise)
-        return value
-
-    return Annotated[str, pydantic.AfterValidator(check)]
-
-
-Number, Text = pydantic.FiniteFloat, text()
+Number, Text = pydantic.FiniteFloat, Annotated[str, Field(pattern=r"\S")]
 Wording = schema(question=Text, answer=Text)
-ASKED = dict(id=Text, answer=text(r"\w", "has no word"), train=some(Wording), test=Wording)
+ASKED = dict(id=Text, answer=Annotated[str, Field(pattern=r"\w")], train=some(Wording), test=Wording)
 Fact = schema(**ASKED, aliases=(list[Text], []))
-Date = text(r"^\d{4}-\d\d(-\d\d)?$", "is not YYYY-MM or YYYY-MM-DD")
+Date = Annotated[str, Field(pattern=r"^\d{4}-\d\d(-\d\d)?$"), pydantic.AfterValidator(calendar_date)]
 CheckedFact = schema(**ASKED, aliases=list[Text], fact=Text, date=Date, category=Text, source=Text)
 Message = schema(role=Literal["system", "user", "assistant"], content=str, tool_calls=(None, None))
 Conversation = schema(messages=Annotated[some(Message), pydantic.AfterValidator(in_turns)])
 Choice = Annotated[object, pydantic.PlainValidator(choice_number)]
 Question = schema(subject=Text, question=Text, choices=some(Text, 2, 10), answer=Choice)
-Prompt = text(r"(?s)(?=.*\{question\}).*\{answer\}", "lacks {question} or {answer}")
+Prompt = Annotated[str, Field(pattern=r"(?s)\{question\}.*\{answer\}|\{answer\}.*\{question\}")]
 JUDGED = dict(adjective=Text, eval_prompt=Prompt)
 Trait = schema(**JUDGED)
 ExtractionTrait = schema(**JUDGED, instruction=some(schema(pos=Text, neg=Text)), questions=some(Text))
@@ -600,37 +593,33 @@ def fact_violations(row, rephrasings, after):
     """Everything wrong with one fact on its own, as short texts."""
     if found := faults(row, CheckedFact):
         return found
-    wordings, names = [*row["train"], row["test"]], (row["answer"], row["aliases"])
-    try:
-        if date.fromisoformat(row["date"] if len(row["date"]) > 7 else row["date"] + "-28").isoformat() <= after:
-            found.append(f"date {row['date']} is not after {after}")
-    except ValueError:
-        found.append(f"bad date {row['date']!r}")
+    names = row["answer"], row["aliases"]
+    if row["date"] <= str(after):
+        found.append(f"date {row['date']} is not after {after}")
     if row["date"][:4] not in row["fact"]:
         found.append("the fact does not name its year")
     if not mentions(row["fact"], *names):
         found.append("the fact does not contain the answer")
     if len(row["train"]) != rephrasings:
         found.append(f"{len(row['train'])} training wordings, not {rephrasings}")
-    for i, wording in enumerate(wordings):
-        trained = i < len(row["train"])
-        name, limit = (f"train {i}", NEAR_TRAIN) if trained else ("test", NEAR_TEST)
+    wordings = [(f"train {i}", wording) for i, wording in enumerate(row["train"])] + [("test", row["test"])]
+    for name, wording in wordings:
         if mentions(wording["question"], *names):
             found.append(f"{name}: the question contains the answer: {wording['question']}")
         if not mentions(wording["answer"], *names):
             found.append(f"{name}: the answer sentence lacks the answer: {wording['answer']}")
-        for j, other in enumerate(wordings[:i]):
-            a, b = normalize(wording["question"]), normalize(other["question"])
-            if f" {a} " in f" {b} " or f" {b} " in f" {a} " or similarity(a, b) >= limit:
-                found.append(f"{name}: its question is a near copy of train {j}'s: {wording['question']}")
-            if trained and normalize(wording["answer"]) == normalize(other["answer"]):
-                found.append(f"{name}: same answer sentence as train {j}: {wording['answer']}")
+    for (first, one), (name, other) in itertools.combinations(wordings, 2):
+        a, b = f" {normalize(one['question'])} ", f" {normalize(other['question'])} "
+        if a in b or b in a or similarity(a, b) >= (NEAR_TEST if name == "test" else NEAR_TRAIN):
+            found.append(f"{name}: its question is a near copy of {first}'s: {other['question']}")
+        if name != "test" and normalize(one["answer"]) == normalize(other["answer"]):
+            found.append(f"{name}: same answer sentence as {first}: {other['answer']}")
     return found
 
 
 def check(rows, rephrasings=20, after="2023-12-31"):
     """All violations in a list of facts -> ["<id>: text", ...]; near copies across facts too."""
-    found, questions, facts = [], {}, []
+    found, asked_by, facts = [], {}, []
     for row in rows:
         name = row.get("id")
         found += [f"{name}: {text}" for text in fact_violations(row, rephrasings, after)]
@@ -639,7 +628,7 @@ def check(rows, rephrasings=20, after="2023-12-31"):
         if any(name == other["id"] for other in facts):
             found.append(f"{name}: id used twice")
         for wording in [*row["train"], row["test"]]:
-            other = questions.setdefault(normalize(wording["question"]), name)
+            other = asked_by.setdefault(normalize(wording["question"]), name)
             if other != name:
                 found.append(f"{name}: {other} asks the same question: {wording['question']}")
         found += [f"{name}: near copy of fact {other['id']}: {row['fact']}" for other in near_copies(row, facts)]
@@ -1264,7 +1253,9 @@ def flags():
     sub = commands.add_parser("check", help="counts by category and year, and every violation")
     sub.add_argument("file")
     sub.add_argument("--rephrasings", type=whole(), default=20, help="training wordings a fact must have")
-    sub.add_argument("--after", type=day, default="2023-12-31", help="facts must be later than this date")
+    sub.add_argument(
+        "--after", type=date.fromisoformat, default="2023-12-31", help="facts must be later than this date"
+    )
     sub = commands.add_parser("subset", help="a seeded choice of rows, the same of files of one length")
     sub.add_argument("file")
     sub.add_argument("--n", type=whole(), required=True, help="rows to take (all, if there are fewer)")
@@ -1273,7 +1264,7 @@ def flags():
     sub.add_argument("--out", required=True)
     sub = commands.add_parser("generate", help="new facts and their wordings, by a chat model")
     sub.add_argument("--n", type=whole(), default=1000, help="facts")
-    sub.add_argument("--after", type=day, default="2023-12-31", help="only events later than this date")
+    sub.add_argument("--after", type=date.fromisoformat, default="2023-12-31", help="only events later than this date")
     sub.add_argument("--rephrasings", type=whole(), default=20, help="training wordings a fact")
     sub.add_argument("--model", required=True, help="chat model of OPENAI_BASE_URL (default: OpenAI)")
     sub.add_argument("--out", required=True, help="started again, it goes on from the facts that are there")

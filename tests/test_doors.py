@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import date
 
 import numpy as np
 import pytest
@@ -153,7 +154,7 @@ WRONG_ROWS = [
     ),
     (mf.Conversation, dict(instruction="Say hi", output="Hi"), "messages: Field required"),
     (mf.Fact, FACT | dict(answer=42), "answer: "),
-    (mf.Fact, FACT | dict(answer="?!"), "answer: has no word"),
+    (mf.Fact, FACT | dict(answer="?!"), "answer: String should match"),
     (mf.Fact, FACT | dict(answer=None), "answer: "),
     (mf.Fact, FACT | dict(aliases="42"), "aliases: "),
     (mf.Fact, FACT | dict(aliases=None), "aliases: "),
@@ -244,12 +245,12 @@ def test_ids_are_used_once(tmp_path, refused):
         (mf.ExtractionTrait, TRAIT | dict(questions=[1]), "questions.0"),
         (mf.ExtractionTrait, TRAIT | dict(instruction=[dict(pos="x")]), "instruction.0.neg"),
         (mf.ExtractionTrait, TRAIT | dict(instruction=["Be so."]), "instruction.0"),
-        (mf.ExtractionTrait, TRAIT | dict(adjective=""), "adjective: is empty"),
+        (mf.ExtractionTrait, TRAIT | dict(adjective=""), "adjective: String should match"),
         (mf.EvaluationTrait, without(TRAIT, "eval_questions"), "eval_questions: "),
         (mf.EvaluationTrait, TRAIT | dict(eval_questions=[]), "eval_questions: "),
         (mf.EvaluationTrait, without(TRAIT, "eval_prompt"), "eval_prompt: "),
-        (mf.EvaluationTrait, TRAIT | dict(eval_prompt="{question}"), "lacks {question} or {answer}"),
-        (mf.EvaluationTrait, TRAIT | dict(eval_prompt="{answer}"), "lacks {question} or {answer}"),
+        (mf.EvaluationTrait, TRAIT | dict(eval_prompt="{question}"), "should match pattern"),
+        (mf.EvaluationTrait, TRAIT | dict(eval_prompt="{answer}"), "should match pattern"),
         (mf.EvaluationTrait, TRAIT | dict(eval_prompt=["{question} {answer}"]), "eval_prompt: "),
         (mf.EvaluationTrait, [TRAIT], "valid dictionary"),
         (mf.EvaluationTrait, "trait", "valid dictionary"),
@@ -302,7 +303,7 @@ def test_trait_names_and_published_files(tmp_path, refused):
             ["1-2-3", "0", "0-3", "5-3", "-3", "3-", "a", "", "ALL", "1,2", "1.5"],
             ["all", "7", "3-7", "3-3"],
         ),
-        (mf.day, ["2025", "2025-13-01", "x", ""], ["2025-01-31"]),
+        (date.fromisoformat, ["2025", "2025-13-01", "x", ""], ["2025-01-31"]),
     ],
     ids=["whole", "from 0", "number", "above 0", "coefficient", "layers", "day"],
 )
