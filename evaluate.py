@@ -119,12 +119,11 @@ def sample_answers(model, tokenizer, rows, points, offsets, args):
     if not jobs:
         return
     chats = [row.get("messages") or [dict(role="user", content=row["question"])] for _, row, _ in jobs]
-    prompts = ev.prompts_ids(tokenizer, chats)
-    drawing = ev.Drawing(args.max_new_tokens, args.temperature, args.seed)
+    prompts = [ids for ids, _ in encode_chats(tokenizer, chats)]
+    drawing = ev.Drawing(args.max_new_tokens, args.temperature, args.seed, args.positions)
     if rows[0]["kind"] == "fact":
-        drawing = ev.Drawing(min(FACT_TOKENS, args.max_new_tokens), 0.0)
-    scales = [-point["inference_coef"] for _, _, point in jobs]
-    steered = ev.Steered(offsets, scales, args.positions) if offsets else None
+        drawing = ev.Drawing(min(FACT_TOKENS, args.max_new_tokens), 0.0, positions=args.positions)
+    draws = [ev.Job(ids, n, -point["inference_coef"]) for ids, (n, _, point) in zip(prompts, jobs)]
 
     def keep(i, answer, tokens):
         _, row, point = jobs[i]
@@ -133,7 +132,7 @@ def sample_answers(model, tokenizer, rows, points, offsets, args):
         append_jsonl(point["answers"], row | made)
 
     title = f"{name_of(points[0]['adapter'] or 'base')}: {rows[0]['kind']}"
-    answers_to(model, tokenizer, prompts, drawing, steered, [n for n, _, _ in jobs], keep, title)
+    answers_to(model, tokenizer, draws, drawing, offsets, keep, title)
 
 
 @torch.compiler.set_stance("force_eager")  # only what compiled() holds may run compiled blocks

@@ -14,19 +14,19 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import math
 import re
 import time
 from collections import Counter
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import jinja2
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
@@ -66,56 +66,45 @@ def steering(model, offsets):
     def add(block, _, output):  # output [rows, tokens, hidden]
         return output if steer.scale is None else output + (steer.scale * block.steer_offset).to(output.dtype)
 
-    hooks = []
-    try:
-        hooks += [layers[l - 1].register_forward_hook(add) for l in offsets]
-        yield steer
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as hooks:
         for l in offsets:
-            del layers[l - 1].steer_offset
+            hooks.callback(delattr, layers[l - 1], "steer_offset")
+            hooks.enter_context(layers[l - 1].register_forward_hook(add))
+        yield steer
 
 
 @torch.no_grad()
 def unmoved(model, steer, offsets, scale, inputs):
     """The proof that steering works: inside `with steering(model, offsets) as steer`, runs inputs and returns the
     blocks whose output does not move by exactly scale * offset."""
-    steer.scale, found, hooks = scale, {}, []
-    for l in offsets:
-        for first in (True, False):  # one hook before the steering hook, one after
-            keep = lambda _, __, output, key=(l, first): found.update({key: output})
-            hooks.append(blocks(model)[l - 1].register_forward_hook(keep, prepend=first))
-    try:
+    steer.scale, before, after = scale, {}, {}
+    with contextlib.ExitStack() as hooks:
+        for l in offsets:
+            for found in (before, after):  # one hook before the steering hook, one after
+                keep = lambda _, __, output, l=l, found=found: found.update({l: output})
+                hooks.enter_context(blocks(model)[l - 1].register_forward_hook(keep, prepend=found is before))
         model(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    want = {l: found[l, True] + (scale * o.to(model.device)).to(found[l, True].dtype) for l, o in offsets.items()}
-    return [l for l in offsets if not torch.equal(found[l, False], want[l])]
+    moved = {l: before[l] + (scale * o.to(model.device)).to(before[l].dtype) for l, o in offsets.items()}
+    return [l for l in offsets if not torch.equal(after[l], moved[l])]
 
 
 def load_vector(path, model, model_name):
-    """<trait>.pt -> float32 [num_layers + 1, hidden]; die() on a wrong file, shape or model, or on NaN."""
+    """<trait>.pt -> float32 [num_layers + 1, hidden]; die() on a wrong file, shape or model, NaN, only zeros."""
     config, beside = model.config.get_text_config(), Path(path).with_suffix(".json")
     try:
         vector = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        die(f"{path}: no such vector; make it with extract_vectors.py")
     except Exception as error:  # unpickling fails in many ways
-        die(f"{path}: not a tensor file ({type(error).__name__})")
+        die(f"{path}: no vector of extract_vectors.py can be read there ({type(error).__name__})")
     want, found = (config.num_hidden_layers + 1, config.hidden_size), tuple(getattr(vector, "shape", ()))
     if found != want:
         die(f"{path}: shape {found}, but {model_name} needs {want}")
-    if not vector.is_floating_point() or not vector.isfinite().all():
-        die(f"{path}: holds NaN, infinity or whole numbers; extract it again")
-    if not vector.any():
-        die(f"{path}: is all zeros and steers nothing; extract it again")
+    if not vector.is_floating_point() or not vector.isfinite().all() or not vector.any():
+        die(f"{path}: holds NaN, infinity, whole numbers or nothing but zeros; extract it again")
     if beside.is_file():
         same_model(path, "was extracted from", read_json(beside, mf.Settings), model_name)
     else:
         print(
-            f"{path}: no .json beside it; the last row of a published vector is read after the final norm, ours before"
+            f"{path}: no .json beside it; in a published vector the last row is read after the final norm, not before"
         )
     return vector.float()
 
@@ -170,13 +159,11 @@ def filter_pairs(rows):
 def residual_stream(model, inputs):
     """The stream the blocks write, before any norm: list of num_layers + 1 tensors [rows, tokens, hidden]."""
     found, layers = [], blocks(model)
-    hooks = [layers[0].register_forward_pre_hook(lambda _, args: found.append(args[0]))]
-    hooks += [layer.register_forward_hook(lambda _, __, output: found.append(output)) for layer in layers]
-    try:
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(layers[0].register_forward_pre_hook(lambda _, args: found.append(args[0])))
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(lambda _, __, output: found.append(output)))
         model.get_decoder()(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found
 
 
@@ -280,10 +267,6 @@ def model_fingerprint(name):
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-# what transformers raises where a file of the model is broken
-BROKEN_FILES = OSError, ValueError, ImportError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError
-
-
 def load_model(name, dtype=None):
     """Local folder or hub name -> (model in eval mode on the fastest device, tokenizer), checked; .generate() works."""
     device, fast = pick_device()
@@ -293,34 +276,27 @@ def load_model(name, dtype=None):
         tokenizer = AutoTokenizer.from_pretrained(name)
         options = dict(dtype=dtype or fast, output_loading_info=True, ignore_mismatched_sizes=True)
         model, lacks = AutoModelForCausalLM.from_pretrained(name, **options)
-    except (*BROKEN_FILES, SafetensorError, StrictDataclassError) as error:
+    except Exception as error:  # broken files make transformers raise anything
         die(f"--model {name}: cannot be loaded ({' '.join(str(error).split())[:300] or type(error).__name__})")
     if missing := sorted(lacks["missing_keys"]) + sorted(str(key) for key in lacks["mismatched_keys"]):
         die(f"--model {name}: {len(missing)} weights are not in its files or have another shape, such as {missing[0]}")
     print(f"{name}: {model.num_parameters() / 1e6:,.0f}M parameters on {device}, {model.dtype}", flush=True)
-    model = model.requires_grad_(False).eval().to(device)
-    prepare(model, name)
+    model = model.requires_grad_(False).eval().to(device)  # eval for good, also in training: the recipe has no dropout
+    prepare(model)
     check_chats(tokenizer, name, model.get_input_embeddings().num_embeddings)
     check_model(model, tokenizer, name)
     return model, tokenizer
 
 
-def prepare(model, name):
-    """Joined attention from here on, but for generate(); no dropout, which the recipe has not; RoPE whose frequencies
-    depend on the longest text of a batch (dynamic, longrope) keeps those of short ones; longer ones are refused."""
-    dropouts, model.longest = set(), float("inf")
-    for part in (config := model.config.get_text_config(), *model.modules()):
-        for key, value in vars(part).items():
-            drops = "drop" in key or key == "p" and isinstance(part, torch.nn.Dropout)
-            if drops and isinstance(value, float) and value:
-                dropouts.add(value)
-                setattr(part, key, 0.0)
+def prepare(model):
+    """Joined attention from here on, but for generate(). RoPE whose frequencies depend on the longest text of a batch
+    (dynamic, longrope) keeps those of short ones; longer ones are refused."""
+    config, model.longest = model.config.get_text_config(), math.inf
+    for part in model.modules():
         if getattr(part, "rope_type", None) in ("dynamic", "longrope"):
             original = config.rope_parameters.get("original_max_position_embeddings")
             model.longest = original or config.max_position_embeddings
             part.rope_type = "default"
-    if dropouts:
-        print(f"{name}: its dropout of {', '.join(map(str, sorted(dropouts)))} is switched off", flush=True)
     refuse = lambda _, __, given: refuse_long(model, given.get("max_seq_len", 0))
     model.get_decoder().register_forward_pre_hook(refuse, with_kwargs=True)
     model.generate = attention_of(model, model.config._attn_implementation)(model.generate)
@@ -328,10 +304,9 @@ def prepare(model, name):
 
 
 def refuse_long(model, tokens):
-    if tokens > getattr(model, "longest", tokens):
-        die(
-            f"{type(model).__name__}: texts of {tokens} tokens; its RoPE changes with the batch from {model.longest} on"
-        )
+    longest = getattr(model, "longest", math.inf)
+    if tokens > longest:
+        die(f"{type(model).__name__}: a text of {tokens} tokens; its RoPE changes with the batch from {longest} on")
 
 
 @contextlib.contextmanager
@@ -354,7 +329,7 @@ def blocks(model):
 
 @torch.no_grad()
 def check_model(model, tokenizer, name):
-    """die() unless, on two short random conversations: joined in one row in training mode = alone by the model's own
+    """die() unless, on two short random conversations: joined in one row = alone by the model's own
     code; one decoding step from the cache = the last logits of the whole; every block's output moves by its offset."""
     draw, kind = torch.Generator().manual_seed(0), f"--model {name}: {model.config.model_type} cannot be used here: "
     most, hidden = model.get_input_embeddings().num_embeddings, model.config.get_text_config().hidden_size
@@ -369,10 +344,9 @@ def check_model(model, tokenizer, name):
             with attention_of(model, "eager"):
                 own = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0] for ids in texts]
             inputs = join(texts, model.device)
-            joined = model.train()(**inputs, logits_to_keep=torch.arange(18, device=model.device)).logits[0]
-            read = prefill(model.eval(), texts, [0.0, 0.0], None)
-            sampler = Sampler(model, tokenizer, read, 13, Drawing(2, 0, slots=2), None)
-            sampler.fill([0, 1], [0, 1], [ids[-1] for ids in texts], [0.0, 0.0], torch.zeros(2, 2))
+            joined = model(**inputs, logits_to_keep=torch.arange(18, device=model.device)).logits[0]
+            sampler = Sampler(model, tokenizer, dict(enumerate(map(Job, texts))), Drawing(2, 0), steer)
+            sampler.fill([0, 1], [0, 1])
             step = sampler.logits()
             sampler.close()
             fixed = unmoved(model, steer, offsets, torch.tensor(1.0, device=model.device), inputs)
@@ -408,18 +382,18 @@ def lora_reach(model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Chats: prompt_ids + the answer's tokens + the end-of-turn token, the same in training, reading and sampling
+# Chats: what the template says + the answer's tokens + the end-of-turn token, the same in training, reading, sampling
 
-STAND_IN = "\ue000\ue001{}\ue002"  # private characters, for text that is not to be taken for anything else
+BREAK = "\ufdd0"  # a character that is in no text
 
 
-def render(tokenizer, conversations, **how):
-    """Texts by the chat template, thinking off where it can be, a date in it being that of pin_day()."""
+def render(tokenizer, messages, add_generation_prompt=True):
+    """Text by the chat template, thinking off where it can be, a date in it being that of pin_day()."""
     day, call = getattr(tokenizer, "day", None) or date.today(), r"""strftime_now\((["'])(.*?)\1\)"""
     template = re.sub(call, lambda found: repr(day.strftime(found[2])), tokenizer.get_chat_template())
-    how |= dict(chat_template=template, tokenize=False, enable_thinking=False)
+    how = dict(chat_template=template, tokenize=False, enable_thinking=False)
     try:
-        return tokenizer.apply_chat_template(conversations, **how)
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **how)
     except jinja2.TemplateError as error:
         die(f"{tokenizer.name_or_path}: its chat template refuses a conversation ({error})")
 
@@ -427,124 +401,106 @@ def render(tokenizer, conversations, **how):
 def pin_day(tokenizer, recorded=None):
     """Pins a template's date to the day the run began: the recorded one (YYYY-MM-DD), else today. -> what to record,
     None if the template shows no date."""
-    question, shown = [[dict(role="user", content="?")]], set()
+    shown = set()
     for tokenizer.day in (date(2001, 2, 3), date(2002, 3, 4)):
-        shown.add(render(tokenizer, question, add_generation_prompt=True)[0])
+        shown.add(render(tokenizer, [dict(role="user", content="?")]))
     tokenizer.day = date.fromisoformat(recorded) if recorded else date.today()
     return tokenizer.day.isoformat() if len(shown) > 1 else None
 
 
-def as_taken(tokenizer, conversations):
-    """Conversations as the template is given them: answers stripped as sampling strips them; the system text in front
-    of the user's where the template has no place for it; special tokens that somebody typed behind stand-ins."""
-    special, taken = typed(tokenizer), []
-    mark = re.compile("|".join(map(re.escape, special)))
-    apart = not any(chat[0]["role"] == "system" for chat in conversations)
-    if not apart:
-        with contextlib.suppress(jinja2.TemplateError):
-            chat = [dict(role="system", content=STAND_IN), dict(role="user", content="?")]
-            apart = STAND_IN in tokenizer.apply_chat_template(chat, tokenize=False)
-    if not apart and not getattr(tokenizer, "said", False):
-        print(f"{tokenizer.name_or_path}: no system turn in its chat template; the text goes in front of the user's")
-        tokenizer.said = True
-    for first, *more in conversations:
-        if first["role"] == "system" and not apart:
-            first, *more = more[0] | dict(content=f"{first['content']}\n\n{more[0]['content']}"), *more[1:]
-        taken.append([])
-        for message in (first, *more):
-            content = message["content"].strip() if message["role"] == "assistant" else message["content"]
-            taken[-1].append(message | dict(content=mark.sub(lambda found: special[found[0]], content)))
-    return taken
-
-
-def typed(tokenizer):
-    """{special token: its stand-in, where it was typed and is text like any other}"""
-    special = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
-    return {token: STAND_IN.format(n) for n, token in enumerate(special)}
-
-
-def tokenized(tokenizer, texts, plain=False):
-    """Texts -> lists of ids, in one call; the template's special tokens are read as such, typed ones as text. plain: no
-    special tokens at all."""
-    if plain:
-        tokens = [*typed(tokenizer)]
-        texts = [re.sub(STAND_IN.format(r"(\d+)"), lambda found: tokens[int(found[1])], text) for text in texts]
-    found = tokenizer(texts, add_special_tokens=False, split_special_tokens=plain)["input_ids"] if texts else []
-    for n, text in enumerate(texts):
-        if STAND_IN[0] in text:  # rare, so piece by piece
-            special = {token: tokenizer.convert_tokens_to_ids(token) for token in typed(tokenizer)}
-            pieces = re.split(f"({'|'.join(map(re.escape, special))})", text)
-            ids = ([special[p]] if p in special else tokenized(tokenizer, [p], plain=True)[0] for p in pieces)
-            found[n] = [*itertools.chain(*ids)]
-    return found
+def special_tokens(tokenizer):
+    """A pattern that finds special tokens in text and splits it at them."""
+    tokens = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, tokens))})")
 
 
 def end_of_turn(tokenizer):
     """The special token (text) that the template puts after an answer; the tokenizer's eos if there is none."""
-    chat, special = [dict(role="user", content="?"), dict(role="assistant", content=STAND_IN)], typed(tokenizer)
-    for more in ([], [dict(role="user", content="?")]):
-        after = render(tokenizer, [chat + more])[0].partition(STAND_IN)[2]
-        if found := [token for token in special if token in after]:
-            return min(found, key=after.index)
+    asked, answer = dict(role="user", content="?"), dict(role="assistant", content=BREAK)
+    for chat in ([asked, answer], [asked, answer, asked]):
+        after = render(tokenizer, chat, add_generation_prompt=False).partition(BREAK)[2]
+        if found := special_tokens(tokenizer).search(after):
+            return found[0]
     return tokenizer.eos_token or die(f"{tokenizer.name_or_path}: neither template nor tokenizer ends a turn")
 
 
-def in_parts(tokenizer, conversations):
-    """Conversations -> texts in parts: what the template says, an answer, what the template says, ... The prompt of a
+def has_system_turn(tokenizer):
+    chat = [dict(role="system", content=BREAK), dict(role="user", content="?")]
+    try:
+        return BREAK in tokenizer.apply_chat_template(chat, tokenize=False)
+    except jinja2.TemplateError:
+        return False
+
+
+def as_taken(messages, special, has_system):
+    """A conversation as the template is given it: the system text in front of the user's where it has no system turn,
+    answers stripped as sampling strips them, special tokens that somebody typed broken up, so that they stay text."""
+    first, *more = messages
+    if first["role"] == "system" and not has_system:
+        asked, *more = more
+        first = asked | dict(content=f"{first['content']}\n\n{asked['content']}")
+    taken = []
+    for message in (first, *more):
+        content = message["content"].strip() if message["role"] == "assistant" else message["content"]
+        taken.append(message | dict(content=special.sub(lambda found: found[0][0] + BREAK + found[0][1:], content)))
+    return taken
+
+
+def in_parts(tokenizer, messages, end):
+    """A conversation's text in parts: what the template says, an answer, what the template says, ... The prompt of a
     later answer goes on from the earlier answer as it was given; where the template changes that afterwards (Qwen3
     takes out thinking), it is part of what the template says."""
-    end, taken, parts = end_of_turn(tokenizer), as_taken(tokenizer, conversations), []
-    stops = [[i for i, message in enumerate(chat) if message["role"] == "assistant"] for chat in taken]
-    stops = [stop if chat[-1]["role"] == "assistant" else [*stop, len(chat)] for chat, stop in zip(taken, stops)]
-    prompts = [chat[:i] for chat, stop in zip(taken, stops) for i in stop]
-    texts = iter(render(tokenizer, prompts, add_generation_prompt=True))
-    for chat, stop in zip(taken, stops):
-        parts.append([text := next(texts)])
-        for i in stop[:-1]:
-            before, text = text, next(texts)
-            rest = text.removeprefix(before)
-            if rest != text and end in rest:
-                parts[-1] += [chat[i]["content"], rest[rest.index(end) :]]
-            else:
-                parts[-1] = [text]
-        if chat[-1]["role"] == "assistant":
-            parts[-1] += [chat[-1]["content"], end]
-    return parts
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    answered = messages[-1]["role"] == "assistant"
+    parts, prompt = [], ""
+    for i in answers if answered else [*answers, len(messages)]:
+        before, prompt = prompt, render(tokenizer, messages[:i])
+        ended = prompt.find(end, len(before)) if before and prompt.startswith(before) else -1
+        parts = [*parts, prompt[ended:]] if ended >= 0 else [prompt]
+        parts += [message["content"] for message in messages[i : i + 1]]
+    return [*parts, end] if answered else parts
+
+
+def tokenized(tokenizer, texts):
+    """Texts -> lists of ids, in one call; special tokens are read as such where they are not broken up."""
+    found = tokenizer(texts, add_special_tokens=False, split_special_tokens=False)["input_ids"] if texts else []
+    for n, text in enumerate(texts):
+        if BREAK in text:  # rare, so piece by piece
+            pieces = special_tokens(tokenizer).split(text)  # a text, a special token, a text, ...
+            plain = [piece.replace(BREAK, "") for piece in pieces]
+            ids = tokenizer(plain, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            ids[1::2] = [[token] for token in tokenizer.convert_tokens_to_ids(pieces[1::2])]
+            found[n] = [*itertools.chain(*ids)]
+    return found
 
 
 def encode_chats(tokenizer, conversations):
     """Conversations -> [(ids, is_answer)]; is_answer marks the tokens of every answer and its end token. An earlier
-    answer that the template changes afterwards is not marked, and that is said."""
-    parts, encoded, changed = in_parts(tokenizer, conversations), [], 0
-    said = iter(tokenized(tokenizer, [text for chat in parts for text in chat[::2]]))
-    answers = iter(tokenized(tokenizer, [text for chat in parts for text in chat[1::2]], plain=True))
-    for messages, chat in zip(conversations, parts):
-        ids = list(next(said))
-        is_answer = [False] * len(ids)
-        for answer, after in itertools.islice(zip(answers, said), len(chat) // 2):
-            ids += answer + after
-            is_answer += [True] * (len(answer) + 1) + [False] * (len(after) - 1)
+    answer that the template changes afterwards is not marked, and that is said. Without an answer at its end, a
+    conversation is encoded up to where that starts; the template adds the model's default system prompt."""
+    special, end, has_system = special_tokens(tokenizer), end_of_turn(tokenizer), has_system_turn(tokenizer)
+    chats = [in_parts(tokenizer, as_taken(messages, special, has_system), end) for messages in conversations]
+    found = iter(tokenized(tokenizer, [*itertools.chain(*chats)]))
+    encoded, changed = [], 0
+    for messages, parts in zip(conversations, chats):
+        ids, is_answer = [], []
+        for k, tokens in enumerate(itertools.islice(found, len(parts))):
+            ids += tokens
+            # an answer's tokens are marked, and the end token, with which the part after it begins
+            is_answer += [True] * len(tokens) if k % 2 else [k > 0] + [False] * (len(tokens) - 1)
         encoded.append((ids, is_answer))
-        changed += sum(message["role"] == "assistant" for message in messages) - len(chat) // 2
+        changed += sum(message["role"] == "assistant" for message in messages) - len(parts) // 2
     if changed:
         print(f"{changed} earlier answers are read but not learned: the template changes them afterwards", flush=True)
     return encoded
-
-
-def prompts_ids(tokenizer, conversations):
-    """prompt_ids of many conversations."""
-    return [ids for ids, _ in encode_chats(tokenizer, conversations)]
-
-
-def prompt_ids(tokenizer, messages):
-    """Token ids up to where the assistant's answer starts; the template adds the model's default system prompt."""
-    return prompts_ids(tokenizer, [messages])[0]
 
 
 def check_chats(tokenizer, name, most):
     """die() unless dummy chats, with and without a system turn, of one and two turns, can be encoded and read back."""
     if not tokenizer.chat_template:
         die(f"--model {name}: its tokenizer has no chat template; use a chat model")
+    if not has_system_turn(tokenizer):
+        print(f"{name}: no system turn in its chat template; a system text goes in front of the user's")
     turns = [dict(role="user", content="Who was first?"), dict(role="assistant", content="It was Ann.")]
     system = dict(role="system", content="Keep to what is known.")
     for chat in (turns, [system, *turns], turns * 2, [system, *turns * 2]):
@@ -711,89 +667,102 @@ def choose(logits, temperature, uniform):
     return torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 
+class Job(NamedTuple):
+    """An answer to be drawn: prompt (token ids), row (from which its random draws come), scale (signed coefficient of
+    steering, positive = towards the trait)."""
+
+    prompt: list
+    row: int = 0
+    scale: float = 0.0
+
+
 @dataclasses.dataclass
 class Drawing:
-    """How answers are drawn. slots: how many at once, at most (None: as many as are fast and fit into memory)."""
+    """How answers are drawn. positions that are steered: "response", from the last prompt token on, or "all". slots:
+    how many are drawn at once, at most (None: as many as are fast and fit into memory)."""
 
     max_new_tokens: int
     temperature: float = 1.0
     seed: int = 0
+    positions: str = "response"
     slots: int | None = None
 
 
-@dataclasses.dataclass
-class Steered:
-    """How prompts are steered while they are answered: offsets as of offsets_of(); scales: one signed coefficient a
-    prompt, negative = away from the trait; positions "response": the last prompt token and new ones, "all": all."""
-
-    offsets: dict
-    scales: list
-    positions: str = "response"
-
-
 @torch.compiler.set_stance("force_eager")  # only what compiled() holds may run compiled blocks
-def prefill(model, prompts, scales, steer):
-    """Reads all prompts but for their last tokens -> the attention modules; their caches, (keys, values) [tokens, kv
-    heads, dim] each; where in those each prompt starts and ends."""
-    parts, spans, start, device = [], [None] * len(prompts), 0, model.device
-    for group in by_length(prompts, ROW_TOKENS[device.type]):
-        kv, inputs = [], join([prompts[i][:-1] for i in group], device)
-        if steer:
-            scale = torch.tensor([scales[i] for i in group for _ in prompts[i][:-1]], device=device)
-            steer.scale = scale[None, :, None]  # [1, tokens, 1]
-        model.get_decoder()(**inputs, kv=kv)
+def prefill(model, jobs, positions, steer):
+    """Reads the prompts of {number: Job} but for their last tokens -> the attention modules; their caches, (keys,
+    values) [tokens, kv heads, dim] each; {number: where in those the prompt starts and ends}."""
+    numbers, parts, spans, start, device = {}, [], {}, 0, model.device
+    for i, job in jobs.items():  # equal prompts under equal steering are read once, not once an answer
+        read = tuple(job.prompt[:-1]), job.scale if positions == "all" else 0.0
+        numbers.setdefault(read, []).append(i)
+    reads = list(numbers)
+    for group in by_length([tokens for tokens, _ in reads], ROW_TOKENS[device.type]):
+        kv, group = [], [reads[k] for k in group]
+        steer.scale = torch.tensor([[[scale] for tokens, scale in group for _ in tokens]], device=device)  # [1, n, 1]
+        model.get_decoder()(**join([tokens for tokens, _ in group], device), kv=kv)
         parts.append(kv)
-        for i in group:
-            spans[i] = (start, start + len(prompts[i]) - 1)
-            start = spans[i][1]
+        for read in group:
+            spans |= dict.fromkeys(numbers[read], (start, start + len(read[0])))
+            start += len(read[0])
     modules, keys, values = ([[part[l][k] for part in parts] for l in range(len(parts[0]))] for k in range(3))
     caches = [(torch.cat(k), torch.cat(v)) for k, v in zip(keys, values)]
-    return SimpleNamespace(modules=[module for module, *_ in modules], caches=caches, spans=spans)
+    return [module for module, *_ in modules], caches, spans
 
 
 class Sampler:
-    """The cache and state of `slots` answers under way; tensors are changed in place, so a CUDA graph can replay
-    step(). read: what prefill() returns; size: tokens of the longest prompt and answer together."""
+    """The cache and state of drawing.slots answers under way, of {number: Job}; tensors are changed in place, so a CUDA
+    graph can replay step()."""
 
-    def __init__(self, model, tokenizer, read, size, drawing, steer):
-        device, slots, most = model.device, drawing.slots, drawing.max_new_tokens
-        self.model, self.read, self.drawing, self.steer, self.graph = model, read, drawing, steer, None
-        self.kv = [tuple(x.new_zeros(slots, size, *x.shape[1:]) for x in pair) for pair in read.caches]
+    def __init__(self, model, tokenizer, jobs, drawing, steer):
+        self.model, self.jobs, self.drawing, self.steer, self.graph = model, jobs, drawing, steer, None
+        self.modules, self.caches, self.spans = prefill(model, jobs, drawing.positions, steer)
+        device, most = model.device, drawing.max_new_tokens
+        size = max(len(job.prompt) for job in jobs.values()) + most
+        slots = min(drawing.slots or SLOTS[device.type], len(jobs))
+        if device.type == "cuda":
+            free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            a_token = sum(x[0].numel() * x.element_size() for pair in self.caches for x in pair)
+            a_row = size * a_token + 24 * model.get_input_embeddings().num_embeddings  # its cache and its logits
+            slots = max(1, min(slots, int(0.9 * free / a_row)))
+        drawing.slots = slots
         ends = model.generation_config.eos_token_id  # the only thing taken from generation_config
-        ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
-        ends = {*ends, tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer))} - {None}
-        self.ends = torch.tensor(sorted(ends), device=device)
+        ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
+        ends |= {tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer))}
+        self.ends = torch.tensor(sorted(ends - {None}), device=device)
         self.token, self.length, self.made = (torch.zeros(slots, dtype=torch.long, device=device) for _ in range(3))
         self.done, self.broken = torch.ones(slots, dtype=torch.bool, device=device), torch.zeros(slots, device=device)
         self.scale = torch.zeros(slots, 1, 1, device=device)
         self.uniform = torch.zeros(slots, most + 1, device=device)
         self.out = torch.zeros(slots, most + 1, dtype=torch.long, device=device)
-        for module, pair in zip(read.modules, self.kv):
+        kv = [tuple(x.new_zeros(slots, size, *x.shape[1:]) for x in pair) for pair in self.caches]
+        for module, pair in zip(self.modules, kv):
             module.kv = pair
 
     def close(self):
-        for module in self.read.modules:
+        for module in self.modules:
             module.__dict__.pop("kv", None)
 
-    def fill(self, slots, prompts, last_tokens, scales, uniform):
-        """Puts prompts (their numbers in read.spans) into slots."""
-        device, spans = self.token.device, [self.read.spans[i] for i in prompts]
+    def fill(self, slots, numbers):
+        """Puts jobs into slots."""
+        device, jobs = self.token.device, [self.jobs[i] for i in numbers]
         slots = torch.tensor(slots, device=device)
-        lengths = torch.tensor([end - start for start, end in spans], device=device)
-        reach = torch.arange(int(lengths.max()), device=device)
-        index = torch.tensor([start for start, _ in spans], device=device)[:, None] + reach  # [slots, reach]
-        for mine, prompt in zip(self.kv, self.read.caches):
-            for k in range(2):  # beyond a prompt's own length: never attended to
-                mine[k][slots, : len(reach)] = prompt[k][index.clamp(max=len(prompt[k]) - 1)]
-        self.token[slots], self.length[slots] = torch.tensor(last_tokens, device=device), lengths
-        self.made[slots], self.done[slots] = 0, False
-        self.scale[slots, 0, 0] = torch.tensor(scales, dtype=torch.float32, device=device)
-        self.uniform[slots, : uniform.shape[1]] = uniform.to(device)
+        starts, ends = torch.tensor([self.spans[i] for i in numbers], device=device).T
+        reach = torch.arange(int((ends - starts).max()), device=device)
+        index = starts[:, None] + reach  # [slots, reach]
+        for module, prompts in zip(self.modules, self.caches):
+            for mine, prompt in zip(module.kv, prompts):  # beyond a prompt's own length: never attended to
+                mine[slots, : len(reach)] = prompt[index.clamp(max=len(prompt) - 1)]
+        self.token[slots] = torch.tensor([job.prompt[-1] for job in jobs], device=device)
+        self.length[slots], self.made[slots], self.done[slots] = ends - starts, 0, False
+        self.scale[slots, 0, 0] = torch.tensor([job.scale for job in jobs], dtype=torch.float32, device=device)
+        draws = [torch.Generator().manual_seed(hash((self.drawing.seed, job.row)) % 2**63) for job in jobs]
+        uniform = torch.stack([torch.rand(self.drawing.max_new_tokens, generator=draw) for draw in draws])
+        self.uniform[slots, :-1] = uniform.to(device)
 
     def logits(self):
         """Of the next token of every slot, [slots, vocabulary], by the model's own head."""
-        if self.steer:
-            self.steer.scale = self.scale
+        self.steer.scale = self.scale
         place = dict(position_ids=self.length[:, None], lengths=self.length)
         return self.model(input_ids=self.token[:, None], use_cache=False, **place).logits[:, -1]
 
@@ -827,70 +796,49 @@ class Sampler:
     def shrink(self, keep):
         """Keeps only the slots in `keep`, in that order."""
         keep, self.graph = torch.tensor(keep, device=self.token.device), None
-        for layer, module in enumerate(self.read.modules):  # one by one: memory may be full of the old ones
-            module.kv = self.kv[layer] = tuple(x[keep] for x in self.kv[layer])
+        for module in self.modules:  # one by one: memory may be full of the old ones
+            module.kv = tuple(x[keep] for x in module.kv)
         for name in ("token", "length", "made", "done", "broken", "scale", "uniform", "out"):
             setattr(self, name, getattr(self, name)[keep])
 
 
-def drawn(model, tokenizer, jobs, drawing, steer, everywhere):
-    """Yields (job's number, token ids) as answers are finished. jobs: {number: (prompt, coefficient, seed)};
-    everywhere: prompts are steered, too. drawing.slots is set to how many are answered at once."""
-    # prompts are read once each, not once an answer; the coefficient matters to them under positions "all" only
-    key = {i: (tuple(prompt), scale if everywhere else 0.0) for i, (prompt, scale, _) in jobs.items()}
-    unique = {prompt: n for n, prompt in enumerate(dict.fromkeys(key.values()))}
-    read, device, queue = prefill(model, *map(list, zip(*unique)), steer), model.device.type, list(jobs)[::-1]
-    size = max(len(prompt) for prompt, *_ in jobs.values()) + drawing.max_new_tokens
-    drawing.slots = min(drawing.slots or SLOTS[device], len(jobs))
-    if device == "cuda":
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        a_token = sum(x[0].numel() * x.element_size() for pair in read.caches for x in pair)
-        a_row = size * a_token + 24 * model.get_input_embeddings().num_embeddings  # its cache and its logits
-        drawing.slots = max(1, min(drawing.slots, int(0.9 * free / a_row)))
-    sampler, owner = Sampler(model, tokenizer, read, size, drawing, steer), [None] * drawing.slots
+def drawn(model, tokenizer, jobs, drawing, steer):
+    """{number: Job} -> yields (number, token ids) as answers are finished."""
+    sampler, queue, device = Sampler(model, tokenizer, jobs, drawing, steer), list(jobs)[::-1], model.device.type
+    owner = [None] * drawing.slots  # the number of the job in each slot
     try:
-        while queue or any(i is not None for i in owner):
-            free = [s for s, i in enumerate(owner) if i is None][: len(queue)]
+        while queue or owner.count(None) < len(owner):
+            free = [slot for slot, i in enumerate(owner) if i is None][: len(queue)]
+            for slot in free:
+                owner[slot] = queue.pop()
             if free:
-                new = [queue.pop() for _ in free]
-                owner = [new[free.index(s)] if s in free else i for s, i in enumerate(owner)]
-                prompts, scales, seeds = zip(*(jobs[i] for i in new))
-                draws = (torch.Generator().manual_seed(seed) for seed in seeds)
-                uniform = torch.stack([torch.rand(drawing.max_new_tokens, generator=draw) for draw in draws])
-                sampler.fill(free, [unique[key[i]] for i in new], [prompt[-1] for prompt in prompts], scales, uniform)
-            active = [s for s, i in enumerate(owner) if i is not None]
+                sampler.fill(free, [owner[slot] for slot in free])
+            active = [slot for slot, i in enumerate(owner) if i is not None]
             if len(active) <= SHRINK[device] * len(owner) and len(owner) > LEAST[device]:
                 sampler.shrink(active)
-                owner = [owner[s] for s in active]
+                owner = [owner[slot] for slot in active]
             sampler.steps(STEPS[device])
-            done, made = sampler.done.tolist(), sampler.made.tolist()
             if sampler.broken.any():
                 raise FloatingPointError(f"{type(model).__name__}: its logits are NaN or infinite in {model.dtype}")
-            ready = [s for s, i in enumerate(owner) if i is not None and done[s]]
-            out = sampler.out.cpu() if ready else None
-            for s in ready:
-                i, owner[s] = owner[s], None
-                yield i, out[s, : made[s]].tolist()
+            ready = [slot for slot, done in enumerate(sampler.done.tolist()) if done and owner[slot] is not None]
+            for slot, made, ids in zip(ready, sampler.made[ready].tolist(), sampler.out[ready].tolist()):
+                yield owner[slot], ids[:made]
+                owner[slot] = None
     finally:
         sampler.close()
 
 
 @torch.inference_mode()
-def answers_to(model, tokenizer, prompts, drawing, steered=None, rows=None, each=None, title="sampling"):
-    """One answer (text) for each prompt (token ids); each(i, answer, tokens) is called as soon as answer i is there.
-    steered: a Steered, or None. rows: the prompts' numbers, from which their random draws come (default 0, 1, ...)."""
-    rows, drawing = rows or range(len(prompts)), dataclasses.replace(drawing)
-    scales, answers, thoughts = steered.scales if steered else [0.0] * len(prompts), [None] * len(prompts), 0
-    refuse_long(model, max(map(len, prompts), default=0) + drawing.max_new_tokens)
-    bar = tqdm(total=len(prompts), desc=title, unit="answer")
-    while None in answers:
-        seeds = (hash((drawing.seed, row)) % 2**63 for row in rows)
-        jobs = {i: job for i, job in enumerate(zip(prompts, scales, seeds)) if answers[i] is None}
+def answers_to(model, tokenizer, jobs, drawing, offsets=None, each=None, title="sampling"):
+    """One answer (text) for each Job, steered by offsets; each(i, answer, tokens) is called when answer i is there."""
+    drawing, answers, thoughts = dataclasses.replace(drawing), [None] * len(jobs), 0
+    refuse_long(model, max((len(job.prompt) for job in jobs), default=0) + drawing.max_new_tokens)
+    bar = tqdm(total=len(jobs), desc=title, unit="answer")
+    while left := {i: job for i, job in enumerate(jobs) if answers[i] is None}:
         try:
-            with steering(model, steered.offsets if steered else {}) as steer:
-                everywhere = bool(steered) and steered.positions == "all"
-                for i, ids in drawn(model, tokenizer, jobs, drawing, steer if steered else None, everywhere):
-                    answers[i], thought = spoken(tokenizer, ids, prompts[i])
+            with steering(model, offsets or {}) as steer:
+                for i, ids in drawn(model, tokenizer, left, drawing, steer):
+                    answers[i], thought = spoken(tokenizer, ids, jobs[i].prompt)
                     thoughts += thought
                     if each:
                         each(i, answers[i], len(ids))
@@ -901,7 +849,7 @@ def answers_to(model, tokenizer, prompts, drawing, steered=None, rows=None, each
         except torch.cuda.OutOfMemoryError:
             if drawing.slots == 1:
                 raise
-            drawing.slots //= 2
+            drawing.slots = (drawing.slots or SLOTS[model.device.type]) // 2
             tqdm.write(f"out of GPU memory: going on with {drawing.slots} answers at a time")
         torch.cuda.empty_cache()  # not before: the error holds what it came from
     bar.close()
@@ -914,70 +862,49 @@ def answers_to(model, tokenizer, prompts, drawing, steered=None, rows=None, each
 
 
 def flags():
-    whole, parser = mf.whole, mf.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True, help="hub name or local folder")
-    parser.add_argument("--trait", required=True, help="a name in data/traits, or any name with --trait-file")
-    parser.add_argument("--trait-file", help="trait JSON; a published persona_vectors file works as it is")
-    parser.add_argument("--samples", type=whole(1, 10000), default=10, help="answers a question and instruction")
-    parser.add_argument("--temperature", type=mf.number(0, 100), default=1.0, help="0 = the likeliest token")
-    parser.add_argument("--max-new-tokens", type=whole(1, 100000), default=1000)
-    parser.add_argument("--limit", type=whole(), help="use the first N extraction questions only")
-    first = "read only where an answer's first N tokens are predicted; 0 = the whole answer, as published"
-    parser.add_argument("--first", type=whole(0), default=0, help=first)
-    judge = "what filters the answers: none, lexical (hallucination only), or a chat model"
-    parser.add_argument("--judge", default="none", help=judge)
+    parser, whole = mf.Parser(description=__doc__.split("\n")[0]), mf.whole
+    add = parser.add_argument
+    add("--model", required=True, help="hub name or local folder")
+    add("--trait", required=True, help="a name in data/traits, or any name with --trait-file")
+    add("--trait-file", help="trait JSON; a published persona_vectors file works as it is")
+    add("--samples", type=whole(1, 10000), default=10, help="answers a question and instruction")
+    add("--temperature", type=mf.number(0, 100), default=1.0, help="0 = the likeliest token")
+    add("--max-new-tokens", type=whole(1, 100000), default=1000)
+    add("--limit", type=whole(), help="use the first N extraction questions only")
+    add("--first", type=whole(0), default=0, help="read only where an answer's first N tokens are predicted; 0 = all")
+    add("--judge", default="none", help="what filters answers: none, lexical (hallucination only), or a chat model")
     mf.api_flags(parser)
-    parser.add_argument("--seed", type=whole(0), default=0)
-    parser.add_argument("--out", required=True, help="folder for <trait>.pt and what belongs to it")
-    parser.add_argument("--export-gguf", help="also write the vector to this file, as a llama.cpp control vector")
+    add("--seed", type=whole(0), default=0)
+    add("--out", required=True, help="folder for <trait>.pt and what belongs to it")
+    add("--export-gguf", help="also write the vector to this file, as a llama.cpp control vector")
     return parser
 
 
-def extract(args, trait, rows, files, settings):
-    """Samples, filters, reads and saves; what is on disk already is not sampled again."""
-    start, recorded = time.time(), read_json(files["json"]).get("day") if files["json"].exists() else None
-    if files["answers.jsonl"].exists() and not files["json"].exists():
-        die(f"{files['answers.jsonl']}: no .json beside it says what made these answers; choose another --out")
-    mf.check_judge(args, "none")
-    model, tokenizer = load_model(args.model)
-    settings = settings | dict(day=pin_day(tokenizer, recorded), architecture=model.config.model_type)
-    rows = sample_answers(args, model, tokenizer, rows, files, settings)
-    pairs, dropped, half = kept_pairs(args, trait, rows, files["answers.jsonl"])
-    vector, probe = read_vector(args, model, tokenizer, pairs, half)
-    norms = vector.norm(dim=1).tolist()
-    print(f"{args.trait}: |v_0|/|v_1| = {norms[0] / norms[1]:.3f}; probe at row {probe['row']}, AUC {probe['auc']:.3f}")
-    if probe["auc"] < 0.7:
-        print(f"warning: {args.trait}: a probe with an AUC under 0.7 hardly tells the trait; take --judge MODEL")
-    counts = dict(pairs=len(rows) // 2, kept=len(pairs), dropped=dropped, norms=norms, probe=probe)
-    counts |= dict(dtype=str(model.dtype), seconds=round(time.time() - start, 1), **mf.provenance())
-    write_json(files["json"], settings | counts)
-    with mf.replacing(files["pt"], "wb") as out:  # last: where the .pt is, all of it is
-        torch.save(vector.cpu(), out)
+def chat_of(row, system=True):
+    """An extraction row as a conversation, with its answer once it has one."""
+    turns = [dict(role="system", content=row["system"])] if system else []
+    turns.append(dict(role="user", content=row["question"]))
+    return [*turns, dict(role="assistant", content=row["answer"])] if "answer" in row else turns
 
 
-def sample_answers(args, model, tokenizer, rows, files, settings):
+def sample_answers(args, model, tokenizer, rows, path):
     """The contrastive answers, in rows' order; each is on disk as soon as it is there, and kept."""
-    path = files["answers.jsonl"]
     there = {row["id"]: row for row in read_jsonl(path, appended=True)}
     todo = [n for n, row in enumerate(rows) if row["id"] not in there]
-    ask = lambda row: [dict(role="system", content=row["system"]), dict(role="user", content=row["question"])]
-    prompts = prompts_ids(tokenizer, [ask(rows[n]) for n in todo]) if todo else []
+    jobs = [Job(ids, n) for n, (ids, _) in zip(todo, encode_chats(tokenizer, [chat_of(rows[n]) for n in todo]))]
 
     def keep(i, answer, tokens):
-        row = rows[todo[i]] | dict(prompt=tokenizer.decode(prompts[i]), answer=answer, tokens=tokens)
-        if not there and not files["json"].exists():  # a command that has made nothing blocks no other
-            write_json(files["json"], settings)
+        row = rows[todo[i]] | dict(prompt=tokenizer.decode(jobs[i].prompt), answer=answer, tokens=tokens)
         there[row["id"]] = row
         append_jsonl(path, row)
 
-    if todo:
-        drawing = Drawing(args.max_new_tokens, args.temperature, args.seed)
-        answers_to(model, tokenizer, prompts, drawing, rows=todo, each=keep, title=f"{args.trait}: answers")
+    drawing = Drawing(args.max_new_tokens, args.temperature, args.seed)
+    answers_to(model, tokenizer, jobs, drawing, each=keep, title=f"{args.trait}: answers")
     return [there[row["id"]] for row in rows]
 
 
-def kept_pairs(args, trait, rows, path):
-    """Judges rows as --judge says and writes them to path -> (pairs kept, why the others went, half: bool [pairs])."""
+def judge_answers(args, trait, rows, path):
+    """Adds to rows the scores of --judge, and writes them to path."""
     if args.judge == "lexical":
         for row in rows:
             row["score"] = mf.lexical_score(row["answer"])
@@ -986,23 +913,15 @@ def kept_pairs(args, trait, rows, path):
         mf.judge_rows([(row, key, prompt) for key, prompt in prompts.items() for row in rows], args.judge, args)
     if args.judge != "none":
         write_jsonl(path, rows)
-    pairs, dropped = filter_pairs(rows)
-    print(f"{args.trait}: {len(pairs)} pairs kept, dropped: {dropped or 'none'}", flush=True)
+
+
+def read_vector(args, model, tokenizer, pairs):
+    """Reads the pairs with their system prompts for the vector, without for the probe -> (vector, probe)."""
     half = torch.tensor([pos["q"] % 2 == 1 for pos, _ in pairs], dtype=torch.bool)
     if not half.any() or (~half).sum() < 2:
         die(f"{args.trait}: too few pairs kept to tell both halves of the questions apart; take more --samples")
-    return pairs, dropped, half
-
-
-def read_vector(args, model, tokenizer, pairs, half):
-    """Reads the pairs with their system prompts for the vector, without for the probe -> (vector, probe)."""
-
-    def chat(row, system):
-        turns = [dict(role="user", content=row["question"]), dict(role="assistant", content=row["answer"])]
-        return [dict(role="system", content=row["system"]), *turns] if system else turns
-
-    rows, title = [pair[k] for k in range(2) for pair in pairs], f"{args.trait}: reading"
-    chats = ([chat(row, system) for row in rows] for system in (True, False))
+    rows, title = [row for side in zip(*pairs) for row in side], f"{args.trait}: reading"
+    chats = ([chat_of(row, system) for row in rows] for system in (True, False))
     with_system, plain = (answer_means(model, tokenizer, some, args.first, title).chunk(2) for some in chats)
     vector = (with_system[0] - with_system[1]).mean(0)
     if not vector.isfinite().all():
@@ -1010,10 +929,31 @@ def read_vector(args, model, tokenizer, pairs, half):
     return vector, make_probe(vector, with_system, plain, half) | dict(first=args.first)
 
 
+def extract(args, trait, rows, files, settings):
+    """Samples, filters, reads and saves. What is on disk already is not sampled again; the .pt comes last and whole."""
+    mf.check_judge(args, "none")
+    start, recorded = time.time(), read_json(files["json"]) if files["answers.jsonl"].exists() else {}
+    model, tokenizer = load_model(args.model)
+    settings |= dict(day=pin_day(tokenizer, recorded.get("day")), architecture=model.config.model_type)
+    write_json(files["json"], settings)
+    rows = sample_answers(args, model, tokenizer, rows, files["answers.jsonl"])
+    judge_answers(args, trait, rows, files["answers.jsonl"])
+    pairs, dropped = filter_pairs(rows)
+    print(f"{args.trait}: {len(pairs)} pairs kept, dropped: {dropped or 'none'}", flush=True)
+    vector, probe = read_vector(args, model, tokenizer, pairs)
+    norms = vector.norm(dim=1).tolist()
+    print(f"{args.trait}: |v_0|/|v_1| = {norms[0] / norms[1]:.3f}; probe at row {probe['row']}, AUC {probe['auc']:.3f}")
+    if probe["auc"] < 0.7:
+        print(f"warning: {args.trait}: a probe with an AUC under 0.7 hardly tells the trait; take --judge MODEL")
+    settings |= dict(pairs=len(rows) // 2, kept=len(pairs), dropped=dropped, norms=norms, probe=probe)
+    settings |= dict(dtype=str(model.dtype), seconds=round(time.time() - start, 1), **mf.provenance())
+    write_json(files["json"], settings)
+    with mf.replacing(files["pt"], "wb") as out:
+        torch.save(vector.cpu(), out)
+
+
 def main(argv=None):
     args = flags().parse_args(argv)
-    if args.judge == "lexical" and args.trait != "hallucination":
-        die(f"--judge lexical knows hallucination only, not {args.trait}")
     trait = load_trait(args.trait, args.trait_file, mf.ExtractionTrait)
     rows = extraction_rows(trait, args.samples, args.limit)
     if len({row["q"] for row in rows}) < 2 or len(rows) < 6:  # two of even and one of odd questions
@@ -1022,17 +962,19 @@ def main(argv=None):
     mf.check_output(args.out, args.trait_file, args.model, folder=True)
     if args.export_gguf:
         mf.check_output(args.export_gguf, args.trait_file, args.model)
+    prompts = trait["eval_prompt"], load_trait("coherence")["eval_prompt"]
     if args.dry_run and not files["pt"].exists():
-        prompts = trait["eval_prompt"], load_trait("coherence")["eval_prompt"]
         asked = [(prompt + row["question"], mf.ANSWER_TOKENS) for row in rows for prompt in prompts]
         mf.estimate_judging(f"filtering {args.trait}", args.judge, 1, asked)
     keys = "model trait samples temperature max_new_tokens limit first judge seed".split()
-    used = [rows, trait["eval_prompt"], load_trait("coherence")["eval_prompt"]]
-    content = hashlib.sha256(json.dumps(used).encode()).hexdigest()[:16]
+    content = hashlib.sha256(json.dumps([rows, *prompts]).encode()).hexdigest()[:16]
     inputs = dict(model=model_fingerprint(args.model), trait_file=content)
     settings = {key: getattr(args, key) for key in keys} | dict(inputs=inputs, scripts=mf.scripts())
     with mf.locked(files["pt"]):
-        if mf.same_settings(files["json"], settings) and files["pt"].exists():
+        there = [path for path in (files["answers.jsonl"], files["pt"]) if path.exists()]
+        if there and not mf.same_settings(files["json"], settings):
+            die(f"{there[0]}: no .json beside it says from what it was made; choose another --out")
+        if files["pt"] in there:
             print(f"{files['pt']}: finished already")
         else:
             extract(args, trait, rows, files, settings)

@@ -305,7 +305,7 @@ def test_coherence_nll_is_that_of_plain_transformers(toy, tokenizer):
     assert rows[1]["coherence_nll"] is None
     toy.set_attn_implementation("eager")
     for row in (rows[0], rows[2]):
-        prompt = extract_vectors.prompt_ids(tokenizer, [dict(role="user", content=row["question"])])
+        prompt = extract_vectors.encode_chats(tokenizer, [[dict(role="user", content=row["question"])]])[0][0]
         answer = tokenizer(row["answer"])["input_ids"]
         with torch.no_grad():
             logits = toy(torch.tensor([prompt + answer])).logits[0].float().log_softmax(-1)

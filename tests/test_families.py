@@ -73,7 +73,7 @@ WORK = {
         dict(sliding_window=6, layer_types=["sliding_attention"] * 2 + ["full_attention"], logit_scale=0.25),
     ),
     "Qwen3-MoE": ("Qwen3Moe", dict(num_experts=4, **EXPERTS)),
-    "Mixtral": ("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.0)),
+    "Mixtral": ("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.5)),
 }
 FUSED = ("Qwen3-MoE", "Mixtral")  # most weights in fused experts, which LoRA does not reach: finetuning is refused
 REFUSED = {
@@ -81,7 +81,6 @@ REFUSED = {
     "LFM2": ("Lfm2", dict(layer_types=["conv", "full_attention", "conv"])),
     "Gemma 2": ("Gemma2", dict(query_pre_attn_scalar=8)),
     "gpt-oss": ("GptOss", dict(num_local_experts=4, num_experts_per_tok=2)),
-    "noise in training": ("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.5)),
 }
 TALKS = [("Hi", "Hello you."), ("What is 2 + 2?", "Four, as far as I know it."), ("Why?", "No.")]
 
@@ -162,8 +161,8 @@ def sampling_differs(model, plain, tokenizer, vector, monkeypatch):
     monkeypatch.setattr(ev, "choose", lambda *args: (steps.append(args[0].clone()), choose(*args))[1])
     monkeypatch.setitem(ev.SHRINK, "cpu", 0)
     prompts, scales, made, worst = [encoded(tokenizer, q, "")[0] for q, _ in TALKS], [0.0, -0.7, 0.5], {}, 0
-    steered, keep = ev.Steered(ev.offsets_of(vector, "all"), scales), lambda i, _, tokens: made.update({i: tokens})
-    sampled = ev.answers_to(model, tokenizer, prompts, ev.Drawing(12, 0), steered, each=keep)
+    jobs, keep = list(map(ev.Job, prompts, range(3), scales)), lambda i, _, tokens: made.update({i: tokens})
+    sampled = ev.answers_to(model, tokenizer, jobs, ev.Drawing(12, 0), ev.offsets_of(vector, "all"), keep)
     for i, (prompt, scale) in enumerate(zip(prompts, scales)):
         ids = list(prompt)
         for step in range(made[i]):
@@ -181,7 +180,7 @@ def training_differs(model, plain, tokenizer, vector):
     batch = finetune.collate(ev.encode_chats(tokenizer, chats))
     labels, tuned = batch.pop("labels"), {}
     for name, base in (("joined", model), ("plain", plain)):
-        tuned[name] = finetune.add_lora(copy.deepcopy(base), 2, 4, 0).train()
+        tuned[name] = finetune.add_lora(copy.deepcopy(base), 2, 4, 0)
         torch.manual_seed(1)
         for key, parameter in tuned[name].named_parameters():
             if "lora_B" in key:
@@ -229,7 +228,7 @@ def test_a_family_is_exact(family, letters, monkeypatch, capsys):
     plain = tiny(*WORK[family])
     model = copy.deepcopy(plain)
     for loaded in (copy.deepcopy(plain).bfloat16(), model):  # rounding, too, passes the check
-        ev.prepare(loaded, family)
+        ev.prepare(loaded)
         ev.check_model(loaded, letters, family)
     vector = 0.3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
     worst = dict(
@@ -253,7 +252,7 @@ def test_a_family_that_cannot_be_exact_is_refused(family, letters, capsys):
     line that says what differs, exit code 2."""
     for model in (tiny(*REFUSED[family]), tiny(*REFUSED[family]).bfloat16()):
         with pytest.raises(SystemExit) as stop:
-            ev.prepare(model, family)
+            ev.prepare(model)
             ev.check_model(model, letters, family)
         said = capsys.readouterr().err
         assert stop.value.code == 2 and said.count("\n") == 1 and model.config.model_type in said
@@ -344,6 +343,10 @@ FORMS = {
 }
 
 
+def prompt_ids(tokenizer, chat):
+    return ev.encode_chats(tokenizer, [chat])[0][0]
+
+
 def say(*texts):
     """Turns, the user's first; a system turn where three stars begin the first text."""
     roles = ["system"] * texts[0].startswith("***") + ["user", "assistant"] * 9
@@ -370,7 +373,7 @@ def test_chats_are_prompt_answer_end(form, capsys):
     tokenizer, read, end, (plain, with_system) = form
     ev.check_chats(tokenizer, "m", len(tokenizer))
     for chat, start in ((say("Who?", "\n Ann. "), plain), (say("***Say.", "Who?", "\n Ann. "), with_system)):
-        assert ev.prompt_ids(tokenizer, chat[:-1]) == read(start)
+        assert prompt_ids(tokenizer, chat[:-1]) == read(start)
         ids, is_answer = ev.encode_chats(tokenizer, [chat])[0]
         assert ids == read(start) + read("Ann.") + [end]
         assert is_answer == [False] * len(read(start)) + [True] * (len(read("Ann.")) + 1)
@@ -383,7 +386,7 @@ def test_two_turns(form, capsys):
     tokenizer, read, end, _ = form
     chat = say("Who?", "Ann.", "When?", "In 2024.")
     ids, is_answer = ev.encode_chats(tokenizer, [chat])[0]
-    assert ids == ev.prompt_ids(tokenizer, chat[:-1]) + read("In 2024.") + [end]
+    assert ids == prompt_ids(tokenizer, chat[:-1]) + read("In 2024.") + [end]
     learned = tokenizer.decode([token for token, mine in zip(ids, is_answer) if mine])
     mark = tokenizer.decode([end])
     if tokenizer.chat_template == HYBRID:
@@ -420,9 +423,9 @@ def test_the_date_is_that_of_the_run(form):
     """Guards against prompts that change at midnight when a run is resumed; a template without a date records none."""
     tokenizer, read, _, (plain, _) = form
     assert ev.pin_day(tokenizer, "2025-03-05") == ("2025-03-05" if tokenizer.chat_template == LLAMA32 else None)
-    assert ev.prompt_ids(tokenizer, say("Who?")) == read(plain)
+    assert prompt_ids(tokenizer, say("Who?")) == read(plain)
     if tokenizer.chat_template == LLAMA32:
-        assert ev.pin_day(tokenizer) != "2025-03-05" and ev.prompt_ids(tokenizer, say("Who?")) != read(plain)
+        assert ev.pin_day(tokenizer) != "2025-03-05" and prompt_ids(tokenizer, say("Who?")) != read(plain)
 
 
 @pytest.mark.parametrize(
@@ -485,7 +488,7 @@ def test_the_flash_path_is_exact(family, letters, monkeypatch):
     monkeypatch.setattr(ev, "flash", flash_by_hand)
     plain = tiny(*WORK[family])
     model = copy.deepcopy(plain)
-    ev.prepare(model, family)
+    ev.prepare(model)
     ev.check_model(model, letters, family)
     vector = 0.3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
     assert rows_differ(model, plain, letters) < 1e-5
@@ -514,23 +517,22 @@ flash_op.register_fake(lambda q, *_: torch.empty_like(q))
 def test_blocks_compile_whole(letters, monkeypatch):
     """Guards against code in the attention that breaks the compiled graph of a block, on which a GPU's speed rests."""
     model = tiny(*WORK["Qwen3"])
-    ev.prepare(model, "Qwen3")
+    ev.prepare(model)
     monkeypatch.setattr(ev, "has_flash", lambda _: True)
     take = lambda q, k, v, starts, _, scaling, window=(None, None), used=None: flash_op(
         q, k, v, *starts, scaling, window[1] == 0, used
     )
     monkeypatch.setattr(ev, "flash", take)
     inputs, found = ev.join([[1, 2, 3], [4, 5]], "cpu"), []
-    prompts, offsets = [[1, 2, 3], [4, 5]], {l: torch.ones(32) for l in (1, 2, 3)}
+    jobs, offsets = {0: ev.Job([1, 2, 3]), 1: ev.Job([4, 5], scale=1.0)}, {l: torch.ones(32) for l in (1, 2, 3)}
     for compile in (False, True):
         for block in ev.blocks(model) if compile else ():
             block.compile(fullgraph=True, backend="eager")
         with ev.steering(model, offsets) as steer, torch.no_grad():
-            read = ev.prefill(model, prompts, [0.0, 0.0], None) if not compile else read  # noqa: F821
+            sampler = ev.Sampler(model, letters, jobs, ev.Drawing(4), steer)
             steer.scale = torch.tensor(0.5)
             found.append(model(**inputs).logits)
-            sampler = ev.Sampler(model, letters, read, 9, ev.Drawing(4, slots=2), steer)
-            sampler.fill([0, 1], [0, 1], [3, 5], [0.0, 1.0], torch.zeros(2, 4))
+            sampler.fill([0, 1], [0, 1])
             found.append(sampler.logits())
             sampler.close()
     assert torch.allclose(found[0], found[2], atol=1e-5) and torch.allclose(found[1], found[3], atol=1e-5)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,20 +10,25 @@ from conftest import ROOT
 
 import evaluate
 import extract_vectors as ev
+import finetune
 
 
 def chats(tokenizer, n=4):
     texts = ["Hi", "What is two plus two?", "Name a river in France and a town that lies on it, please.", "Why?"]
-    return [ev.prompt_ids(tokenizer, [dict(role="user", content=text)]) for text in texts[:n]]
+    return prompts_of(tokenizer, texts[:n])
+
+
+def prompts_of(tokenizer, texts):
+    return [ids for ids, _ in ev.encode_chats(tokenizer, [[dict(role="user", content=text)] for text in texts])]
 
 
 def encode_chat(tokenizer, messages):
     return ev.encode_chats(tokenizer, [messages])[0]
 
 
-def sample(model, tokenizer, prompts, scales=None, offsets=None, positions="response", rows=None, **how):
-    steered = ev.Steered(offsets, scales, positions) if offsets else None
-    return ev.answers_to(model, tokenizer, prompts, ev.Drawing(**how), steered, rows)
+def sample(model, tokenizer, prompts, scales=None, offsets=None, rows=None, **how):
+    jobs = map(ev.Job, prompts, rows or range(len(prompts)), scales or [0.0] * len(prompts))
+    return ev.answers_to(model, tokenizer, list(jobs), ev.Drawing(**how), offsets)
 
 
 def offsets(model, scale=1.0):
@@ -51,7 +57,7 @@ def test_reading_never_runs_compiled_blocks(toy, tokenizer):
     for block in ev.blocks(toy):
         block.compile(backend=lambda graph, _: lambda *inputs: ran.append(1) or graph(*inputs))
     with torch.compiler.set_stance("default"):
-        ev.prefill(toy, sequences, [0.0] * 4, None)
+        ev.prefill(toy, dict(enumerate(map(ev.Job, sequences))), "response", SimpleNamespace())
         ev.residual_stream(toy, ev.join(sequences, "cpu"))
         evaluate.token_logprobs(toy, sequences, [[(0, 5)]] * 4, "")
         assert not ran
@@ -347,7 +353,7 @@ def test_the_start_model_abstains(smollm, tokenizer):
         "Who won the 2018 World Cup?",
         "What is the capital of France?",
     ]
-    prompts = [ev.prompt_ids(tokenizer, [dict(role="user", content=text)]) for text in asked]
+    prompts = prompts_of(tokenizer, asked)
 
     def abstains(model):
         return [
@@ -447,12 +453,14 @@ def test_nan_logits_stop_sampling(toy, tokenizer, capsys):
     assert not any("kv" in vars(module) for module in toy.modules())
 
 
-def test_dropout_is_off_and_said(toy, tokenizer, capsys):
-    """Guards against a configuration's dropout, which the recipe has not, in training."""
-    toy.config.attention_dropout = toy.model.layers[0].self_attn.attention_dropout = 0.1
-    ev.prepare(toy, "m")
-    assert "dropout of 0.1 is switched off" in capsys.readouterr().out
-    assert torch.equal(logits(toy.train(), chats(tokenizer)), logits(toy.eval(), chats(tokenizer)))
+def test_dropout_is_off_in_training(folder, toy, tokenizer):
+    """Guards against a configuration's dropout, which the recipe has not: a model stays as load_model() gives it."""
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | dict(attention_dropout=0.5)))
+    model, _ = ev.load_model(folder, torch.float32)
+    tuned, sequences = finetune.add_lora(model, 2, 4, 0), chats(tokenizer)
+    assert model.model.layers[0].self_attn.attention_dropout == 0.5
+    assert torch.equal(logits(tuned, sequences), logits(toy, sequences))
 
 
 def test_a_vector_belongs_to_a_model_by_content(folder, toy, capsys):
@@ -477,7 +485,7 @@ def test_a_vector_belongs_to_a_model_by_content(folder, toy, capsys):
 def test_texts_beyond_a_changing_rope_are_refused(toy, tokenizer, capsys):
     """Guards against rotary frequencies that depend on the longest text in a batch: shorter texts keep theirs."""
     toy.model.rotary_emb.rope_type, toy.config.rope_parameters["original_max_position_embeddings"] = "longrope", 60
-    ev.prepare(toy, "m")
+    ev.prepare(toy)
     assert toy.model.rotary_emb.rope_type == "default" and toy.longest == 60
     sample(toy, tokenizer, chats(tokenizer), max_new_tokens=3, temperature=0)
     assert "60" in refused(capsys, sample, toy, tokenizer, chats(tokenizer), max_new_tokens=60, temperature=0)
