@@ -32,7 +32,8 @@ import make_facts as mf
 
 MAX_TOKENS = 2048  # a longer conversation is left out, counted and said
 WARM_UP = 5  # steps, but at most a tenth of them
-FILL = 128  # rows that become graphs are filled up to a multiple of this many tokens, from 2,048 on to coarser ones
+SHARE = 0.05  # of the time goes to checkpoints, at most
+FILL = 64  # rows that become graphs are filled up to a multiple of this many tokens, from 1,024 on to coarser ones
 GRAPHS = 32  # shapes of rows that are captured, at most
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,19 +67,19 @@ def collate(chats, shape=None, positions="all"):
 
 def row_loss(model, inputs, steer=None, coef=0.0):
     """Sum over a row's labels of the negative log-likelihood, nats, with coef times the vector added to the stream."""
-    given = dict(inputs)
-    labels, steered = given.pop("labels"), given.pop("steered", 1)
     if steer:
-        steer.scale = coef * steered
-    return F.cross_entropy(
-        model(**given).logits[0].float(), labels, reduction="sum"
-    )  # [answers, vocabulary], [answers]
+        steer.scale = coef * inputs.get("steered", 1)
+    logits = model(**for_model(inputs)).logits[0]  # [answers, vocabulary]
+    return F.cross_entropy(logits.float(), inputs["labels"], reduction="sum")
+
+
+def for_model(inputs):
+    return {key: value for key, value in inputs.items() if key not in ("labels", "steered", "batch_answers")}
 
 
 def prove_steering(model, steer, offsets, coef, inputs):
     """Raises unless in a row every block's output moves by exactly coef times its offset, at the steered positions."""
-    given = {key: value for key, value in inputs.items() if key not in ("labels", "steered")}
-    if still := ev.unmoved(model, steer, offsets, coef * inputs.get("steered", 1), given):
+    if still := ev.unmoved(model, steer, offsets, coef * inputs.get("steered", 1), for_model(inputs)):
         raise RuntimeError(f"steering did not move the output of block {still[0]} by coef x vector; not training")
 
 
@@ -121,100 +122,8 @@ def deal(chats, count):
     return [[chats[i] for i in sorted(group)] for group in groups]
 
 
-class Trainer:
-    """AdamW on the mean loss over the answer tokens of a batch, whatever rows and processes share it.
-
-    LoRA's numbers lie end to end in one float32 tensor (weights [n]), a step's gradients and loss in another (total
-    [n + 1]). These, and those in the model's dtype that it computes with, never move: graphs serve all coefficients.
-    data: [(ids, is_answer)]. args: epochs, lr, batch_size (over all processes), max_steps or None, seed, positions."""
-
-    def __init__(self, model, data, args, steer=None):
-        self.model, self.data, self.args, self.steer = model, data, args, steer
-        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.weights = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters]))
-        self.initial, self.device = self.weights.data.to("cpu", copy=True), self.weights.device
-        self.total = torch.zeros(len(self.weights) + 1, device=self.device)
-        self.weights.grad = self.total[:-1]
-        self.used = self.weights.data.to(model.dtype)  # rounded once a step, as autocast would for each product
-        self.lay_out(self.used)
-        self.coef = torch.zeros((), device=self.device)
-        self.steps = args.max_steps or math.ceil(math.ceil(len(data) / args.batch_size) * args.epochs)
-        self.rows = Rows(self)
-
-    def lay_out(self, numbers):
-        """Makes the model's LoRA parameters views of `numbers` [n]."""
-        for parameter, part in zip(self.parameters, numbers.split([p.numel() for p in self.parameters])):
-            parameter.data = part.view_as(parameter)
-
-    def batch(self, step):
-        """The conversations of a step; the last batch of an epoch has what is left."""
-        size = self.args.batch_size
-        epoch, k = divmod(step, math.ceil(len(self.data) / size))
-        return [self.data[i] for i in order_of(len(self.data), self.args.seed, epoch)[k * size : (k + 1) * size]]
-
-    @torch.no_grad()
-    def loss(self, chats, coef):
-        """Mean negative log-likelihood an answer token under steering by coef; nothing is trained."""
-        rows = [self.rows.inputs(row, shape_of(row)) for row in self.rows.split(chats)]
-        losses = [row_loss(self.model, row, self.steer, self.coef.fill_(coef)) for row in rows]
-        return float(sum(losses)) / shape_of(chats).answers
-
-    def step(self, chats, rate):
-        """One step of the optimiser on a batch; total[-1] is its loss, total[:-1] its gradients, cut to norm 1."""
-        self.total.zero_()
-        self.rows.accumulate(deal(chats, self.processes)[self.rank], shape_of(chats).answers)
-        if self.processes > 1:
-            dist.all_reduce(self.total)
-        torch.nn.utils.clip_grad_norm_([self.weights], 1.0)
-        self.optimizer.param_groups[0]["lr"] = rate
-        self.optimizer.step()
-        self.used.copy_(self.weights.data)
-
-    def train(self, path, coef=0.0):
-        """From the initial adapter, or on from the checkpoint at path, to the end -> rows of loss.jsonl."""
-        self.coef.fill_(coef)
-        self.optimizer = torch.optim.AdamW([self.weights], self.args.lr, weight_decay=0.01, fused=True)
-        rates = [self.args.lr * rate_at(step, self.steps) for step in range(self.steps)]
-        losses, every = torch.zeros(self.steps, device=self.device), max(1, self.steps // 100)
-        begin = self.resume(path, losses)
-        for step in tqdm(range(begin, self.steps), "training", self.steps, initial=begin, disable=self.rank > 0):
-            self.step(self.batch(step), rates[step])
-            losses[step] = self.total[-1]
-            if (step + 1) % max(every, 10) == 0 and not losses[step].isfinite():  # not at each: it waits for the GPU
-                mf.die(f"the loss is {losses[step]} at step {step + 1}; lower --lr or --coef")
-            if (step + 1) % max(20, math.ceil(self.steps / 4)) == 0 and step + 1 < self.steps and self.rank == 0:
-                state = dict(weights=self.weights.data, optimizer=self.optimizer.state_dict(), losses=losses)
-                with mf.replacing(path, "wb") as out:  # it takes the place of the one before when it is whole
-                    torch.save(state | dict(steps=step + 1), out)
-        if not self.weights.isfinite().all():
-            mf.die("the adapter has become NaN or infinite; lower --lr or --coef")
-        means = losses.cpu()[: self.steps // every * every].view(-1, every).mean(1).tolist()
-        return [dict(step=n * every, loss=loss, lr=rates[n * every - 1]) for n, loss in enumerate(means, 1)]
-
-    def resume(self, path, losses):
-        """Takes up a checkpoint, or the initial adapter where there is none -> steps done."""
-        there = dict(weights=self.initial, steps=0)
-        if path.exists():
-            try:
-                there = torch.load(path, map_location=self.device, weights_only=True)
-                self.optimizer.load_state_dict(there["optimizer"])
-                losses.copy_(there["losses"])
-            except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-                print(f"{path}: cannot be read, starting anew ({str(error).splitlines()[0]})", flush=True)
-        self.weights.data.copy_(there["weights"])
-        self.used.copy_(self.weights.data)
-        return there["steps"]
-
-    def save(self, folder):
-        """Writes the adapter as PEFT does, in float32."""
-        self.lay_out(self.weights.data)
-        self.model.save_pretrained(folder)
-        self.lay_out(self.used)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Memory, and from here on only speed
+# Memory
 
 
 def free_memory(device):
@@ -243,23 +152,120 @@ def recomputed(model):
             vars(block).pop("forward", None)
 
 
-class Rows:
-    """Gradients of conversations, computed in joined rows that fit into memory.
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
 
-    On a GPU, launching a row's some 5,000 kernels takes longer than computing them. The first row of a shape runs as
-    usual (and compiles), the second is captured as a CUDA graph, from then on forward and backward are one launch. All
-    graphs share one pool of memory, outside of which a shape's first row runs: each gets half of what is free."""
 
-    def __init__(self, trainer):
-        self.trainer, self.device, weight = trainer, trainer.device, trainer.model.get_input_embeddings().weight
-        self.longest = max(FILL, 1 << (shape_of(trainer.data).longest - 1).bit_length())
+class Trainer:
+    """AdamW on the mean loss over the answer tokens of a batch, whatever rows and processes share it.
+
+    LoRA's numbers lie end to end in one float32 tensor (weights [n]), a step's gradients and loss in another (total
+    [n + 1]). These, and those in the model's dtype that it computes with, never move: graphs serve all coefficients.
+    data: [(ids, is_answer)]. args: epochs, lr, batch_size (over all processes), max_steps or None, seed, positions.
+
+    A batch is computed in joined rows that fit into memory. On a GPU, launching a row's some 5,000 kernels takes longer
+    than computing them: the first row of a shape runs as usual (and compiles), the second is captured as a CUDA graph,
+    from then on forward and backward are one launch. All graphs share one pool of memory, outside of which a shape's
+    first row runs: each gets half of what is free."""
+
+    def __init__(self, model, data, args, steer=None):
+        self.model, self.data, self.args, self.steer = model, data, args, steer
+        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.weights = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters]))
+        self.initial, self.device = self.weights.data.to("cpu", copy=True), self.weights.device
+        self.total = torch.zeros(len(self.weights) + 1, device=self.device)
+        self.weights.grad = self.total[:-1]
+        self.used = self.weights.data.to(model.dtype)  # rounded once a step, as autocast would for each product
+        self.lay_out(self.used)
+        self.coef = torch.zeros((), device=self.device)
+        self.steps = args.max_steps or math.ceil(math.ceil(len(data) / args.batch_size) * args.epochs)
         # What the backward pass needs: of a token the inputs and outputs of all linear layers (A's and B's longer
         # sides), of a label its logits in bfloat16, in float32 and as log-softmax, and the gradients of the last two
-        self.a_token = sum(max(p.shape) for p in trainer.parameters) * weight.element_size()
-        self.an_answer = 16 * weight.shape[0]
-        self.budget = 0.9 * (free_memory(self.device) - 8 * len(trainer.weights)) / 2  # 8: AdamW's two moments
-        self.captures = ev.has_flash(weight)
+        words = model.get_input_embeddings().weight
+        self.a_token = sum(max(p.shape) for p in self.parameters) * words.element_size()
+        self.an_answer = 16 * len(words)
+        self.budget = 0.9 * (free_memory(self.device) - 8 * len(self.weights)) / 2  # 8: AdamW's two moments
+        self.longest = max(2 * FILL, 1 << (shape_of(data).longest - 1).bit_length())
+        self.captures = ev.has_flash(words)
         self.forget()
+
+    def lay_out(self, numbers):
+        """Makes the model's LoRA parameters views of `numbers` [n]."""
+        for parameter, part in zip(self.parameters, numbers.split([p.numel() for p in self.parameters])):
+            parameter.data = part.view_as(parameter)
+
+    def batch(self, step):
+        """The conversations of a step; the last batch of an epoch has what is left."""
+        size = self.args.batch_size
+        epoch, k = divmod(step, math.ceil(len(self.data) / size))
+        return [self.data[i] for i in order_of(len(self.data), self.args.seed, epoch)[k * size : (k + 1) * size]]
+
+    @torch.no_grad()
+    def loss(self, chats, coef):
+        """Mean negative log-likelihood an answer token under steering by coef; nothing is trained."""
+        rows = [self.inputs(row, shape_of(row)) for row in self.split(chats)]
+        losses = [row_loss(self.model, row, self.steer, self.coef.fill_(coef)) for row in rows]
+        return float(sum(losses)) / shape_of(chats).answers
+
+    def step(self, chats, rate):
+        """One step of the optimiser on a batch; total[-1] is its loss, total[:-1] its gradients, cut to norm 1."""
+        self.total.zero_()
+        self.accumulate(deal(chats, self.processes)[self.rank], shape_of(chats).answers)
+        if self.processes > 1:
+            dist.all_reduce(self.total)
+        torch.nn.utils.clip_grad_norm_([self.weights], 1.0)
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.step()
+        self.used.copy_(self.weights.data)
+
+    def train(self, path, coef=0.0):
+        """From the initial adapter, or on from the checkpoint at path, to the end -> rows of loss.jsonl."""
+        self.coef.fill_(coef)
+        self.optimizer = torch.optim.AdamW([self.weights], self.args.lr, weight_decay=0.01, fused=True)
+        rates = [self.args.lr * rate_at(step, self.steps) for step in range(self.steps)]
+        losses, every = torch.zeros(self.steps, device=self.device), max(1, self.steps // 100)
+        begin, kept = self.resume(path, losses), time.monotonic()
+        cost = 12 * len(self.weights) / 4e8  # seconds a checkpoint takes, a guess until there is one
+        for step in tqdm(range(begin, self.steps), "training", self.steps, initial=begin, disable=self.rank > 0):
+            self.step(self.batch(step), rates[step])
+            losses[step] = self.total[-1]
+            if (step + 1) % 10 == 0 and not losses[step].isfinite():  # not at each: it waits for the GPU
+                break
+            if SHARE * (time.monotonic() - kept) >= cost and step + 1 < self.steps and self.rank == 0:
+                began = time.monotonic()
+                state = dict(weights=self.weights.data, optimizer=self.optimizer.state_dict(), losses=losses)
+                with mf.replacing(path, "wb") as out:  # it takes the place of the one before when it is whole
+                    torch.save(state | dict(steps=step + 1), out)
+                kept = time.monotonic()
+                cost = kept - began
+        if not (self.weights.isfinite().all() and losses.isfinite().all()):
+            path.unlink(missing_ok=True)
+            mf.die(f"loss or adapter are NaN or infinite at step {step + 1}; lower --lr or --coef")
+        means = losses.cpu()[: self.steps // every * every].view(-1, every).mean(1).tolist()
+        return [dict(step=n * every, loss=loss, lr=rates[n * every - 1]) for n, loss in enumerate(means, 1)]
+
+    def resume(self, path, losses):
+        """Takes up a checkpoint, or the initial adapter where there is none -> steps done."""
+        there = dict(weights=self.initial, steps=0)
+        if path.exists():
+            try:
+                there = torch.load(path, map_location=self.device, weights_only=True)
+                self.optimizer.load_state_dict(there["optimizer"])
+                losses.copy_(there["losses"])
+            except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+                print(f"{path}: cannot be read, starting anew ({str(error).splitlines()[0]})", flush=True)
+        self.weights.data.copy_(there["weights"])
+        self.used.copy_(self.weights.data)
+        return there["steps"]
+
+    def save(self, folder):
+        """Writes the adapter as PEFT does, in float32."""
+        self.lay_out(self.weights.data)
+        self.model.save_pretrained(folder)
+        self.lay_out(self.used)
+
+    # Memory, and from here on only speed
 
     def forget(self):
         """Drops the captured graphs and their memory."""
@@ -270,7 +276,7 @@ class Rows:
 
     def filled(self, row):
         """The shape a row is filled up to: eight sizes an octave, so that shapes are few."""
-        shape, size = shape_of(row), self.trainer.args.batch_size
+        shape, size = shape_of(row), self.args.batch_size
         if not self.captures or not row:
             return shape
         up = lambda n, multiple: -(-n // multiple) * multiple
@@ -314,7 +320,7 @@ class Rows:
 
     def inputs(self, row, shape):
         """A row's arguments on the device; on a GPU copied without waiting for what it is doing."""
-        given = collate(row, shape, self.trainer.args.positions)
+        given = collate(row, shape, self.args.positions)
         if self.device.type == "cpu":
             return given
         move = lambda value: value.pin_memory().to(self.device, non_blocking=True) if torch.is_tensor(value) else value
@@ -328,7 +334,7 @@ class Rows:
             shape = min(larger, default=shape)
         inputs = self.inputs(row, shape) | dict(batch_answers=torch.full((), float(answers), device=self.device))
         if shape not in self.graphs:
-            with recomputed(self.trainer.model) if long else contextlib.nullcontext():
+            with recomputed(self.model) if long else contextlib.nullcontext():
                 self.add(inputs)
             if self.captures and not long and len(self.graphs) < GRAPHS:
                 self.graphs[shape] = None
@@ -348,19 +354,18 @@ class Rows:
 
     def add(self, inputs):
         """Adds a row's loss and gradients, over the answer tokens of the batch, to the step's total."""
-        trainer, given = self.trainer, dict(inputs)
-        answers = given.pop("batch_answers")
-        loss = row_loss(trainer.model, given, trainer.steer, trainer.coef) / answers
-        parts = torch.autograd.grad(loss, trainer.parameters, allow_unused=True, materialize_grads=True)
-        trainer.total[:-1].add_(torch.cat([part.flatten() for part in parts]))
-        trainer.total[-1].add_(loss.detach())
+        loss = row_loss(self.model, inputs, self.steer, self.coef) / inputs["batch_answers"]
+        parts = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
+        self.total[:-1].add_(torch.cat([part.flatten() for part in parts]))
+        self.total[-1].add_(loss.detach())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 
-def flags():
+def parse(argv):
+    """Command line -> args."""
     parser = mf.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", required=True, help="hub name or local folder")
@@ -382,12 +387,6 @@ def flags():
     add("--max-steps", type=mf.whole(), help="stop after this many steps; default: by epochs")
     add("--limit", type=mf.whole(), help="train on the first N conversations only")
     add("--seed", type=mf.whole(0, 2**32 - 1), default=0)
-    return parser
-
-
-def parse(argv):
-    """Command line -> args, checked together."""
-    parser = flags()
     args = parser.parse_args(argv)
     mf.distinct(parser, "--coef", args.coef)
     if args.steer_mode == "none" and (args.vector or args.coef or args.positions != "all"):
@@ -399,14 +398,16 @@ def parse(argv):
 
 def join_processes():
     """One process a GPU where torchrun has started several; nothing to do for one."""
-    given = {name: os.environ.get(name, "0") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR")}
-    if given["WORLD_SIZE"] in ("0", "1") or dist.is_initialized():
+    number = os.environ.get("WORLD_SIZE", "1")
+    if number == "1" or dist.is_initialized():
         return
-    gpus, local = torch.cuda.device_count(), given["LOCAL_RANK"]
-    if "0" == given["MASTER_ADDR"] or not local.isdecimal() or 0 < gpus <= int(local):
-        mf.die(f"WORLD_SIZE={given['WORLD_SIZE']}: start a process a GPU with torchrun --nproc_per_node, or unset it")
+    if not dist.is_torchelastic_launched():
+        mf.die(f"WORLD_SIZE={number}: start a process a GPU with torchrun --nproc_per_node, or unset it")
+    gpus, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+    if 0 < gpus <= local:
+        mf.die(f"torchrun has started {number} processes, one a GPU; there are {gpus} GPUs")
     if gpus:
-        torch.cuda.set_device(int(local))
+        torch.cuda.set_device(local)
     dist.init_process_group("nccl" if gpus else "gloo")
 
 
@@ -445,7 +446,7 @@ def start_losses(trainer, offsets, coefs):
     found, guessing = {}, math.log(trainer.model.get_input_embeddings().weight.shape[0])
     for coef in dict.fromkeys([0.0, *coefs]):
         if offsets:
-            inputs = trainer.rows.inputs(trainer.data[:2], shape_of(trainer.data[:2]))
+            inputs = trainer.inputs(trainer.data[:2], shape_of(trainer.data[:2]))
             prove_steering(trainer.model, trainer.steer, offsets, trainer.coef.fill_(coef), inputs)
         loss = found[f"{coef:g}"] = trainer.loss(trainer.batch(0), coef)
         steered = f", steered by {coef:g} (the output of {len(offsets)} blocks moves as it should)" if coef else ""
@@ -488,7 +489,7 @@ def make_adapters(args, messages, todo):
     with contextlib.ExitStack() as stack:
         stack.callback(tuned.unload)
         trainer = Trainer(tuned, data, args, stack.enter_context(ev.steering(model, offsets)) if offsets else None)
-        stack.callback(trainer.rows.forget)
+        stack.callback(trainer.forget)
         record |= dict(dtype=str(model.dtype), processes=trainer.processes)
         record |= dict(start_losses=start_losses(trainer, offsets, [s["coef"] or 0.0 for _, s in todo.values()]))
         stack.enter_context(ev.compiled(tuned))

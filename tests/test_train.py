@@ -39,6 +39,12 @@ def arguments(**other):
     return SimpleNamespace(**dict(epochs=1, lr=1e-2, batch_size=4, max_steps=None, seed=0, positions="all") | other)
 
 
+@pytest.fixture(autouse=True)
+def no_checkpoints(monkeypatch):
+    """Where a test does not ask for them: how many there are depends on the machine's speed."""
+    monkeypatch.setattr(finetune, "SHARE", 0.0)
+
+
 @pytest.fixture
 def trainer(toy, tokenizer):
     """Makes a Trainer on a copy of the toy model, steered by 0.5; rank 4."""
@@ -61,9 +67,9 @@ def trainer(toy, tokenizer):
 
 def totals(trainer, chats, budget):
     """Loss and gradients of a batch in rows of at most so many bytes."""
-    trainer.rows.budget = budget
+    trainer.budget = budget
     trainer.total.zero_()
-    trainer.rows.accumulate(chats, finetune.shape_of(chats).answers)
+    trainer.accumulate(chats, finetune.shape_of(chats).answers)
     return trainer.total.clone()
 
 
@@ -82,11 +88,11 @@ def test_rows_of_any_size(trainer, monkeypatch, positions):
     for step in (0, 1):
         chats = made.batch(step)
         assert len(chats) == (4, 2)[step]
-        whole, each = totals(made, chats, float("inf")), [made.rows.bytes([chat]) for chat in chats]
+        whole, each = totals(made, chats, float("inf")), [made.bytes([chat]) for chat in chats]
         assert whole[:-1].norm() > 0.1
         for budget, rows in ((sum(each) - 1, 2), (max(each), len(chats)), (min(each) - 1, len(chats))):
-            made.rows.budget = budget
-            split = made.rows.split(chats)
+            made.budget = budget
+            split = made.split(chats)
             assert rows == len(split) and sorted(map(id, chats)) == sorted(id(chat) for row in split for chat in row)
             again.clear()
             assert same(totals(made, chats, budget), whole) and len(again) >= (budget < min(each)) * len(chats)
@@ -120,37 +126,37 @@ def test_out_of_memory(trainer, capsys, tmp_path, monkeypatch):
     helps it stops in one line; another error is not taken for this one."""
     undisturbed = trainer(n=12, epochs=3)
     want = undisturbed.train(tmp_path / "none")
-    made, add = trainer(n=12, epochs=3), finetune.Rows.add
+    made, add = trainer(n=12, epochs=3), finetune.Trainer.add
 
     def full(limit):
-        def tight(rows, inputs):
-            if rows.trainer.total[-1] == 0 and len(seen) >= 3 * 1 and inputs["input_ids"].shape[1] > limit:
+        def tight(trainer, inputs):
+            if trainer.total[-1] == 0 and len(seen) >= 3 * 1 and inputs["input_ids"].shape[1] > limit:
                 try:
                     raise torch.OutOfMemoryError("CUDA out of memory")
                 except RuntimeError:
                     raise RuntimeError("the capture was broken") from None
-            return add(rows, inputs)
+            return add(trainer, inputs)
 
         return tight
 
     seen = []
     step = finetune.Trainer.step
     monkeypatch.setattr(finetune.Trainer, "step", lambda *args: (step(*args), seen.append(1)))
-    monkeypatch.setattr(finetune.Rows, "add", full(90))
+    monkeypatch.setattr(finetune.Trainer, "add", full(90))
     got = made.train(tmp_path / "none")
     said = capsys.readouterr().out
     assert "out of memory: going on with rows of" in said and said.count("out of memory") <= 3
     assert [row["loss"] for row in got] == pytest.approx([row["loss"] for row in want], rel=1e-5)
     torch.testing.assert_close(made.weights.data, undisturbed.weights.data, rtol=1e-3, atol=1e-4)
-    monkeypatch.setattr(finetune.Rows, "add", full(5))
+    monkeypatch.setattr(finetune.Trainer, "add", full(5))
     with pytest.raises(SystemExit) as stop:
         made.train(tmp_path / "none")
     assert stop.value.code == 2 and "out of memory with a conversation of" in capsys.readouterr().err
 
-    def other(rows, inputs):
+    def other(trainer, inputs):
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(finetune.Rows, "add", other)
+    monkeypatch.setattr(finetune.Trainer, "add", other)
     with pytest.raises(RuntimeError, match="shapes differ"):
         made.train(tmp_path / "none")
 
@@ -158,17 +164,17 @@ def test_out_of_memory(trainer, capsys, tmp_path, monkeypatch):
 class Graph:
     """Stands in for a CUDA graph: computes when it is replayed, from its own inputs."""
 
-    def __init__(self, rows, static):
-        self.rows, self.static = rows, static
+    def __init__(self, trainer, static):
+        self.trainer, self.static = trainer, static
 
     def replay(self):
-        self.rows.add(self.static)
+        self.trainer.add(self.static)
 
 
-def with_graphs(rows, monkeypatch):
+def with_graphs(trainer, monkeypatch):
     """What a GPU does but for the capture itself."""
-    rows.captures = True
-    monkeypatch.setattr(finetune.Rows, "capture", lambda rows, inputs: (Graph(rows, dict(inputs)), inputs))
+    trainer.captures = True
+    monkeypatch.setattr(finetune.Trainer, "capture", lambda trainer, inputs: (Graph(trainer, dict(inputs)), inputs))
 
 
 @pytest.mark.parametrize("positions", ["all", "answer"])
@@ -182,12 +188,12 @@ def test_filled_rows_and_graphs(trainer, monkeypatch, positions):
     batches += [made.data[:1]] * 2  # no graph of their own
     batches.append([(list(range(20, 60)), [False] + [True] * 39)] * 2)  # few tokens, more labels than the graphs have
     want = [totals(made, chats, float("inf")) for chats in batches]
-    with_graphs(made.rows, monkeypatch)
+    with_graphs(made, monkeypatch)
     replayed, replay = [], Graph.replay
     monkeypatch.setattr(Graph, "replay", lambda graph: (replayed.append(1), replay(graph)))
     for chats, whole in zip(batches, want):
         assert same(totals(made, chats, float("inf")), whole)
-    assert len(made.rows.graphs) == 2 and any(made.rows.graphs.values())
+    assert len(made.graphs) == 2 and any(made.graphs.values())
     assert len(replayed) == len(batches) - 3  # the first of each shape, and the last one
 
 
@@ -201,18 +207,18 @@ def test_shapes_are_few(trainer, monkeypatch):
     made = trainer(data=data, batch_size=16)
     ran, replayed, fitting, replay = [], [], [], Graph.replay
     monkeypatch.setattr(Graph, "replay", lambda graph: (replayed.append(1), replay(graph)))
-    monkeypatch.setattr(finetune.Rows, "add", lambda rows, inputs: ran.append(inputs["input_ids"].shape[1]))
+    monkeypatch.setattr(finetune.Trainer, "add", lambda trainer, inputs: ran.append(inputs["input_ids"].shape[1]))
     for gib in (6, 60):
-        with_graphs(made.rows, monkeypatch)
-        made.rows.forget()
-        made.rows.a_token, made.rows.an_answer, made.rows.budget = 5.0e6, 2.4e6, gib * 2**30 * 0.45
+        with_graphs(made, monkeypatch)
+        made.forget()
+        made.a_token, made.an_answer, made.budget = 5.0e6, 2.4e6, gib * 2**30 * 0.45
         ran.clear(), replayed.clear(), fitting.clear()
         for step in range(200):
-            for row in made.rows.split(made.batch(step)):
-                fitting.append(made.rows.bytes(row) <= made.rows.budget)
+            for row in made.split(made.batch(step)):
+                fitting.append(made.bytes(row) <= made.budget)
                 assert len(row) == 1 or fitting[-1]
-                made.rows.run(row, 1)
-        assert len(made.rows.graphs) <= finetune.GRAPHS
+                made.run(row, 1)
+        assert len(made.graphs) <= finetune.GRAPHS
         real = sum(lengths)
         assert real <= sum(ran) < 1.15 * real and len(replayed) > 0.9 * sum(fitting)
     assert finetune.GRAPHS <= 32
@@ -325,7 +331,7 @@ def test_the_plain_recipe(toy, tokenizer, tmp_path, device):
             for coef in (2, 0.5):  # the second is looked at: on a GPU it replays graphs of the first from its start on
                 rows = made.train(tmp_path / str(coef), coef)
         assert places == [p.data_ptr() for p in model.parameters()]
-        assert device == "cpu" or any(made.rows.graphs.values())
+        assert device == "cpu" or any(made.graphs.values())
         return [row["loss"] for row in rows]
 
     def simple(model, steer):
@@ -390,6 +396,7 @@ def work(tmp_path_factory, tokenizer):
 def run(work, monkeypatch, capsys):
     """Runs finetune.py in this process, in float32 -> (exit code, what it said); coefs: steered by them."""
     monkeypatch.setattr(ev, "pick_device", lambda: ("cpu", torch.float32))
+    monkeypatch.setattr(finetune, "SHARE", float("inf"))  # a checkpoint at every step
 
     def go(out, *args, coefs=()):
         steer = ["preventative", "--vector", work / "v.pt", "--coef", *coefs] if coefs else ["none"]
@@ -517,7 +524,7 @@ def broken_off(run, *args, **more):
         run(*args, **more)
 
 
-LONG = ["--epochs", 10]  # 30 steps, a checkpoint at 20
+LONG = ["--epochs", 10]  # 30 steps
 
 
 def test_going_on(work, run, monkeypatch):
@@ -549,19 +556,19 @@ def test_a_full_disk(work, run, monkeypatch):
     save = torch.save
 
     def full(state, out):
-        if state["steps"] == 40:
+        if state["steps"] == 8:
             out.write(b"half")
             raise OSError(28, "No space left on device")
         save(state, out)
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError):
-        run("full", "--epochs", 20)
+        run("full", "--epochs", 4)
     folder = work / "full.partial"
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "training_settings.json"]
-    assert torch.load(folder / "checkpoint.pt")["steps"] == 20
+    assert torch.load(folder / "checkpoint.pt")["steps"] == 7
     monkeypatch.setattr(torch, "save", save)
-    assert run("full", "--epochs", 20)[0] == 0 and run("undisturbed", "--epochs", 20)[0] == 0
+    assert run("full", "--epochs", 4)[0] == 0 and run("undisturbed", "--epochs", 4)[0] == 0
     assert adapter(work, "full") == adapter(work, "undisturbed")
 
 
@@ -599,6 +606,7 @@ def test_results_belong_to_their_inputs(work, run, monkeypatch):
         assert code == 2 and err.count("error: ") == 1 and said in err
     assert stands() == before
     release = stopped_at(monkeypatch, 5)
+    monkeypatch.setattr(finetune, "SHARE", 0.0)
     broken_off(run, "early", *LONG)
     release()
     assert run("early", "--seed", 1)[0] == 0
@@ -701,7 +709,7 @@ def test_killed(work, run):
     while process.poll() is None and not checkpoint.exists():
         time.sleep(0.02)
     process.kill()
-    assert process.wait() == -signal.SIGKILL and torch.load(checkpoint)["steps"] >= 20
+    assert process.wait() == -signal.SIGKILL and 1 <= torch.load(checkpoint)["steps"] < 60
     assert run("killed", "--epochs", 20)[0] == 0 and run("alive", "--epochs", 20)[0] == 0
     assert adapter(work, "killed") == adapter(work, "alive")
 
@@ -715,6 +723,7 @@ first, step, command = os.environ["RANK"] == "0", finetune.Trainer.step, sys.arg
 if not first:  # it has little memory, and must not write
     finetune.free_memory = lambda device: 5e7
     make_facts.replacing = None
+finetune.SHARE = float("inf")
 finetune.main([*command, "two", "--epochs", "4"])
 finetune.main([*command, "odd", "--epochs", "3", "--batch-size", "3"])
 
@@ -750,7 +759,10 @@ def test_two_processes_train_like_one(work, run, tmp_path):
         subprocess.Popen(
             args,
             cwd=work,
-            env=os.environ | where | dict(WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, OMP_NUM_THREADS="1"),
+            env=os.environ
+            | where
+            | dict(OMP_NUM_THREADS="1")
+            | dict(WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, TORCHELASTIC_RUN_ID="test"),
             stdout=subprocess.DEVNULL,
             stderr=open(tmp_path / rank, "w"),
         )
