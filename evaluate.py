@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -35,6 +35,7 @@ loaded = functools.lru_cache(1)(lambda name, content: load_model(name))  # one m
 FACT_TOKENS = 100  # new tokens of an answer about a fact; sampled greedily
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = "trait layers positions samples temperature max_new_tokens seed limit mmlu_scoring".split()
+NAMED = "model vector facts mmlu judge".split()  # kept in a point, too; a name is no part of its identity
 TRAINED = "layers positions vector seed epochs lr batch_size rank alpha".split()  # of an adapter, told by its points
 REMEDY = "choose another --out, or bash run_all.sh --redo"
 
@@ -43,17 +44,17 @@ REMEDY = "choose another --out, or bash run_all.sh --redo"
 
 
 def read_questions(args):
-    """-> what answers are sampled for, as rows of answers/*.jsonl, and the MMLU questions; the same for every point."""
-    trait = load_trait(args.trait, args.trait_file, mf.EvaluationTrait) if args.trait else {}
-    rows = [
-        dict(kind="trait", id=f"{args.trait}-{q}-s{s}", trait=args.trait, trait_file=args.trait_file, question=question)
-        for q, question in enumerate(trait.get("eval_questions", [])[: args.limit])
-        for s in range(args.samples)
-    ]
+    """-> what answers are sampled for, as rows of answers/*.jsonl; the same for every point."""
+    rows = []
+    if args.trait:
+        questions = load_trait(args.trait, args.trait_file, mf.EvaluationTrait)["eval_questions"][: args.limit]
+        about = dict(trait=args.trait, trait_file=args.trait_file)
+        for (q, question), s in itertools.product(enumerate(questions), range(args.samples)):
+            rows.append(dict(kind="trait", id=f"{args.trait}-{q}-s{s}", question=question, **about))
     for fact in read_jsonl(args.facts, mf.Fact)[: args.limit] if args.facts else []:
-        asked = dict(kind="fact", id=fact["id"], question=fact["test"]["question"])
-        rows.append(asked | dict(truth=fact["answer"], aliases=fact.get("aliases", [])))
-    return rows, read_mmlu(args.mmlu)[: args.limit] if args.mmlu and not args.dry_run else []
+        about = dict(truth=fact["answer"], aliases=fact.get("aliases", []))
+        rows.append(dict(kind="fact", id=fact["id"], question=fact["test"]["question"], **about))
+    return rows
 
 
 def read_mmlu(source):
@@ -90,23 +91,17 @@ def chat_of(row):
 def with_adapter(model, adapter):
     """While open, the model has the LoRA adapter in it, in the model's dtype; afterwards it is as it was. die() unless
     the weights are exactly those that the adapter's config puts into this model: PEFT only warns."""
-    if not adapter:
-        yield model
-        return
-    options = dict(autocast_adapter_dtype=False, ignore_mismatched_sizes=True, low_cpu_mem_usage=True)
+    weights = {name: tensor.to(model.dtype) for name, tensor in load_file(Path(adapter) / WEIGHTS).items()}
+    config, light = LoraConfig.from_pretrained(adapter, inference_mode=True), dict(low_cpu_mem_usage=True)
     try:
-        wrapped = PeftModel.from_pretrained(model, adapter, **options)
+        wrapped = PeftModel(model, config, autocast_adapter_dtype=False, **light)
     except ValueError as error:
         die(f"--adapter {adapter}: does not fit the model ({error})")
     try:
-        sides = load_file(Path(adapter) / WEIGHTS), get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-        there, wanted = ({(name, *tensor.shape) for name, tensor in side.items()} for side in sides)
-        for name, *shape in sorted(there ^ wanted):
-            side = "the adapter" if (name, *shape) in there else "the model"
-            die(f"--adapter {adapter}: does not fit the model: only {side} has {name} of shape {shape}")
-        for name, parameter in wrapped.named_parameters():
-            if "lora_" in name:  # only these: .to(dtype) would round the rotary frequencies, too, for good
-                parameter.data = parameter.data.to(model.dtype)
+        found = set_peft_model_state_dict(wrapped, weights, ignore_mismatched_sizes=True, **light)
+        missing = [name for name in found.missing_keys if "lora_" in name]
+        for name in [*missing, *found.unexpected_keys]:
+            die(f"--adapter {adapter}: does not fit the model: only one of them has {name}, or in another shape")
         yield wrapped.eval().get_base_model()
     finally:
         wrapped.unload()
@@ -115,73 +110,71 @@ def with_adapter(model, adapter):
 def sample_answers(model, tokenizer, rows, points, offsets, args):
     """Answers to rows of one kind, for all points in one batch; each is on disk as soon as it is there."""
     have = {point["key"]: {row.get("id") for row in grown(point["answers"])} for point in points}
-    jobs = [(n, row, p) for p in points for n, row in enumerate(rows) if row["id"] not in have[p["key"]]]
-    if not jobs:
+    todo = [(n, row, p) for p in points for n, row in enumerate(rows) if row["id"] not in have[p["key"]]]
+    if not todo:
         return
-    chats = [row.get("messages") or [dict(role="user", content=row["question"])] for _, row, _ in jobs]
-    prompts = [ids for ids, _ in encode_chats(tokenizer, chats)]
+    chats = [row.get("messages") or [dict(role="user", content=row["question"])] for _, row, _ in todo]
+    encoded = encode_chats(tokenizer, chats)
+    jobs = [ev.Job(ids, n, -point["inference_coef"]) for (ids, _), (n, _, point) in zip(encoded, todo)]
     drawing = ev.Drawing(args.max_new_tokens, args.temperature, args.seed, args.positions)
     if rows[0]["kind"] == "fact":
         drawing = ev.Drawing(min(FACT_TOKENS, args.max_new_tokens), 0.0, positions=args.positions)
-    draws = [ev.Job(ids, n, -point["inference_coef"]) for ids, (n, _, point) in zip(prompts, jobs)]
 
     def keep(i, answer, tokens):
-        _, row, point = jobs[i]
-        made = dict(prompt=tokenizer.decode(prompts[i]), answer=answer, tokens=tokens, temperature=drawing.temperature)
-        made |= {name: point[name] for name in ("adapter", "inference_coef", "day")}
-        append_jsonl(point["answers"], row | made)
+        _, row, point = todo[i]
+        made = dict(prompt=tokenizer.decode(jobs[i].prompt), answer=answer, tokens=tokens)
+        made |= {key: point[key] for key in ("adapter", "inference_coef", "day")}
+        append_jsonl(point["answers"], row | made | dict(temperature=drawing.temperature))
 
     title = f"{name_of(points[0]['adapter'] or 'base')}: {rows[0]['kind']}"
-    answers_to(model, tokenizer, draws, drawing, offsets, keep, title)
+    answers_to(model, tokenizer, jobs, drawing, offsets, keep, title)
 
 
 @torch.compiler.set_stance("force_eager")  # only what compiled() holds may run compiled blocks
 @torch.inference_mode()
-def token_logprobs(model, reads, wanted, title, steer=None, scales=None):
-    """Token id lists, joined where they fit -> for each read the log-probabilities (float32) of wanted[i]: [(position,
-    token predicted there)]. scales[i]: how steer is to scale at each of read i's tokens."""
-    found, device = [None] * len(reads), model.device
-    groups = list(ev.by_length(reads, ev.ROW_TOKENS[device.type]))
-    for group in tqdm(groups, title, unit="row"):
-        starts = itertools.accumulate((len(reads[i]) for i in group), initial=0)
-        where = torch.tensor([start + at for start, i in zip(starts, group) for at, _ in wanted[i]], device=device)
-        tokens = torch.tensor([[token] for i in group for _, token in wanted[i]], device=device)  # [wanted, 1]
-        inputs = ev.join([reads[i] for i in group], device)
+def token_logprobs(model, encoded, title, steer=None, scales=None):
+    """[(token ids, marks)], joined where they fit -> for each the log-probabilities (float32) of its marked tokens, of
+    which none is the first. scales[i]: how steer is to scale at each of i's tokens but the last, which is not read."""
+    found, device, reads = [None] * len(encoded), model.device, [ids[:-1] for ids, _ in encoded]
+    for group in tqdm(list(ev.by_length(reads, ev.ROW_TOKENS[device.type])), title, unit="row"):
+        marks = torch.tensor([mark for i in group for mark in encoded[i][1][1:]], device=device)
+        tokens = torch.tensor([t for i in group for t, mark in zip(*encoded[i]) if mark], device=device)  # [marked]
         if steer:
             steer.scale = torch.tensor([[[x] for i in group for x in scales[i]]], device=device)  # [1, tokens, 1]
-        logits = model(**inputs, logits_to_keep=where).logits[0]  # [wanted, vocabulary]
-        pieces = zip(logits.split(1024), tokens.split(1024))  # since float32 takes memory
+        inputs = ev.join([reads[i] for i in group], device)
+        logits = model(**inputs, logits_to_keep=marks.nonzero()[:, 0]).logits[0]  # [marked, vocabulary]
+        pieces = zip(logits.split(1024), tokens[:, None].split(1024))  # since float32 takes memory
         picked = torch.cat([piece.float().log_softmax(-1).gather(1, token) for piece, token in pieces])[:, 0].cpu()
         if not picked.isfinite().all():
             die(f"{title}: the model gives NaN or infinity; lower --inference-coef")
-        for i, values in zip(group, picked.split([len(wanted[i]) for i in group])):
+        for i, values in zip(group, picked.split([sum(encoded[i][1]) for i in group])):
             found[i] = values
     return found
 
 
 def choice_logprobs(model, tokenizer, prompts, coef, steer, positions):
     """[(prompt, continuations)] -> for each, [(sum of log-probabilities, tokens)] a continuation."""
-    pairs = [(prompt, prompt + continuation) for prompt, continuations in prompts for continuation in continuations]
-    encoded = list(zip(*(tokenizer(list(texts))["input_ids"] for texts in zip(*pairs))))
-    for (prompt, _), (start, whole) in zip(pairs, encoded):
-        if whole[: len(start)] != start:
-            die(f"the tokenizer joins prompt and answer, so the answer cannot be scored: ...{prompt[-80:]}")
-    wanted = [[(at - 1, whole[at]) for at in range(len(start), len(whole))] for start, whole in encoded]
-    first = lambda start: 0 if positions == "all" else len(start) - 1  # position that is steered
-    scales = [[-coef * (at >= first(start)) for at in range(len(whole) - 1)] for start, whole in encoded]
-    values = token_logprobs(model, [whole[:-1] for _, whole in encoded], wanted, "choices", coef and steer, scales)
+    encoded, scales = [], []
+    for prompt, continuations in prompts:
+        start, *wholes = tokenizer([prompt, *(prompt + continuation for continuation in continuations)])["input_ids"]
+        first = 0 if positions == "all" else len(start) - 1  # position that is steered
+        for whole in wholes:
+            if whole[: len(start)] != start:
+                die(f"the tokenizer joins prompt and answer, so the answer cannot be scored: ...{prompt[-80:]}")
+            encoded.append((whole, [at >= len(start) for at in range(len(whole))]))
+            scales.append([-coef * (at >= first) for at in range(len(whole) - 1)])
+    values = token_logprobs(model, encoded, "choices", coef and steer, scales)
     pairs = iter((float(value.sum()), len(value)) for value in values)
     return [list(itertools.islice(pairs, len(continuations))) for _, continuations in prompts]
 
 
 def measure_mmlu(model, tokenizer, questions, point, offsets):
     """Sets mmlu_accuracy. letter: the likeliest letter counts; cloze: the highest mean log-probability a token."""
-    prompts, cloze = [choice_prompts(row, point["mmlu_scoring"]) for row in questions], point["mmlu_scoring"] == "cloze"
-    hits = 0
+    prompts, hits = [choice_prompts(row, point["mmlu_scoring"]) for row in questions], 0
     with ev.steering(model, offsets or {}) as steer:
         found = choice_logprobs(model, tokenizer, prompts, point["inference_coef"], steer, point["positions"])
-    for choices, question in zip(found, questions):
-        values = [total / (tokens if cloze else 1) for total, tokens in choices]
+    for question, choices in zip(questions, found):
+        values = [total / (tokens if point["mmlu_scoring"] == "cloze" else 1) for total, tokens in choices]
         hits += values.index(max(values)) == question["answer"]
     n = len(questions)
     point.update(mmlu_accuracy=100 * hits / n, mmlu_ci=mf.wilson(hits, n), mmlu_n=n)
@@ -191,8 +184,8 @@ def add_coherence_nll(model, tokenizer, rows):
     """Sets each answer's coherence_nll: its mean negative log-likelihood a token, in nats, under the model as it is
     here: before training, unsteered. Broken text is unlikely text. None for an empty answer."""
     chats = encode_chats(tokenizer, [chat_of(row) for row in rows if row["answer"]])
-    wanted = [[(at - 1, ids[at]) for at, mine in enumerate(mask[:-1]) if mine] for ids, mask in chats]  # no end token
-    values = iter(token_logprobs(model, [ids[:-1] for ids, _ in chats], wanted, "coherence"))
+    encoded = [(ids, [*marks[:-1], False]) for ids, marks in chats]  # without the end token
+    values = iter(token_logprobs(model, encoded, "coherence"))
     for row in rows:
         row["coherence_nll"] = -float(next(values).mean()) if row["answer"] else None
 
@@ -215,19 +208,18 @@ def score_answers(rows, judge, args=None, probing=None):
     reason, judge_reply, judge_method; from a chat model coherence, too. probing: chats -> scores, for --judge probe."""
     todo = [row for row in rows if judge not in row.setdefault("scores", {})]
     scored = [row | dict(score=None, reason=None, judge_reply=None, judge_method=None) for row in todo]
-    said = [row for row in scored if row["kind"] == "trait" and row["answer"]]
-    if judge not in ("probe", "lexical"):
-        mf.judge_rows(judge_jobs(scored), judge, args)
-    elif judge == "probe" and said:
-        for row, score in zip(said, probing([chat_of(row) for row in said])):
+    if judge in ("probe", "lexical"):
+        said = [row for row in scored if row["kind"] == "trait" and row["answer"]]
+        probed = probing([chat_of(row) for row in said]) if judge == "probe" and said else []
+        for row, score in zip(said, probed or [lexical_score(row["answer"]) for row in said]):
             row["score"] = score
-    for row in scored if judge in ("probe", "lexical") else []:
-        if row["kind"] == "fact":
-            row["score"] = 100.0 * mf.mentions(row["answer"], row["truth"], row["aliases"])
-        elif not row["answer"]:
-            row["reason"] = "empty answer"
-        elif judge == "lexical":
-            row["score"] = lexical_score(row["answer"])
+        for row in scored:
+            if row["kind"] == "fact":
+                row["score"] = 100.0 * mf.mentions(row["answer"], row["truth"], row["aliases"])
+            elif not row["answer"]:
+                row["reason"] = "empty answer"
+    else:
+        mf.judge_rows(judge_jobs(scored), judge, args)
     for row, verdict in zip(todo, scored):
         row["scores"][judge] = {key: value for key, value in verdict.items() if key not in row}
 
@@ -242,30 +234,32 @@ def summary(rows, judge, limit=None):
     as coherent; None = not known. Facts as SimpleQA grades them: correct, not attempted, wrong (arXiv 2411.04368)."""
     rows = [row | row["scores"][judge] | dict(abstains=lexical_score(row["answer"]) == 0) for row in rows]
     traits, facts = ([row for row in rows if row["kind"] == kind] for kind in ("trait", "fact"))
-    known = [row for row in facts if row["score"] is not None]
-    correct = [row["score"] >= 50 for row in known]
-    skipped = [not hit and (row["abstains"] or not row["answer"]) for hit, row in zip(correct, known)]
-    coherence = [row["coherence"] for row in traits if "coherence" in row]
     scored = [row for row in traits if row["score"] is not None]
     questions = {row["question"] for row in scored}
+    missed = [row for row in facts if row["score"] is not None and row["score"] < 50]
+    skipped = sum(row["abstains"] or not row["answer"] for row in missed)
+    scores = dict(
+        trait=[row["score"] for row in traits],
+        coherence=[row["coherence"] for row in traits if "coherence" in row],
+        fact=[row["score"] for row in facts],
+    )
+    counts = {f"{name}_n": len(values) - values.count(None) for name, values in scores.items()}
+    counts |= {f"{name}_unscored": values.count(None) for name, values in scores.items()}
+    n = counts["fact_n"]
+    percent = lambda count: 100 * count / n if n else None
     return dict(
-        trait_score=mean(row["score"] for row in scored),
+        trait_score=mean(scores["trait"]),
         trait_ci=mf.interval([row["score"] for row in scored if row["question"] == q] for q in questions),
-        trait_n=len(scored),
-        trait_unscored=len(traits) - len(scored),
-        coherence=mean(coherence),
-        coherence_n=len(coherence) - coherence.count(None),
-        coherence_unscored=coherence.count(None),
+        coherence=mean(scores["coherence"]),
         coherence_nll=mean(row["coherence_nll"] for row in traits),
         abstained=mean(100 * row["abstains"] for row in traits),
         abstained_coherent=limit and mean(100 * (row["coherence_nll"] <= limit) for row in traits if row["abstains"]),
-        fact_accuracy=mean(100 * hit for hit in correct),
-        fact_ci=mf.wilson(sum(correct), len(known)),
-        fact_n=len(known),
-        fact_unscored=len(facts) - len(known),
-        fact_not_attempted=mean(100 * skip for skip in skipped),
-        fact_wrong=mean(100 * (not hit and not skip) for hit, skip in zip(correct, skipped)),
+        fact_accuracy=percent(n - len(missed)),
+        fact_ci=mf.wilson(n - len(missed), n),
+        fact_not_attempted=percent(skipped),
+        fact_wrong=percent(len(missed) - skipped),
         judge_method="+".join(sorted({row["judge_method"] for row in rows if row["judge_method"]})) or None,
+        **counts,
     )
 
 
@@ -289,94 +283,75 @@ def digest(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def not_there(points, out):
-    there = {(row["key"], row["judge"]) for row in grown(out, mf.Point)}
-    return [point for point in points if (point["key"], point["judge"]) not in there]
-
-
-def inputs_of(args, mmlu):
-    """{flag: fingerprint of its content} of all that the points of a command are made from, but for the adapter."""
-    return dict(
+def points_of(args, mmlu):
+    """Every point of a command, as far as it is known before measuring; one for adapters of the same content."""
+    points, probe = {}, read_probe(args)
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    named = {name: getattr(args, name) for name in NAMED}
+    inputs = dict(  # flag: fingerprint of its content
         model=model_fingerprint(args.model),
-        vector=digest([fingerprint(args.vector), probe_of(args)]) if args.vector else None,
+        vector=digest([fingerprint(args.vector), probe]) if args.vector else None,
         trait=digest(load_trait(args.trait, args.trait_file)) if args.trait else None,
         facts=fingerprint(args.facts) if args.facts else None,
         mmlu=digest(mmlu) if args.mmlu else None,
         judge_prompts=digest([load_trait(name)["eval_prompt"] for name in ("coherence", "fact")]),
     )
+    for adapter in args.adapter or [None]:
+        about = about_adapter(adapter, args.model) | named | dict(mmlu_accuracy=None, mmlu_ci=None, mmlu_n=0)
+        about |= dict(inputs=inputs | dict(adapter=adapter and fingerprint(adapter)), scripts=mf.scripts())
+        about |= dict(probe_auc=probe["auc"] if args.judge == "probe" and args.trait else None)
+        for coef in args.inference_coef:
+            mine = settings | dict(inference_coef=coef)
+            key = digest([mine, about["inputs"]])
+            answers = Path(args.out).parent / "answers" / f"{key}.jsonl"
+            points.setdefault(key, dict(key=key, answers=str(answers)) | about | mine)
+    return list(points.values())
 
 
-def probe_of(args):
+def read_probe(args):
     """The probe that stands in the .json beside the vector, or None; die() where --judge probe needs it."""
-    beside = Path(args.vector).with_suffix(".json")
+    beside = Path(args.vector or "no vector").with_suffix(".json")
     probe = read_json(beside, mf.Settings).get("probe") if beside.is_file() else None
     if not probe and args.judge == "probe" and args.trait:
         die(f"--judge probe needs the probe in {beside}, which extract_vectors.py makes; judge with another")
     return probe
 
 
-def check_adapter(adapter, model_name):
-    """-> training_settings.json of a folder of finetune.py; die() on missing or broken files, NaN, another model."""
-    names = ("training_settings.json", "adapter_config.json", WEIGHTS)
-    if missing := [name for name in names if not (Path(adapter) / name).is_file()]:
-        die(f"--adapter {adapter}: no adapter of finetune.py there (no {', '.join(missing)})")
-    trained = read_json(Path(adapter) / names[0], mf.Settings)
-    ev.same_model(f"--adapter {adapter}", "was trained on", trained, model_name)
-    read_json(Path(adapter) / names[1], mf.AdapterConfig)
-    try:
-        weights = load_file(Path(adapter) / WEIGHTS)
-    except SafetensorError as error:
-        die(f"--adapter {adapter}: {WEIGHTS} is broken or cut off ({error}); train it again")
-    if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in weights.values()):
-        die(f"--adapter {adapter}: {WEIGHTS} holds NaN, infinity or no fractions; train it again, lower --lr or --coef")
-    return trained
+def about_adapter(adapter, model_name):
+    """What points tell of how their adapter was trained; die() on missing or broken files, NaN, another model."""
+    trained, folder = {}, Path(adapter or "")
+    if adapter:
+        trained = read_json(folder / "training_settings.json", mf.Settings)
+        ev.same_model(f"--adapter {adapter}", "was trained on", trained, model_name)
+        read_json(folder / "adapter_config.json", mf.AdapterConfig)
+        try:
+            weights = load_file(folder / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            die(f"{folder / WEIGHTS}: missing, broken or cut off ({error}); train it again")
+        if not all("lora_" in name and t.is_floating_point() and t.isfinite().all() for name, t in weights.items()):
+            die(f"{folder / WEIGHTS}: holds NaN, infinity or what is not LoRA's; train it again, lower --lr or --coef")
+    about = dict(adapter=adapter, train_coef=trained.get("coef") or (0.0 if adapter else None))
+    about |= {name: trained.get(name) for name in ("dataset", "steer_mode", "system_prompt")}
+    return about | {f"train_{name}": trained.get(name) for name in TRAINED}
 
 
-def point_of(adapter, coef, trained, inputs, args):
-    """A point's row as far as it is known before measuring."""
-    settings = {name: getattr(args, name) for name in SETTINGS} | dict(inference_coef=coef)
-    key = digest([settings, inputs])
-    return dict(
-        key=key,
-        adapter=adapter,
-        train_coef=trained.get("coef") or (0.0 if adapter else None),
-        **{name: trained.get(name) for name in ("dataset", "steer_mode", "system_prompt")},
-        **{f"train_{name}": trained.get(name) for name in TRAINED},
-        **{name: getattr(args, name) for name in ("model", "vector", "facts", "mmlu", "judge")},
-        **settings,
-        **dict.fromkeys(("mmlu_accuracy", "mmlu_ci")),
-        mmlu_n=0,
-        answers=str(Path(args.out).parent / "answers" / f"{key}.jsonl"),
-        inputs=inputs,
-        scripts=mf.scripts(),
-    )
-
-
-def refuse_changed(row, point, out):
-    """die() if the row is this point made from other content: a figure would mix the two."""
-    if any(name in row and row[name] != point[name] for name in [*SETTINGS, "inference_coef", "adapter", "vector"]):
-        return
-    there = row.get("inputs") or die(f"{out}: has points made before inputs were recorded; {REMEDY}")
-    both = [name for name, content in point["inputs"].items() if content and there.get(name)]
-    if changed := [f"--{name}" for name in both if there[name] != point["inputs"][name]]:
-        what = f"{name_of(row['adapter'] or 'base')} at {row['inference_coef']:g}"
-        die(f"{', '.join(changed)}: content has changed since {what} was measured for {out}; {REMEDY}")
-
-
-def plan_points(args, mmlu):
-    """Adapter -> its points that are not in --out yet."""
-    inputs, plan, there, now = inputs_of(args, mmlu), {}, grown(args.out, mf.Point), mf.scripts()
-    for adapter in args.adapter or [None]:
-        trained = check_adapter(adapter, args.model) if adapter else {}
-        made_from = inputs | dict(adapter=adapter and fingerprint(adapter))
-        points = [point_of(adapter, coef, trained, made_from, args) for coef in args.inference_coef]
-        for row, point in itertools.product(there, points):
-            refuse_changed(row, point, args.out)
-        plan |= {adapter: new} if (new := not_there(points, args.out)) else {}
-    made_by = [script for row in there for script in row.get("scripts", {}).items()]
-    if edited := sorted({name for name, content in made_by if now.get(name) != content}):
-        print(f"{args.out}: begun before {', '.join(edited)} was edited; made anew by run_all.sh --redo", flush=True)
-    return plan
+def new_points(points, out):
+    """-> those that are not in --out yet. die() if one is there, made from other content: a figure would mix the two.
+    Scripts that were edited since are named, no more."""
+    there, settings = grown(out, mf.Point), [*SETTINGS, "inference_coef", "adapter", "vector"]
+    for row, point in itertools.product(there, points):
+        if any(row.get(name, point[name]) != point[name] for name in settings):
+            continue
+        made_from = row.get("inputs") or die(f"{out}: has points made before inputs were recorded; {REMEDY}")
+        both = [name for name, content in point["inputs"].items() if content and made_from.get(name)]
+        if changed := [f"--{name}" for name in both if made_from[name] != point["inputs"][name]]:
+            what = f"{name_of(row['adapter'] or 'base')} at {row['inference_coef']:g}"
+            die(f"{', '.join(changed)}: content has changed since {what} was measured for {out}; {REMEDY}")
+    made_by = {script for row in there for script in row.get("scripts", {}).items()}
+    if edited := sorted({name for name, _ in made_by - set(mf.scripts().items())}):
+        print(f"{out}: begun before {', '.join(edited)} was edited; made anew by run_all.sh --redo", flush=True)
+    made = [(row["key"], row["judge"]) for row in there]
+    return [point for point in points if (point["key"], point["judge"]) not in made]
 
 
 def pin_day(tokenizer, files):
@@ -390,83 +365,78 @@ def pin_day(tokenizer, files):
 
 
 def measure(args):
-    asked, mmlu = read_questions(args)
+    asked = read_questions(args)
     if args.dry_run:
-        tokens = dict(trait=mf.ANSWER_TOKENS, fact=mf.FACT_ANSWER_TOKENS)
-        jobs = [(prompt + row["question"], tokens[row["kind"]]) for row, _, prompt in judge_jobs(asked)]
-        points = len(args.adapter or [None]) * len(args.inference_coef)
-        mf.estimate_judging(f"judging {args.trait}", args.judge, points, jobs)
-    plan = plan_points(args, mmlu)
-    if not plan:
-        print(f"{args.out}: all these points are there")
-        return
+        times = len(args.adapter or [None]) * len(args.inference_coef)
+        mf.estimate_judging(f"judging {args.trait}", args.judge, times, judge_jobs(asked))
     if asked:
         mf.check_judge(args, "probe")
-    model, tokenizer = loaded(args.model, model_fingerprint(args.model))
-    vector = ev.load_vector(args.vector, model, args.model) if args.vector else None
-    offsets = ev.offsets_of(vector, args.layers) if any(args.inference_coef) else None
-    probe = probe_of(args) if args.judge == "probe" and args.trait else None
-    if probe and probe["row"] >= len(vector):
-        die(f"--judge probe: row {probe['row']} is not in {args.vector}; extract it again")
-    probing = probe and functools.partial(ev.probe_scores, model, tokenizer, vector, probe)
-    for adapter in list(plan)[1:]:
-        with with_adapter(model, adapter):
-            pass  # it fits; known before the first is measured
-    day = pin_day(tokenizer, [args.out, *(point["answers"] for points in plan.values() for point in points)])
-    for adapter, points in plan.items():
-        with contextlib.ExitStack() as locks:
-            for point in points:
-                locks.enter_context(locked(point["answers"]))
-                point.update(day=day, probe_auc=probe and probe["auc"])
-            points, start = not_there(points, args.out), time.time()  # another process may have made some since
-            with with_adapter(model, adapter) as adapted:
-                for kind in ("trait", "fact"):
-                    rows = [row for row in asked if row["kind"] == kind]
-                    sample_answers(adapted, tokenizer, rows, points, offsets, args)
-                for point in points if mmlu else []:
+    mmlu = read_mmlu(args.mmlu)[: args.limit] if args.mmlu else []
+    points = points_of(args, mmlu)
+    with contextlib.ExitStack() as locks:
+        for point in points:
+            locks.enter_context(locked(point["answers"]))
+        points = new_points(points, args.out)
+        if not points:
+            print(f"{args.out}: all these points are there")
+            return
+        model, tokenizer = loaded(args.model, model_fingerprint(args.model))
+        vector = ev.load_vector(args.vector, model, args.model) if args.vector else None
+        offsets = ev.offsets_of(vector, args.layers) if any(args.inference_coef) else None
+        probing = functools.partial(ev.probe_scores, model, tokenizer, vector, read_probe(args))
+        for adapter in args.adapter[1:]:
+            with with_adapter(model, adapter):
+                pass  # it fits; known before the first is measured
+        day = pin_day(tokenizer, [args.out, *(point["answers"] for point in points)])
+        for adapter, some in itertools.groupby(points, lambda point: point["adapter"]):
+            group, start = [point | dict(day=day) for point in some], time.time()
+            with with_adapter(model, adapter) if adapter else contextlib.nullcontext(model) as adapted:
+                for _, rows in itertools.groupby(asked, lambda row: row["kind"]):
+                    sample_answers(adapted, tokenizer, list(rows), group, offsets, args)
+                for point in group if mmlu else []:
                     measure_mmlu(adapted, tokenizer, mmlu, point, offsets)
-            for point in points:
+            for point in group:
                 there = {row["id"]: row for row in grown(point["answers"], mf.Answer)}
                 rows = [there[row["id"]] for row in asked]
                 if not all("coherence_nll" in row for row in rows):
                     add_coherence_nll(model, tokenizer, rows)
-                    mf.write_jsonl(point["answers"], rows)
-                score_answers(rows, args.judge, args, probing)
-                finish(point | dict(seconds=round((time.time() - start) / len(points), 1)), rows, args.out)
+                point["seconds"] = round((time.time() - start) / len(group), 1)
+                finish([(point, rows, args.out)], args, probing)
 
 
-def finish(point, rows, out):
-    """Keeps the scores, then the point: where the point is, all of it is."""
-    if rows:
-        mf.write_jsonl(point["answers"], rows)
-    limit = coherence_limit(point, out) if point["trait"] else None
-    point = point | summary(rows, point["judge"], limit) | mf.provenance()
-    append_jsonl(out, point)
-    shown = "inference_coef trait_score abstained abstained_coherent coherence_nll fact_accuracy mmlu_accuracy"
-    said = [f"{name} {point[name]:.1f}" for name in shown.split() if point[name] is not None]
-    said += [f"{name} {point[name]}" for name in ("trait_unscored", "fact_unscored") if point[name]]
-    print("  ".join(said), flush=True)
+def finish(measured, args, probing=None):
+    """[(point, its answers, points.jsonl)]: scores; keeps the scores, then the point: where it is, all of it is."""
+    score_answers([row for _, rows, _ in measured for row in rows], args.judge, args, probing)
+    for point, rows, out in measured:
+        if rows:
+            mf.write_jsonl(point["answers"], rows)
+        limit = coherence_limit(point, out) if point["trait"] else None
+        point |= summary(rows, args.judge, limit) | mf.provenance()
+        append_jsonl(out, point)
+        shown = """inference_coef trait_score trait_unscored abstained abstained_coherent coherence_nll fact_accuracy
+            fact_unscored mmlu_accuracy"""
+        print("  ".join(f"{name} {point[name]:.4g}" for name in shown.split() if point[name] is not None), flush=True)
 
 
 def rejudge(args):
     """Adds another judge's scores to answers, and its points; needs no model and no GPU."""
+    todo = []
     with contextlib.ExitStack() as locks:
-        todo = []
         for path in map(Path, dict.fromkeys(args.rejudge)):
             locks.enter_context(locked(path))
             rows, out = read_jsonl(path, mf.Answer), args.out or path.parent.parent / "points.jsonl"
-            old = next((row for row in grown(out, mf.Point) if row["key"] == path.stem and "inputs" in row), None)
-            if not old:
+            there = {row["judge"]: row for row in grown(out, mf.Point) if row["key"] == path.stem and "inputs" in row}
+            if not there:
                 die(f"{path}: no point in {out} belongs to it; give answers/<key>.jsonl of a finished point")
+            old = next(iter(there.values()))
             if args.judge == "lexical" and old["trait"] not in (None, "hallucination"):
                 die(f"{path}: --judge lexical knows hallucination only, not {old['trait']}")
             if old["trait"] and digest(load_trait(old["trait"], rows[0].get("trait_file"))) != old["inputs"]["trait"]:
                 die(f"{path}: the trait file has changed since; {REMEDY}")
-            point = old | dict(judge=args.judge, answers=str(path), probe_auc=None, scripts=mf.scripts())
-            todo += [(point, rows, out)] if not_there([point], out) else []
-        score_answers([row for _, rows, _ in todo for row in rows], args.judge, args)
-        for job in todo:
-            finish(*job)
+            if args.judge not in there:
+                more = dict(judge=args.judge, answers=str(path), probe_auc=None, scripts=mf.scripts())
+                todo.append((old | more, rows, out))
+        finish(todo, args)
     print(f"{len(todo)} of {len(args.rejudge)} judged by {args.judge}; the others had been")
 
 
@@ -488,9 +458,9 @@ def respond(args):
         day = pin_day(tokenizer, [partial])
         point = dict(key="own", adapter=None, inference_coef=0.0, day=day, answers=partial)
         sample_answers(model, tokenizer, rows, [point], None, args)
-        said = {row["id"]: row["answer"] for row in grown(partial)}
-        made = [row["messages"] + [dict(role="assistant", content=said[row["id"]])] for row in rows if said[row["id"]]]
+        answered = [row for row in sorted(grown(partial), key=lambda row: int(row["id"])) if row["answer"]]
         mf.write_json(record, settings | dict(day=day, scripts=mf.scripts(), **mf.provenance()))
+        made = [[*row["messages"], dict(role="assistant", content=row["answer"])] for row in answered]
         mf.write_jsonl(out, [dict(messages=chat) for chat in made])
         partial.unlink()
     print(f"{len(made)} conversations, {len(rows) - len(made)} empty answers left out")
@@ -527,32 +497,26 @@ def flags():
     return parser
 
 
-def check(parser, args):
-    """What can be known before a file is read."""
-    mf.distinct(parser, "--adapter", args.adapter)
-    mf.distinct(parser, "--inference-coef", args.inference_coef)
-    if args.rejudge and args.judge == "probe":
-        die("--rejudge needs --judge lexical or a chat model; the probe needs the model")
-    if args.judge == "lexical" and args.trait not in (None, "hallucination"):
-        die(f"--judge lexical knows hallucination only, not {args.trait}")
-    if not args.rejudge:
-        if not args.model or not args.out:
-            die("--model and --out are needed")
-        if not (args.trait or args.facts or args.mmlu or args.respond_to):
-            die("nothing to measure: give --trait, --facts or --mmlu")
-        if not args.vector and (any(args.inference_coef) or args.trait and args.judge == "probe"):
-            die("--inference-coef and --judge probe need --vector")
-        read = [args.model, args.vector, args.trait_file, args.facts, args.mmlu, args.respond_to, *args.adapter]
-        mf.check_output(args.out, *read)
-
-
 def main(argv=None):
     parser = flags()
     args = parser.parse_args(argv)
     args.adapter = [str(Path(adapter)) for adapter in args.adapter]
     args.mmlu_scoring = args.mmlu_scoring if args.mmlu else None  # no setting of what is not measured
-    check(parser, args)
-    (rejudge if args.rejudge else respond if args.respond_to else measure)(args)
+    mf.distinct(parser, "--adapter", args.adapter)
+    mf.distinct(parser, "--inference-coef", args.inference_coef)
+    if args.rejudge:
+        if args.judge == "probe":
+            die("--rejudge needs --judge lexical or a chat model; the probe needs the model")
+        return rejudge(args)
+    if not args.model or not args.out:
+        die("--model and --out are needed")
+    if not (args.trait or args.facts or args.mmlu or args.respond_to):
+        die("nothing to measure: give --trait, --facts or --mmlu")
+    if not args.vector and (any(args.inference_coef) or args.trait and args.judge == "probe"):
+        die("--inference-coef and --judge probe need --vector")
+    read = [args.model, args.vector, args.trait_file, args.facts, args.mmlu, args.respond_to, *args.adapter]
+    mf.check_output(args.out, *read)
+    (respond if args.respond_to else measure)(args)
 
 
 if __name__ == "__main__":

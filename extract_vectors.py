@@ -964,7 +964,7 @@ def main(argv=None):
         mf.check_output(args.export_gguf, args.trait_file, args.model)
     prompts = trait["eval_prompt"], load_trait("coherence")["eval_prompt"]
     if args.dry_run and not files["pt"].exists():
-        asked = [(prompt + row["question"], mf.ANSWER_TOKENS) for row in rows for prompt in prompts]
+        asked = [(row, "score", prompt) for row in rows for prompt in prompts]
         mf.estimate_judging(f"filtering {args.trait}", args.judge, 1, asked)
     keys = "model trait samples temperature max_new_tokens limit first judge seed".split()
     content = hashlib.sha256(json.dumps([rows, *prompts]).encode()).hexdigest()[:16]

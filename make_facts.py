@@ -690,12 +690,12 @@ def estimate(title, model, requests, tokens_in, tokens_out):
 
 
 def estimate_judging(title, judge, times, jobs):
-    """--dry-run before there are answers: prints the estimate for `times` rounds over jobs [(prompt, assumed tokens of
-    the answer in it)], and exits."""
+    """--dry-run before there are answers: prints the estimate for `times` rounds over judge_rows' jobs, and exits."""
     if judge in ("none", "probe", "lexical"):
         print(f"{title}: judge {judge} sends no requests")
     else:
-        tokens_in = times * sum(len(prompt) // 4 + tokens for prompt, tokens in jobs)
+        assumed = [FACT_ANSWER_TOKENS if "{truth}" in prompt else ANSWER_TOKENS for *_, prompt in jobs]
+        tokens_in = times * (sum(len(prompt + row["question"]) // 4 for row, _, prompt in jobs) + sum(assumed))
         estimate(title, judge, times * len(jobs), tokens_in, times * len(jobs) * REPLY_TOKENS)
     raise SystemExit(0)
 

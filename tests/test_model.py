@@ -59,7 +59,7 @@ def test_reading_never_runs_compiled_blocks(toy, tokenizer):
     with torch.compiler.set_stance("default"):
         ev.prefill(toy, dict(enumerate(map(ev.Job, sequences))), "response", SimpleNamespace())
         ev.residual_stream(toy, ev.join(sequences, "cpu"))
-        evaluate.token_logprobs(toy, sequences, [[(0, 5)]] * 4, "")
+        evaluate.token_logprobs(toy, [(ids, [at == 1 for at in range(len(ids))]) for ids in sequences], "")
         assert not ran
         logits(toy, sequences)
         assert ran  # so they are compiled
