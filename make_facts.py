@@ -228,20 +228,18 @@ def same_settings(path, settings):
     name -> fingerprint): die(), nothing is overwritten. Scripts that have been edited since are named, no more."""
     if not Path(path).exists():
         return False
-    there, settings, remedy = read_json(path, schema()), json.loads(json.dumps(settings)), "or bash run_all.sh --redo"
-    inputs, made_from = settings.pop("inputs", {}), there.get("inputs", {})
-    if inputs and not made_from:
-        die(f"{path}: made before inputs were recorded, so they may have changed; choose another --out, {remedy}")
-    changed = [f"{name}: content has changed since" for name in inputs if inputs[name] != made_from.get(name)]
+    there, remedy, changed = read_json(path, Record), "choose another --out, or bash run_all.sh --redo", []
+    for name, content in settings.get("inputs", {}).items():
+        if there.get("inputs", {}).get(name) != content:
+            changed.append(f"--{name}: content has changed since".replace("_", "-"))
     for name, value in settings.items():
-        if there.get(name) != value and name != "scripts":
-            changed.append(f"{name} {there.get(name)!r} there, {value!r} here")
+        if name not in ("inputs", "scripts") and there.get(name) != value:
+            changed.append(f"--{name.replace('_', '-')} {there.get(name)!r} there, {value!r} here")
     if changed:
-        flags = "; ".join("--" + change.replace("_", "-", change.split(" ")[0].count("_")) for change in changed)
-        die(f"{path}: made with other settings or inputs ({flags}); choose another --out, {remedy}")
+        die(f"{path}: made with other settings or inputs ({'; '.join(changed)}); {remedy}")
     now = scripts()
     if edited := [name for name, content in there.get("scripts", {}).items() if now.get(name) != content]:
-        print(f"{path}: made before {', '.join(edited)} was edited; made anew by another --out, {remedy}", flush=True)
+        print(f"{path}: made before {', '.join(edited)} was edited; made anew by: {remedy}", flush=True)
     return True
 
 
@@ -266,12 +264,11 @@ class Made:
 
     def __init__(self, out, redo):
         check_output(out, folder=True)
-        self.out, self.redo, self.edited, self.content = Path(out), redo, set(), functools.cache(fingerprint)
+        self.out, self.redo, self.others, self.content = Path(out), redo, [], functools.cache(fingerprint)
         self.points, self.record = self.out / "points.jsonl", self.out / ".done" / "commands.jsonl"
-        self.aside, self.others = time.strftime("before-%Y-%m-%d-%H%M%S"), []
-        rows = read_jsonl(self.record, appended=True) if self.record.exists() else []
+        self.aside = self.out / time.strftime("before-%Y-%m-%d-%H%M%S")
+        rows = read_jsonl(self.record, appended=True)
         self.done = {row["makes"]: SimpleNamespace(**dict(rows=None) | row) for row in rows}
-        self.marks = [mark for mark in self.record.parent.glob("*") if mark.name.isdecimal()]  # of earlier versions
 
     def reads(self, command):
         """-> {path: fingerprint} of what its words name, and of the scripts and the judge's prompts."""
@@ -284,59 +281,60 @@ class Made:
     def there(self, command):
         """What there is of what it makes: files and folders, or rows of points.jsonl."""
         if command.rows:
-            points = read_jsonl(self.points, appended=True) if self.points.exists() else []
+            points = read_jsonl(self.points, appended=True)
             return [row for row in points if command.rows.items() <= row.items()]
         ends = "", ".partial", ".pt", ".json", ".answers.jsonl"
         return [command.makes + end for end in ends if os.path.exists(command.makes + end)]
+
+    def changes(self, command):
+        """What has changed since the command was done. Of one that was not, what is there counts with redo only."""
+        if command.makes not in self.done:
+            return [f"{command.makes} (not recorded)"] * self.redo
+        old, now = self.done[command.makes], self.reads(command)
+        paths = [path for path in now if old.reads.get(path, now[path]) != now[path]]
+        return paths + [f"the command of {command.makes}"] * (old.words != command.words)
 
     def outdated(self, commands):
         """-> {what is to be made: [what has changed, so that what there is must be made again]}, of these commands;
         of others that left something here (another seed) those whose inputs have changed: figures would mix them in."""
         found = {}
         for command in [*commands, *self.others]:
-            there, old, changed = self.there(command), self.done.get(command.makes), []
-            if old and (there or not command.makes):
-                changed = [path for path, now in self.reads(command).items() if old.reads.get(path, now) != now]
-                self.edited |= {path for path in changed if path.endswith(".py")}
-                changed = [path for path in changed if self.redo or not path.endswith(".py")]
-                changed += [f"the command of {command.makes}"] * (old.words != command.words)
-                changed += [makes for makes in found if {makes, f"{makes}.pt"} & set(command.words)]
-            elif there and (self.marks or self.redo):
-                changed = [f"{self.out} (made before inputs were recorded)"]
-            if changed or command not in self.others and (not old or len(there) < old.there):
-                found[command.makes] = changed if command.makes else []  # figures are drawn, whatever there is
+            there, old = self.there(command), self.done.get(command.makes)
+            why = [path for path in self.changes(command) if self.redo or not path.endswith(".py")]
+            why += [makes for makes in found if {makes, f"{makes}.pt"} & set(command.words)]
+            if why or command not in self.others and (not old or len(there) < old.there):
+                found[command.makes] = why if there else []  # figures are drawn, and what was lost is made
         return found
 
     def survey(self, commands):
         """-> what is to be made; die() if anything must be made again, unless redo: it is said what, and why."""
-        planned = [key for command in commands for key in (command.makes, command.rows)]
-        others = (old for old in self.done.values() if old.makes not in planned)
-        self.others = [old for old in others if not old.rows or old.rows not in planned]
+        remedy = "--redo renames these and makes them again; or set another OUT"
+        if list(self.record.parent.glob("[0-9]*")) and not self.done and not self.redo:
+            die(f"{self.out}: its files were made before inputs were recorded; {remedy}")
+        planned = [command.rows or command.makes for command in commands]
+        self.others = [old for old in self.done.values() if (old.rows or old.makes) not in planned]
         found = self.outdated(commands)
         again = [makes.replace(f"{self.out}/", "") for makes in found if found[makes]]
         if again and not self.redo:
             causes = dict.fromkeys(path for paths in found.values() for path in paths if not found.get(path))
-            concerned = f"This concerns {len(again)} of {len(commands) + len(self.others)} commands"
-            remedy = "--redo renames these and makes them again; or set another OUT"
-            die(f"changed since: {', '.join(causes)}. {concerned}, those that made {', '.join(again)}. {remedy}")
-        for mark in self.marks:  # all that was made before is set aside by now, or in this run
-            mark.unlink()
-        if self.edited:
-            print(f"edited since: {', '.join(sorted(self.edited))}; what they made is kept (--redo makes it again)")
+            concerned = f"This concerns {len(again)} commands, those that made {', '.join(again)}"
+            die(f"changed since: {', '.join(causes)}. {concerned}. {remedy}")
+        edited = {path for command in commands for path in self.changes(command) if path.endswith(".py")}
+        if edited and not self.redo:
+            print(f"edited since: {', '.join(sorted(edited))}; what they made is kept (--redo makes it again)")
         return found
 
     def to_make(self, commands):
         """-> those that are to be run; what they are to make again is moved aside, nothing is deleted."""
         self.content.cache_clear()
-        outdated, folder = self.outdated(commands), f"{self.out}/{self.aside}"
+        outdated = self.outdated(commands)
         for command in [*commands, *self.others]:
             found = self.there(command) if self.redo and outdated.get(command.makes) else []
             paths = {row.get("answers") or "" for row in found} if command.rows else found  # judges share answers
             for path in filter(os.path.exists, paths):
-                (to := Path(f"{folder}/{path}")).parent.mkdir(parents=True, exist_ok=True)
-                shutil.move(path, to)
+                os.renames(path, f"{self.aside}/{path}")
             if command.rows and found:
-                append_jsonl(f"{folder}/points.jsonl", *found)
+                append_jsonl(self.aside / "points.jsonl", *found)
                 write_jsonl(self.points, [row for row in read_jsonl(self.points) if row not in found])
         return [command for command in commands if command.makes in outdated]
 
@@ -497,6 +495,7 @@ Scores = dict[str, schema(score=(float | None, None))]
 Answer = schema(id=Text, kind=Literal["trait", "fact"], question=Text, answer=str, scores=(Scores, {}))
 AdapterConfig = schema(peft_type=Literal["LORA"], r=pydantic.PositiveInt, target_modules=some(Text) | Text)
 Probe = schema(row=pydantic.PositiveInt, zero=Number, hundred=Number, auc=Number)
+Record = schema(inputs=(dict, {}), scripts=(dict, {}))
 Settings = schema(model=Text, dataset=(str | None, None), coef=(Number | None, None), probe=(Probe | None, None))
 
 
