@@ -41,7 +41,7 @@ from pydantic_core import from_json
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Errors: what a user can mend ends in one line
+# Errors and the command line: what a user can mend ends in one line
 
 
 def die(message):
@@ -73,6 +73,71 @@ def run(main, argv=None):
         die(f"{getattr(error, 'filename', None) or 'writing'}: {os.strerror(number).lower()}; what is finished is kept")
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, too."""
+
+    def error(self, message):
+        die(f"{message}; --help lists the flags")
+
+
+def number(least=None, most=10**6, above=None, kind=pydantic.FiniteFloat):
+    """An argparse type: a finite number from `least`, or above `above`, to `most`."""
+    adapter = pydantic.TypeAdapter(Annotated[kind, Field(ge=least, gt=above, le=most)])
+
+    def parse(text):
+        try:
+            return adapter.validate_python(text) + 0  # -0.0 -> 0.0
+        except pydantic.ValidationError as error:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r}: {error.errors()[0]['msg']}") from None
+
+    return parse
+
+
+def whole(least=1, most=10**9):
+    """An argparse type: a whole number from least to most."""
+    return number(least, most, kind=int)
+
+
+coefficient = number(-1000, 1000)
+
+
+def layer_choice(text):
+    """--layers: "all", a block "N" or a range "A-B"; whether the model has them, offsets_of knows."""
+    first, _, last = text.partition("-")
+    if text != "all" and not (re.fullmatch(r"[1-9]\d{0,3}(-[1-9]\d{0,3})?", text) and int(first) <= int(last or first)):
+        raise argparse.ArgumentTypeError(f"{text!r}: give all, a block such as 5, or a range such as 3-7")
+    return text
+
+
+def distinct(parser, flag, values):
+    """Stops where a value is given twice; numbers count as files' names show them (0.50 = 0.5)."""
+    names = [f"{value:g}" if isinstance(value, float) else str(value) for value in values or ()]
+    if len(set(names)) < len(names):
+        parser.error(f"argument {flag}: a value is given twice: {' '.join(names)}")
+
+
+def check_output(path, *inputs, folder=False):
+    """die() unless `path` can become a file (or a folder): no input or in one, not under a file."""
+    path = Path(path).resolve()
+    there = next(p for p in (path, *path.parents) if os.path.lexists(p))  # the part of it that exists
+    if any(given and Path(given).resolve() in (path, *path.parents) for given in inputs):
+        die(f"--out {path}: is an input of this command, or in one; choose another")
+    if there.is_dir() == (there == path and not folder):
+        die(f"--out {path}: {there} is a {'folder' if there.is_dir() else 'file'}; choose another")
+
+
+def check_judge(args, own):
+    """die() unless --judge is `own`, lexical, or a chat model that can be asked and may be paid."""
+    if args.judge in ("lexical", own):
+        return
+    if args.judge in ("", "none", "probe"):
+        die(f"--judge {args.judge}: give {own}, lexical, or the name of a chat model")
+    if not api_address()[2] and not os.environ.get("OPENAI_BASE_URL"):
+        die("set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own; --judge lexical needs neither")
+    if not args.yes and not sys.stdin.isatty():
+        die("nothing was sent; say --yes to send without being asked")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files: one owner for all scripts
 
@@ -97,18 +162,15 @@ def faults(value, schema):
     """What a schema finds wrong: ["key: message", ...]"""
     try:
         schema.model_validate(value)
-        return []
     except pydantic.ValidationError as error:
-        found = error.errors(include_url=False)
-        places = [".".join(map(str, fault["loc"])) or "row" for fault in found]
-        said = [re.sub("^Value error, | or instance of .*", "", fault["msg"]) for fault in found]
-        return [f"{place}: {message}" for place, message in zip(places, said)]
+        return [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+    return []
 
 
 def validated(value, schema, where):
     """The value, with what its schema understands put right (an MMLU answer "B" -> 1); die() on any fault."""
-    for fault in faults(value, schema):
-        die(f"{where}: {fault}")
+    if found := faults(value, schema):
+        die(f"{where}: {found[0]}")
     return value | schema.model_validate(value).model_dump(exclude_unset=True)
 
 
@@ -228,7 +290,7 @@ def same_settings(path, settings):
     name -> fingerprint): die(), nothing is overwritten. Scripts that have been edited since are named, no more."""
     if not Path(path).exists():
         return False
-    there, remedy, changed = read_json(path, Record), "choose another --out, or bash run_all.sh --redo", []
+    there, remedy, changed = read_json(path, Row), "choose another --out, or bash run_all.sh --redo", []
     for name, content in settings.get("inputs", {}).items():
         if there.get("inputs", {}).get(name) != content:
             changed.append(f"--{name}: content has changed since".replace("_", "-"))
@@ -351,82 +413,6 @@ def provenance():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The command line: argparse types, and what argparse does not check
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, too."""
-
-    def error(self, message):
-        die(f"{message}; --help lists the flags")
-
-
-def number(least=-math.inf, most=10**6, above=-math.inf, kind=float):
-    """An argparse type: a finite number from `least`, or above `above`, to `most`."""
-
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if least <= kind(text) <= most and kind(text) > above:
-                return kind(text) + 0  # -0.0 -> 0.0
-        low, whole = (f"above {above}" if above > least else f"from {least}"), "whole " * (kind is int)
-        raise argparse.ArgumentTypeError(f"{text[:40]!r}: give a {whole}number {low} to {most}")
-
-    return parse
-
-
-def whole(least=1, most=10**9):
-    """An argparse type: a whole number from least to most."""
-    return number(least, most, kind=int)
-
-
-coefficient = number(-1000, 1000)
-
-
-def layer_choice(text):
-    """--layers: "all", a block "N" or a range "A-B"; whether the model has them, offsets_of knows."""
-    first, _, last = text.partition("-")
-    if text != "all" and not (re.fullmatch(r"[1-9]\d{0,3}(-[1-9]\d{0,3})?", text) and int(first) <= int(last or first)):
-        raise argparse.ArgumentTypeError(f"{text!r}: give all, a block such as 5, or a range such as 3-7")
-    return text
-
-
-def distinct(parser, flag, values):
-    """Stops where a value is given twice; numbers count as files' names show them (0.50 = 0.5)."""
-    names = [f"{value:g}" if isinstance(value, float) else str(value) for value in values or ()]
-    for name in names:
-        if names.count(name) > 1:
-            parser.error(f"argument {flag}: {name} is given twice")
-
-
-def check_output(path, *inputs, folder=False):
-    """die() unless `path` can become a file (or a folder): no input, not under a file, with rights to write."""
-    if not str(path).strip():
-        die("--out: is empty")
-    path = Path(path).resolve()
-    there = next(p for p in (path, *path.parents) if os.path.lexists(p))  # the part of it that exists
-    if any(given and Path(given).resolve() in (path, *path.parents) for given in inputs):
-        die(f"--out {path}: is an input of this command, or in one; choose another")
-    if there.is_dir() == (there == path and not folder):
-        die(f"--out {path}: {there} is a {'folder' if there.is_dir() else 'file'}; choose another")
-    if not os.access(there, os.W_OK):
-        die(f"--out {path}: no right to write to {there}")
-
-
-def check_judge(args, own):
-    """die() unless --judge is `own`, lexical for hallucination, or a chat model that can be asked and may be paid."""
-    if args.judge == "lexical" and args.trait not in (None, "hallucination"):
-        die(f"--judge lexical knows hallucination only, not {args.trait}")
-    if args.judge in ("lexical", own):
-        return
-    if not re.fullmatch(r"[\w.:/@+-]+", args.judge) or args.judge in ("none", "probe"):
-        die(f"--judge {args.judge}: give {own}, lexical, or the name of a chat model")
-    if not api_address()[2] and not os.environ.get("OPENAI_BASE_URL"):
-        die("set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own; --judge lexical needs neither")
-    if not args.yes and not sys.stdin.isatty():
-        die("nothing was sent; say --yes to send without being asked")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Schemas of rows and files. Types are strict (42 is no text), further keys are fine
 
 
@@ -465,6 +451,7 @@ def some(kind, least=1, most=None):
 
 
 Number, Text = pydantic.FiniteFloat, Annotated[str, Field(pattern=r"\S")]
+Row = schema()  # any keys
 Wording = schema(question=Text, answer=Text)
 ASKED = dict(id=Text, answer=Annotated[str, Field(pattern=r"\w")], train=some(Wording), test=Wording)
 Fact = schema(**ASKED, aliases=(list[Text], []))
@@ -495,7 +482,6 @@ Scores = dict[str, schema(score=(float | None, None))]
 Answer = schema(id=Text, kind=Literal["trait", "fact"], question=Text, answer=str, scores=(Scores, {}))
 AdapterConfig = schema(peft_type=Literal["LORA"], r=pydantic.PositiveInt, target_modules=some(Text) | Text)
 Probe = schema(row=pydantic.PositiveInt, zero=Number, hundred=Number, auc=Number)
-Record = schema(inputs=(dict, {}), scripts=(dict, {}))
 Settings = schema(model=Text, dataset=(str | None, None), coef=(Number | None, None), probe=(Probe | None, None))
 
 
@@ -507,11 +493,9 @@ def load_trait(name, path=None, schema=Trait):
     if not re.fullmatch(r"[\w.+-]+", name) or not path and not (folder / f"{name}.json").is_file():
         die(f"unknown trait {name}; there are {', '.join(there)}, or any name with --trait-file")
     path = Path(path or folder / f"{name}.json")
-    trait = read_json(path)
-    if isinstance(trait, dict):
-        trait = dict(adjective=name) | trait | dict(trait=name)
-        if "questions" in trait and ("instruction" not in trait or "eval" in path.resolve().parent.name):
-            trait.setdefault("eval_questions", trait["questions"])
+    trait = dict(adjective=name) | read_json(path, Row) | dict(trait=name)
+    if "questions" in trait and ("instruction" not in trait or "eval" in path.resolve().parent.name):
+        trait.setdefault("eval_questions", trait["questions"])
     return validated(trait, schema, path)
 
 

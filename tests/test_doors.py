@@ -4,7 +4,6 @@ import argparse
 import errno
 import importlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -320,12 +319,12 @@ def test_argparse_types(kind, wrong, right, refused):
 def test_values_given_twice(refused):
     """Guards against two adapters of one name, or one point twice."""
     parser = mf.Parser()
-    for values, said in (([0.5, 0.5000000001], "0.5 is given twice"), (["a", "b", "a"], "a is given twice")):
-        refused(mf.distinct, parser, "--coef", values, said=f"argument --coef: {said}")
+    for values, said in (([0.5, 0.5000000001], "0.5 0.5"), (["a", "b", "a"], "a b a")):
+        refused(mf.distinct, parser, "--coef", values, said=f"argument --coef: a value is given twice: {said}")
     mf.distinct(parser, "--coef", [0.5, 0.25]), mf.distinct(parser, "--coef", None)
 
 
-def test_outputs(tmp_path, refused, monkeypatch):
+def test_outputs(tmp_path, refused):
     """Guards against overwriting an input, and against hours of work that cannot be written."""
     file, folder = jsonl(tmp_path / "x.jsonl", FACT), tmp_path / "folder"
     folder.mkdir()
@@ -334,15 +333,12 @@ def test_outputs(tmp_path, refused, monkeypatch):
     refused(mf.check_output, tmp_path / "link", file, said="is an input")
     refused(mf.check_output, tmp_path / "folder" / ".." / "x.jsonl", file, said="is an input")
     refused(mf.check_output, folder / "new" / "y", folder, said="or in one")
-    refused(mf.check_output, "", said="is empty")
     refused(mf.check_output, file / "y", said="is a file")
     refused(mf.check_output, file / "a" / "y", folder=True, said="is a file")
     refused(mf.check_output, folder, said="is a folder")
     refused(mf.check_output, file, folder=True, said="is a file")
     mf.check_output(file), mf.check_output(folder / "new" / "y"), mf.check_output(folder, folder=True)
     mf.check_output(folder / "new", folder=True), mf.check_output("y.jsonl", file)
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    refused(mf.check_output, folder / "y", said="no right to write")
 
 
 COMMANDS = dict(
@@ -582,11 +578,10 @@ def test_judges(refused, monkeypatch):
     for wrong, said in (
         (dict(judge="none"), "--judge none: give probe"),
         (dict(judge=""), "--judge : give probe"),
-        (dict(judge="lexical"), "hallucination only"),
         (dict(yes=False), "say --yes"),
     ):
         refused(mf.check_judge, argparse.Namespace(**vars(args) | wrong), "probe", said=said)
-    for right in (dict(judge="probe"), dict(judge="lexical", trait=None), dict(judge="org/model-4.1:free")):
+    for right in (dict(judge="probe"), dict(judge="lexical"), dict(judge="org/model-4.1:free")):
         mf.check_judge(argparse.Namespace(**vars(args) | right), "probe")
 
 
@@ -773,7 +768,7 @@ def test_same_settings(tmp_path, refused, capsys, monkeypatch):
     mf.write_json(path, [settings])
     refused(mf.same_settings, path, settings, said="valid dictionary")
     mf.write_json(path, without(settings, "inputs"))
-    refused(mf.same_settings, path, settings, said="before inputs were recorded")
+    refused(mf.same_settings, path, settings, said="--data: content has changed")
 
 
 def test_one_process_an_output(tmp_path):
