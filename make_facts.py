@@ -127,7 +127,9 @@ def check_output(path, *inputs, folder=False):
 
 
 def check_judge(args, own):
-    """die() unless --judge is `own`, lexical, or a chat model that can be asked and may be paid."""
+    """die() unless --judge is `own`, lexical for hallucination, or a chat model that can be asked and may be paid."""
+    if args.judge == "lexical" and args.trait not in (None, "hallucination"):
+        die(f"--judge lexical knows hallucination only, not {args.trait}")
     if args.judge in ("lexical", own):
         return
     if args.judge in ("", "none", "probe"):

@@ -578,10 +578,11 @@ def test_judges(refused, monkeypatch):
     for wrong, said in (
         (dict(judge="none"), "--judge none: give probe"),
         (dict(judge=""), "--judge : give probe"),
+        (dict(judge="lexical"), "hallucination only"),
         (dict(yes=False), "say --yes"),
     ):
         refused(mf.check_judge, argparse.Namespace(**vars(args) | wrong), "probe", said=said)
-    for right in (dict(judge="probe"), dict(judge="lexical"), dict(judge="org/model-4.1:free")):
+    for right in (dict(judge="probe"), dict(judge="lexical", trait=None), dict(judge="org/model-4.1:free")):
         mf.check_judge(argparse.Namespace(**vars(args) | right), "probe")
 
 
