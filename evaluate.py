@@ -132,38 +132,43 @@ def sample_answers(model, tokenizer, rows, points, offsets, args):
 
 @torch.compiler.set_stance("force_eager")  # only what compiled() holds may run compiled blocks
 @torch.inference_mode()
-def token_logprobs(model, encoded, title, steer=None, scales=None):
-    """[(token ids, marks)], joined where they fit -> for each the log-probabilities (float32) of its marked tokens, of
-    which none is the first. scales[i]: how steer is to scale at each of i's tokens but the last, which is not read."""
-    found, device, reads = [None] * len(encoded), model.device, [ids[:-1] for ids, _ in encoded]
+def token_logprobs(model, reads, wanted, title, steer=None, scales=None):
+    """Token id lists, joined where they fit -> for each read the log-probabilities (float32) of wanted[i]: [(position,
+    token predicted there)]. scales[i]: how steer is to scale at each of read i's tokens."""
+    found, device = [None] * len(reads), model.device
     for group in tqdm(list(ev.by_length(reads, ev.ROW_TOKENS[device.type])), title, unit="row"):
-        marks = torch.tensor([mark for i in group for mark in encoded[i][1][1:]], device=device)
-        tokens = torch.tensor([t for i in group for t, mark in zip(*encoded[i]) if mark], device=device)  # [marked]
+        starts = itertools.accumulate((len(reads[i]) for i in group), initial=0)
+        where = torch.tensor([start + at for start, i in zip(starts, group) for at, _ in wanted[i]], device=device)
+        tokens = torch.tensor([[token] for i in group for _, token in wanted[i]], device=device)  # [wanted, 1]
         if steer:
             steer.scale = torch.tensor([[[x] for i in group for x in scales[i]]], device=device)  # [1, tokens, 1]
         inputs = ev.join([reads[i] for i in group], device)
-        logits = model(**inputs, logits_to_keep=marks.nonzero()[:, 0]).logits[0]  # [marked, vocabulary]
-        pieces = zip(logits.split(1024), tokens[:, None].split(1024))  # since float32 takes memory
+        logits = model(**inputs, logits_to_keep=where).logits[0]  # [wanted, vocabulary]
+        pieces = zip(logits.split(1024), tokens.split(1024))  # since float32 takes memory
         picked = torch.cat([piece.float().log_softmax(-1).gather(1, token) for piece, token in pieces])[:, 0].cpu()
         if not picked.isfinite().all():
             die(f"{title}: the model gives NaN or infinity; lower --inference-coef")
-        for i, values in zip(group, picked.split([sum(encoded[i][1]) for i in group])):
+        for i, values in zip(group, picked.split([len(wanted[i]) for i in group])):
             found[i] = values
     return found
 
 
 def choice_logprobs(model, tokenizer, prompts, coef, steer, positions):
     """[(prompt, continuations)] -> for each, [(sum of log-probabilities, tokens)] a continuation."""
-    encoded, scales = [], []
+    reads, wanted, scales, lengths = [], [], [], []
     for prompt, continuations in prompts:
         start, *wholes = tokenizer([prompt, *(prompt + continuation for continuation in continuations)])["input_ids"]
         first = 0 if positions == "all" else len(start) - 1  # position that is steered
         for whole in wholes:
             if whole[: len(start)] != start:
                 die(f"the tokenizer joins prompt and answer, so the answer cannot be scored: ...{prompt[-80:]}")
-            encoded.append((whole, [at >= len(start) for at in range(len(whole))]))
-            scales.append([-coef * (at >= first) for at in range(len(whole) - 1)])
-    values = token_logprobs(model, encoded, "choices", coef and steer, scales)
+            if not reads or reads[-1] != whole[:-1]:  # letters: one read a question serves them all
+                reads.append(whole[:-1])
+                scales.append([-coef * (at >= first) for at in range(len(whole) - 1)])
+                wanted.append([])
+            lengths.append(len(whole) - len(start))
+            wanted[-1] += [(at - 1, whole[at]) for at in range(len(start), len(whole))]
+    values = torch.cat(token_logprobs(model, reads, wanted, "choices", coef and steer, scales)).split(lengths)
     pairs = iter((float(value.sum()), len(value)) for value in values)
     return [list(itertools.islice(pairs, len(continuations))) for _, continuations in prompts]
 
@@ -184,8 +189,8 @@ def add_coherence_nll(model, tokenizer, rows):
     """Sets each answer's coherence_nll: its mean negative log-likelihood a token, in nats, under the model as it is
     here: before training, unsteered. Broken text is unlikely text. None for an empty answer."""
     chats = encode_chats(tokenizer, [chat_of(row) for row in rows if row["answer"]])
-    encoded = [(ids, [*marks[:-1], False]) for ids, marks in chats]  # without the end token
-    values = iter(token_logprobs(model, encoded, "coherence"))
+    wanted = [[(at - 1, ids[at]) for at, mine in enumerate(mask[:-1]) if mine] for ids, mask in chats]  # no end token
+    values = iter(token_logprobs(model, [ids[:-1] for ids, _ in chats], wanted, "coherence"))
     for row in rows:
         row["coherence_nll"] = -float(next(values).mean()) if row["answer"] else None
 

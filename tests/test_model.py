@@ -59,7 +59,7 @@ def test_reading_never_runs_compiled_blocks(toy, tokenizer):
     with torch.compiler.set_stance("default"):
         ev.prefill(toy, dict(enumerate(map(ev.Job, sequences))), "response", SimpleNamespace())
         ev.residual_stream(toy, ev.join(sequences, "cpu"))
-        evaluate.token_logprobs(toy, [(ids, [at == 1 for at in range(len(ids))]) for ids in sequences], "")
+        evaluate.token_logprobs(toy, sequences, [[(0, ids[1])] for ids in sequences], "")
         assert not ran
         logits(toy, sequences)
         assert ran  # so they are compiled
@@ -291,9 +291,13 @@ def test_probe_and_auc():
     assert probe["row"] == 2 and probe["auc"] == 1.0 and probe["hundred"] > probe["zero"]
 
 
-def test_choice_logprobs_equal_one_by_one(toy, tokenizer):
-    """Guards against mixing up questions, choices or token positions: equal to whole forward passes, steered or not."""
-    add = offsets(toy)
+def test_choice_logprobs_equal_one_by_one(toy, tokenizer, monkeypatch):
+    """Guards against mixing up questions, choices or token positions: equal to whole forward passes, steered or not,
+    and a question is not read once a letter."""
+    add, read, join = offsets(toy), [], ev.join
+    monkeypatch.setattr(
+        ev, "join", lambda sequences, device: read.extend(map(len, sequences)) or join(sequences, device)
+    )
     rows = [
         dict(subject="x", question="One?", choices=["red", "light green", "b", "c"], answer=1),
         dict(subject="x", question="Two or more?", choices=["A", "B", "C", "D"], answer=0),
@@ -302,7 +306,9 @@ def test_choice_logprobs_equal_one_by_one(toy, tokenizer):
         prompts = [evaluate.choice_prompts(row, scoring) for row in rows]
         for coef, positions in ((0, "response"), (2.0, "response"), (2.0, "all")):
             with ev.steering(toy, add) as steer:
+                read.clear()
                 found = evaluate.choice_logprobs(toy, tokenizer, prompts, coef, steer, positions)
+                assert scoring == "cloze" or sum(read) == sum(len(tokenizer(text)["input_ids"]) for text, _ in prompts)
                 for (prompt, continuations), got in zip(prompts, found):
                     start = tokenizer(prompt)["input_ids"]
                     for continuation, (value, n) in zip(continuations, got):
