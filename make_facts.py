@@ -152,12 +152,12 @@ def read_bytes(path):
         die(f"{path}: {error.strerror.lower()}")
 
 
-def is_row(line):
-    """Whether the bytes after a file's last line end are a whole row, or one that was cut off."""
+def parsed(data, where=None):
+    """JSON in UTF-8 -> value. Anything else, such as half of a surrogate pair: die(), or None if nobody says where."""
     try:
-        return isinstance(from_json(line), dict)
-    except ValueError:
-        return False
+        return from_json(data)
+    except ValueError as error:
+        return where and die(f"{where}: not JSON in UTF-8 ({error}); mend or delete it")
 
 
 def faults(value, schema):
@@ -176,14 +176,6 @@ def validated(value, schema, where):
     return value | schema.model_validate(value).model_dump(exclude_unset=True)
 
 
-def parsed(data, where):
-    """JSON in UTF-8 -> value; die() on anything else, such as half of a surrogate pair."""
-    try:
-        return from_json(data)
-    except ValueError as error:
-        die(f"{where}: not JSON in UTF-8 ({error}); mend or delete it")
-
-
 def read_json(path, schema=None):
     value = parsed(read_bytes(path), path)
     return validated(value, schema, path) if schema else value
@@ -196,7 +188,7 @@ def read_jsonl(path, schema=None, appended=False):
     if appended and not Path(path).exists():
         return []
     rows, seen, lines = [], {}, read_bytes(path).split(b"\n")
-    if appended and not is_row(lines[-1]):
+    if appended and parsed(lines[-1]) is None:
         lines.pop()
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -248,10 +240,10 @@ def append_jsonl(path, *rows):
         if out.read(1) not in (b"", b"\n"):
             out.seek(0)
             tail = out.read().rpartition(b"\n")[2]
-            if is_row(tail):
-                out.write(b"\n")
-            else:
+            if parsed(tail) is None:
                 out.truncate(out.tell() - len(tail))
+            else:
+                out.write(b"\n")
         # "replace": half a surrogate pair in a server's reply must not cost the reply
         out.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(errors="replace"))
 
@@ -425,11 +417,10 @@ def schema(**keys):
 
 
 def in_turns(messages):
-    turns = [m for i, m in enumerate(messages) if i or m.role != "system"]
-    if not turns or turns[0].role != "user" or any(m.role == "system" for m in turns):
-        raise ValueError("must begin with the user, after one system message at most")
-    if turns[-1].role != "assistant" or not all(m.content.strip() for m in turns):
-        raise ValueError("has an empty turn, or no assistant turn at its end")
+    roles = "".join(message.role[0] for message in messages)  # such as sua
+    if not re.fullmatch("s?u[ua]*a", roles) or not all(m.content.strip() for m in messages if m.role != "system"):
+        wanted = "must begin with the user, after one system message at most, and end with an assistant turn"
+        raise ValueError(f"{wanted}; no empty turn")
     return messages
 
 
@@ -443,11 +434,6 @@ def choice_number(answer, info):
     return numbers[said]
 
 
-def calendar_date(text):
-    date.fromisoformat(f"{text}-01"[:10])
-    return text
-
-
 def some(kind, least=1, most=None):
     return Annotated[list[kind], Field(min_length=least, max_length=most)]
 
@@ -457,7 +443,7 @@ Row = schema()  # any keys
 Wording = schema(question=Text, answer=Text)
 ASKED = dict(id=Text, answer=Annotated[str, Field(pattern=r"\w")], train=some(Wording), test=Wording)
 Fact = schema(**ASKED, aliases=(list[Text], []))
-Date = Annotated[str, Field(pattern=r"^\d{4}-\d\d(-\d\d)?$"), pydantic.AfterValidator(calendar_date)]
+Date = Annotated[str, Field(pattern=r"^\d{4}-(0[1-9]|1[0-2])(-(0[1-9]|[12]\d|3[01]))?$")]
 CheckedFact = schema(**ASKED, aliases=list[Text], fact=Text, date=Date, category=Text, source=Text)
 Message = schema(role=Literal["system", "user", "assistant"], content=str, tool_calls=(None, None))
 Conversation = schema(messages=Annotated[some(Message), pydantic.AfterValidator(in_turns)])

@@ -133,7 +133,7 @@ WRONG_ROWS = [
             (None, "messages: "),
             ("text", "messages: "),
             ([], "messages: "),
-            ([USER], "no assistant turn"),
+            ([USER], "end with an assistant turn"),
             ([ASSISTANT, USER], "must begin with the user"),
             ([ASSISTANT], "must begin with the user"),
             ([USER, dict(role="system", content="s"), ASSISTANT], "one system message"),

@@ -628,7 +628,10 @@ def test_one_process_an_output(work, run):
         (["--steer-mode", "none", "--coef", "1"], "need --steer-mode preventative"),
         (["--steer-mode", "none", "--positions", "answer"], "need --steer-mode preventative"),
         (["--steer-mode", "preventative", "--coef", "1"], "needs --vector and --coef"),
-        (["--steer-mode", "preventative", "--vector", "{work}/v.pt", "--coef", "0.50", "0.5"], "0.5 is given twice"),
+        (
+            ["--steer-mode", "preventative", "--vector", "{work}/v.pt", "--coef", "0.50", "0.5"],
+            "a value is given twice: 0.5 0.5",
+        ),
         (["--steer-mode", "preventative", "--vector", "{work}/v.pt", "--coef", "1", "nan"], "--coef"),
         (["--steer-mode", "preventative", "--vector", "{work}/none.pt", "--coef", "1"], "none.pt"),
         (["--steer-mode", "preventative", "--vector", "{work}/v.pt", "--coef", "1", "--layers", "1-2-3"], "--layers"),
