@@ -333,7 +333,7 @@ def about_adapter(adapter, model_name):
             weights = load_file(folder / WEIGHTS)
         except (OSError, SafetensorError) as error:
             die(f"{folder / WEIGHTS}: missing, broken or cut off ({error}); train it again")
-        if not all("lora_" in name and t.is_floating_point() and t.isfinite().all() for name, t in weights.items()):
+        if not all("lora_" in name and t.is_floating_point() and t.norm().isfinite() for name, t in weights.items()):
             die(f"{folder / WEIGHTS}: holds NaN, infinity or what is not LoRA's; train it again, lower --lr or --coef")
     about = dict(adapter=adapter, train_coef=trained.get("coef") or (0.0 if adapter else None))
     about |= {name: trained.get(name) for name in ("dataset", "steer_mode", "system_prompt")}
