@@ -27,15 +27,15 @@ from tqdm import tqdm
 
 import extract_vectors as ev
 import make_facts as mf
-from extract_vectors import answers_to, encode_chats, load_model, model_fingerprint, name_of
+from extract_vectors import answers_to, chat_of, encode_chats, load_model, model_fingerprint, name_of
 from make_facts import append_jsonl, die, fingerprint, lexical_score, load_trait, locked, read_json, read_jsonl
 
 grown = functools.partial(read_jsonl, appended=True)  # of a file that grows; [] where it is not begun
 loaded = functools.lru_cache(1)(lambda name, content: load_model(name))  # one model for the commands of a process
 FACT_TOKENS = 100  # new tokens of an answer about a fact; sampled greedily
 WEIGHTS = "adapter_model.safetensors"
-SETTINGS = "trait layers positions samples temperature max_new_tokens seed limit mmlu_scoring".split()
-NAMED = "model vector facts mmlu judge".split()  # kept in a point, too; a name is no part of its identity
+GIVEN = "model vector facts mmlu judge".split()  # kept in a point; names are no part of its identity
+SETTINGS = "trait layers positions samples temperature max_new_tokens seed limit mmlu_scoring inference_coef".split()
 TRAINED = "layers positions vector seed epochs lr batch_size rank alpha".split()  # of an adapter, told by its points
 REMEDY = "choose another --out, or bash run_all.sh --redo"
 
@@ -79,10 +79,6 @@ def choice_prompts(row, scoring):
     return f"{about}\n\n{row['question'].strip()}\n{listed}\nAnswer:", [f" {letter}" for letter in letters]
 
 
-def chat_of(row):
-    return [dict(role="user", content=row["question"]), dict(role="assistant", content=row["answer"])]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # How it is measured
 
@@ -113,8 +109,7 @@ def sample_answers(model, tokenizer, rows, points, offsets, args):
     todo = [(n, row, p) for p in points for n, row in enumerate(rows) if row["id"] not in have[p["key"]]]
     if not todo:
         return
-    chats = [row.get("messages") or [dict(role="user", content=row["question"])] for _, row, _ in todo]
-    encoded = encode_chats(tokenizer, chats)
+    encoded = encode_chats(tokenizer, [row.get("messages") or chat_of(row, system=False) for _, row, _ in todo])
     jobs = [ev.Job(ids, n, -point["inference_coef"]) for (ids, _), (n, _, point) in zip(encoded, todo)]
     drawing = ev.Drawing(args.max_new_tokens, args.temperature, args.seed, args.positions)
     if rows[0]["kind"] == "fact":
@@ -188,7 +183,7 @@ def measure_mmlu(model, tokenizer, questions, point, offsets):
 def add_coherence_nll(model, tokenizer, rows):
     """Sets each answer's coherence_nll: its mean negative log-likelihood a token, in nats, under the model as it is
     here: before training, unsteered. Broken text is unlikely text. None for an empty answer."""
-    chats = encode_chats(tokenizer, [chat_of(row) for row in rows if row["answer"]])
+    chats = encode_chats(tokenizer, [chat_of(row, system=False) for row in rows if row["answer"]])
     wanted = [[(at - 1, ids[at]) for at, mine in enumerate(mask[:-1]) if mine] for ids, mask in chats]  # no end token
     values = iter(token_logprobs(model, [ids[:-1] for ids, _ in chats], wanted, "coherence"))
     for row in rows:
@@ -215,7 +210,7 @@ def score_answers(rows, judge, args=None, probing=None):
     scored = [row | dict(score=None, reason=None, judge_reply=None, judge_method=None) for row in todo]
     if judge in ("probe", "lexical"):
         said = [row for row in scored if row["kind"] == "trait" and row["answer"]]
-        probed = probing([chat_of(row) for row in said]) if judge == "probe" and said else []
+        probed = probing([chat_of(row, system=False) for row in said]) if judge == "probe" and said else []
         for row, score in zip(said, probed or [lexical_score(row["answer"]) for row in said]):
             row["score"] = score
         for row in scored:
@@ -291,8 +286,6 @@ def digest(value):
 def points_of(args, mmlu):
     """Every point of a command, as far as it is known before measuring; one for adapters of the same content."""
     points, probe = {}, read_probe(args)
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    named = {name: getattr(args, name) for name in NAMED}
     inputs = dict(  # flag: fingerprint of its content
         model=model_fingerprint(args.model),
         vector=digest([fingerprint(args.vector), probe]) if args.vector else None,
@@ -301,15 +294,16 @@ def points_of(args, mmlu):
         mmlu=digest(mmlu) if args.mmlu else None,
         judge_prompts=digest([load_trait(name)["eval_prompt"] for name in ("coherence", "fact")]),
     )
+    given = {name: getattr(args, name) for name in [*GIVEN, *SETTINGS]}
+    given |= dict(scripts=mf.scripts(), probe_auc=probe["auc"] if args.judge == "probe" and args.trait else None)
     for adapter in args.adapter or [None]:
-        about = about_adapter(adapter, args.model) | named | dict(mmlu_accuracy=None, mmlu_ci=None, mmlu_n=0)
-        about |= dict(inputs=inputs | dict(adapter=adapter and fingerprint(adapter)), scripts=mf.scripts())
-        about |= dict(probe_auc=probe["auc"] if args.judge == "probe" and args.trait else None)
+        about = given | about_adapter(adapter, args.model) | dict(mmlu_accuracy=None, mmlu_ci=None, mmlu_n=0)
+        about["inputs"] = inputs | dict(adapter=adapter and fingerprint(adapter))
         for coef in args.inference_coef:
-            mine = settings | dict(inference_coef=coef)
-            key = digest([mine, about["inputs"]])
+            point = about | dict(inference_coef=coef)
+            key = digest([{name: point[name] for name in SETTINGS}, point["inputs"]])
             answers = Path(args.out).parent / "answers" / f"{key}.jsonl"
-            points.setdefault(key, dict(key=key, answers=str(answers)) | about | mine)
+            points.setdefault(key, point | dict(key=key, answers=str(answers)))
     return list(points.values())
 
 
@@ -343,9 +337,9 @@ def about_adapter(adapter, model_name):
 def new_points(points, out):
     """-> those that are not in --out yet. die() if one is there, made from other content: a figure would mix the two.
     Scripts that were edited since are named, no more."""
-    there, settings = grown(out, mf.Point), [*SETTINGS, "inference_coef", "adapter", "vector"]
+    there, same = grown(out, mf.Point), [*SETTINGS, "adapter", "vector"]
     for row, point in itertools.product(there, points):
-        if any(row.get(name, point[name]) != point[name] for name in settings):
+        if any(row.get(name, point[name]) != point[name] for name in same):
             continue
         made_from = row.get("inputs") or die(f"{out}: has points made before inputs were recorded; {REMEDY}")
         both = [name for name, content in point["inputs"].items() if content and made_from.get(name)]
