@@ -96,8 +96,8 @@ def with_adapter(model, adapter):
     try:
         found = set_peft_model_state_dict(wrapped, weights, ignore_mismatched_sizes=True, **light)
         missing = [name for name in found.missing_keys if "lora_" in name]
-        for name in [*missing, *found.unexpected_keys]:
-            die(f"--adapter {adapter}: does not fit the model: only one of them has {name}, or in another shape")
+        if misfits := missing + found.unexpected_keys:
+            die(f"--adapter {adapter}: does not fit the model: only one of them has {misfits[0]}, or in another shape")
         yield wrapped.eval().get_base_model()
     finally:
         wrapped.unload()
@@ -130,7 +130,7 @@ def sample_answers(model, tokenizer, rows, points, offsets, args):
 def token_logprobs(model, reads, wanted, title, steer=None, scales=None):
     """Token id lists, joined where they fit -> for each read the log-probabilities (float32) of wanted[i]: [(position,
     token predicted there)]. scales[i]: how steer is to scale at each of read i's tokens."""
-    found, device = [None] * len(reads), model.device
+    found, device = {}, model.device
     for group in tqdm(list(ev.by_length(reads, ev.ROW_TOKENS[device.type])), title, unit="row"):
         starts = itertools.accumulate((len(reads[i]) for i in group), initial=0)
         where = torch.tensor([start + at for start, i in zip(starts, group) for at, _ in wanted[i]], device=device)
@@ -143,9 +143,8 @@ def token_logprobs(model, reads, wanted, title, steer=None, scales=None):
         picked = torch.cat([piece.float().log_softmax(-1).gather(1, token) for piece, token in pieces])[:, 0].cpu()
         if not picked.isfinite().all():
             die(f"{title}: the model gives NaN or infinity; lower --inference-coef")
-        for i, values in zip(group, picked.split([len(wanted[i]) for i in group])):
-            found[i] = values
-    return found
+        found |= zip(group, picked.split([len(wanted[i]) for i in group]))
+    return [found[i] for i in range(len(reads))]
 
 
 def choice_logprobs(model, tokenizer, prompts, coef, steer, positions):
@@ -364,6 +363,7 @@ def pin_day(tokenizer, files):
 
 
 def measure(args):
+    """Measures the points of a command that are not in --out yet."""
     asked = read_questions(args)
     if args.dry_run:
         times = len(args.adapter or [None]) * len(args.inference_coef)
@@ -372,35 +372,37 @@ def measure(args):
         mf.check_judge(args, "probe")
     mmlu = read_mmlu(args.mmlu)[: args.limit] if args.mmlu else []
     points = points_of(args, mmlu)
-    with contextlib.ExitStack() as locks:
-        for point in points:
-            locks.enter_context(locked(point["answers"]))
-        points = new_points(points, args.out)
-        if not points:
+    with locked(*(point["answers"] for point in points)):
+        if points := new_points(points, args.out):
+            measure_points(args, asked, mmlu, points)
+        else:
             print(f"{args.out}: all these points are there")
-            return
-        model, tokenizer = loaded(args.model, model_fingerprint(args.model))
-        vector = ev.load_vector(args.vector, model, args.model) if args.vector else None
-        offsets = ev.offsets_of(vector, args.layers) if any(args.inference_coef) else None
-        probing = functools.partial(ev.probe_scores, model, tokenizer, vector, read_probe(args))
-        for adapter in args.adapter[1:]:
-            with with_adapter(model, adapter):
-                pass  # it fits; known before the first is measured
-        day = pin_day(tokenizer, [args.out, *(point["answers"] for point in points)])
-        for adapter, some in itertools.groupby(points, lambda point: point["adapter"]):
-            group, start = [point | dict(day=day) for point in some], time.time()
-            with with_adapter(model, adapter) if adapter else contextlib.nullcontext(model) as adapted:
-                for _, rows in itertools.groupby(asked, lambda row: row["kind"]):
-                    sample_answers(adapted, tokenizer, list(rows), group, offsets, args)
-                for point in group if mmlu else []:
-                    measure_mmlu(adapted, tokenizer, mmlu, point, offsets)
-            for point in group:
-                there = {row["id"]: row for row in grown(point["answers"], mf.Answer)}
-                rows = [there[row["id"]] for row in asked]
-                if not all("coherence_nll" in row for row in rows):
-                    add_coherence_nll(model, tokenizer, rows)
-                point["seconds"] = round((time.time() - start) / len(group), 1)
-                finish([(point, rows, args.out)], args, probing)
+
+
+def measure_points(args, asked, mmlu, points):
+    """An adapter's points are sampled in one batch, then judged one by one by the model before training."""
+    model, tokenizer = loaded(args.model, model_fingerprint(args.model))
+    vector = ev.load_vector(args.vector, model, args.model) if args.vector else None
+    offsets = ev.offsets_of(vector, args.layers) if any(args.inference_coef) else None
+    probing = functools.partial(ev.probe_scores, model, tokenizer, vector, read_probe(args))
+    for adapter in args.adapter[1:]:
+        with with_adapter(model, adapter):
+            pass  # it fits; known before the first is measured
+    day = pin_day(tokenizer, [args.out, *(point["answers"] for point in points)])
+    for adapter, some in itertools.groupby(points, lambda point: point["adapter"]):
+        group, start = [point | dict(day=day) for point in some], time.time()
+        with with_adapter(model, adapter) if adapter else contextlib.nullcontext(model) as adapted:
+            for _, rows in itertools.groupby(asked, lambda row: row["kind"]):
+                sample_answers(adapted, tokenizer, list(rows), group, offsets, args)
+            for point in group if mmlu else []:
+                measure_mmlu(adapted, tokenizer, mmlu, point, offsets)
+        for point in group:
+            there = {row["id"]: row for row in grown(point["answers"], mf.Answer)}
+            rows = [there[row["id"]] for row in asked]
+            if not all("coherence_nll" in row for row in rows):
+                add_coherence_nll(model, tokenizer, rows)
+            point["seconds"] = round((time.time() - start) / len(group), 1)
+            finish([(point, rows, args.out)], args, probing)
 
 
 def finish(measured, args, probing=None):
@@ -419,22 +421,21 @@ def finish(measured, args, probing=None):
 
 def rejudge(args):
     """Adds another judge's scores to answers, and its points; needs no model and no GPU."""
-    todo = []
-    with contextlib.ExitStack() as locks:
-        for path in map(Path, dict.fromkeys(args.rejudge)):
-            locks.enter_context(locked(path))
+    paths, todo = [Path(path) for path in dict.fromkeys(args.rejudge)], []
+    with locked(*paths):
+        for path in paths:
             rows, out = read_jsonl(path, mf.Answer), args.out or path.parent.parent / "points.jsonl"
             there = {row["judge"]: row for row in grown(out, mf.Point) if row["key"] == path.stem and "inputs" in row}
             if not there:
                 die(f"{path}: no point in {out} belongs to it; give answers/<key>.jsonl of a finished point")
-            old = next(iter(there.values()))
-            if args.judge == "lexical" and old["trait"] not in (None, "hallucination"):
-                die(f"{path}: --judge lexical knows hallucination only, not {old['trait']}")
-            if old["trait"] and digest(load_trait(old["trait"], rows[0].get("trait_file"))) != old["inputs"]["trait"]:
+            point = next(iter(there.values())) | dict(judge=args.judge, answers=str(path), scripts=mf.scripts())
+            trait = point["trait"]
+            if args.judge == "lexical" and trait not in (None, "hallucination"):
+                die(f"{path}: --judge lexical knows hallucination only, not {trait}")
+            if trait and digest(load_trait(trait, rows[0].get("trait_file"))) != point["inputs"]["trait"]:
                 die(f"{path}: the trait file has changed since; {REMEDY}")
             if args.judge not in there:
-                more = dict(judge=args.judge, answers=str(path), probe_auc=None, scripts=mf.scripts())
-                todo.append((old | more, rows, out))
+                todo.append((point | dict(probe_auc=None), rows, out))
         finish(todo, args)
     print(f"{len(todo)} of {len(args.rejudge)} judged by {args.judge}; the others had been")
 

@@ -503,9 +503,9 @@ def main(argv=None):
     inputs = dict(model=ev.model_fingerprint(args.model), data=mf.fingerprint(args.data))
     todo = to_do(args, inputs | (dict(vector=mf.fingerprint(args.vector)) if args.vector else {}))
     join_processes()
-    with contextlib.ExitStack() as held:
-        for out in () if dist.is_initialized() and dist.get_rank() else todo:
-            held.enter_context(mf.locked(out))
+    mine = [] if dist.is_initialized() and dist.get_rank() else todo
+    with mf.locked(*mine):
+        for out in mine:
             if out.exists():
                 mf.die(f"{out}: another process has just made it")
         if todo:

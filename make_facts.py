@@ -300,18 +300,18 @@ def same_settings(path, settings):
 
 
 @contextlib.contextmanager
-def locked(path):
-    """Keeps a second process off an output, in one line. The lock goes with its process, however that ends."""
-    lock = Path(path).with_name(f".{Path(path).name}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(lock, timeout=0):
+def locked(*paths):
+    """Keeps a second process off outputs, in one line. A lock goes with its process, however that ends."""
+    with contextlib.ExitStack() as held:
+        for path in paths:
+            lock = Path(path).with_name(f".{Path(path).name}.lock")
+            lock.parent.mkdir(parents=True, exist_ok=True)
             try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-    except filelock.Timeout:
-        die(f"{path}: another process is making it; wait for that one, or choose another --out")
+                held.enter_context(filelock.FileLock(lock, timeout=0))
+            except filelock.Timeout:
+                die(f"{path}: another process is making it; wait for that one, or choose another --out")
+            held.callback(lock.unlink, missing_ok=True)
+        yield
 
 
 class Made:
