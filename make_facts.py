@@ -80,9 +80,10 @@ class Parser(argparse.ArgumentParser):
         die(f"{message}; --help lists the flags")
 
 
-def number(least=None, most=10**6, above=None, kind=pydantic.FiniteFloat):
+def number(least=1, most=10**9, above=None, kind=pydantic.FiniteFloat):
     """An argparse type: a finite number from `least`, or above `above`, to `most`."""
-    adapter = pydantic.TypeAdapter(Annotated[kind, Field(ge=least, gt=above, le=most)])
+    limits = Field(ge=least if above is None else None, gt=above, le=most)
+    adapter = pydantic.TypeAdapter(Annotated[kind, limits])
 
     def parse(text):
         try:
@@ -93,11 +94,7 @@ def number(least=None, most=10**6, above=None, kind=pydantic.FiniteFloat):
     return parse
 
 
-def whole(least=1, most=10**9):
-    """An argparse type: a whole number from least to most."""
-    return number(least, most, kind=int)
-
-
+whole = functools.partial(number, kind=int)  # an argparse type, too
 coefficient = number(-1000, 1000)
 
 
@@ -157,7 +154,8 @@ def parsed(data, where=None):
     try:
         return from_json(data)
     except ValueError as error:
-        return where and die(f"{where}: not JSON in UTF-8 ({error}); mend or delete it")
+        if where:
+            die(f"{where}: not JSON in UTF-8 ({error}); mend or delete it")
 
 
 def faults(value, schema):
@@ -410,10 +408,11 @@ def provenance():
 # Schemas of rows and files. Types are strict (42 is no text), further keys are fine
 
 
-def schema(**keys):
-    """A pydantic model. keys: name=type, or name=(type, default)."""
-    config = pydantic.ConfigDict(strict=True, extra="allow")
-    return pydantic.create_model("Schema", __config__=config, **keys)
+class Row(pydantic.BaseModel, strict=True, extra="allow"):
+    """Any JSON object. schema(name=type, other=(type, default)) is one with these keys."""
+
+
+schema = functools.partial(pydantic.create_model, "Schema", __base__=Row)
 
 
 def in_turns(messages):
@@ -439,7 +438,6 @@ def some(kind, least=1, most=None):
 
 
 Number, Text = pydantic.FiniteFloat, Annotated[str, Field(pattern=r"\S")]
-Row = schema()  # any keys
 Wording = schema(question=Text, answer=Text)
 ASKED = dict(id=Text, answer=Annotated[str, Field(pattern=r"\w")], train=some(Wording), test=Wording)
 Fact = schema(**ASKED, aliases=(list[Text], []))
@@ -553,11 +551,9 @@ def similarity(a, b):
 
 def near_copies(row, facts):
     """The facts that say the same as this one; the answer in common lowers the limit."""
-    own, found = set(map(normalize, [row["answer"], *row["aliases"]])), []
-    for other in facts:
-        limit = 0.9 if own.isdisjoint(map(normalize, [other["answer"], *other["aliases"]])) else NEAR_FACT
-        found += [other] if similarity(row["fact"], other["fact"]) >= limit else []
-    return found
+    names = lambda fact: set(map(normalize, [fact["answer"], *fact["aliases"]]))
+    limit = lambda other: NEAR_FACT if names(row) & names(other) else 0.9
+    return [other for other in facts if similarity(row["fact"], other["fact"]) >= limit(other)]
 
 
 def fact_violations(row, rephrasings, after):
@@ -592,18 +588,15 @@ def check(rows, rephrasings=20, after="2023-12-31"):
     """All violations in a list of facts -> ["<id>: text", ...]; near copies across facts too."""
     found, asked_by, facts = [], {}, []
     for row in rows:
-        name = row.get("id")
-        found += [f"{name}: {text}" for text in fact_violations(row, rephrasings, after)]
-        if faults(row, CheckedFact):
-            continue
-        if any(name == other["id"] for other in facts):
-            found.append(f"{name}: id used twice")
-        for wording in [*row["train"], row["test"]]:
-            other = asked_by.setdefault(normalize(wording["question"]), name)
-            if other != name:
-                found.append(f"{name}: {other} asks the same question: {wording['question']}")
-        found += [f"{name}: near copy of fact {other['id']}: {row['fact']}" for other in near_copies(row, facts)]
-        facts.append(row)
+        name, why = row.get("id"), fact_violations(row, rephrasings, after)
+        if not faults(row, CheckedFact):
+            why += ["id used twice"] * any(name == other["id"] for other in facts)
+            for wording in [*row["train"], row["test"]]:
+                other = asked_by.setdefault(normalize(wording["question"]), name)
+                why += [f"{other} asks the same question: {wording['question']}"] * (other != name)
+            why += [f"near copy of fact {other['id']}: {row['fact']}" for other in near_copies(row, facts)]
+            facts.append(row)
+        found += [f"{name}: {text}" for text in why]
     return found
 
 
