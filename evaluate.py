@@ -5,9 +5,8 @@
         --judge gpt-4.1-mini-2025-04-14 --out out/paper/points.jsonl
 
 Appends one row per (adapter, coefficient) to --out; answers/<key>.jsonl beside it keeps every answer, as prompted, with
-each judge's scores. A point's key is the hash of its settings and of the content of all it is made from. A positive
-coefficient steers AGAINST the trait (the post's x axis). All coefficients are sampled in one batch. Points that are
-there are skipped; answers that are on disk are not sampled again.
+each judge's scores. A point's key is the hash of all that it is made from: what is there is not made again. A positive
+coefficient steers AGAINST the trait (the post's x axis).
 """
 
 import contextlib
@@ -343,19 +342,12 @@ def new_points(points, out):
         made_from = row.get("inputs") or die(f"{out}: has points made before inputs were recorded; {REMEDY}")
         both = [name for name, content in point["inputs"].items() if content and made_from.get(name)]
         if changed := [f"--{name}" for name in both if made_from[name] != point["inputs"][name]]:
-            what = f"{Path(row['adapter'] or 'base').name} at {row['inference_coef']:g}"
-            die(f"{', '.join(changed)}: content has changed since {what} was measured for {out}; {REMEDY}")
+            die(f"{', '.join(changed)}: content has changed since a point of {out} was measured; {REMEDY}")
     made_by = {script for row in there for script in row.get("scripts", {}).items()}
     if edited := sorted({name for name, _ in made_by - set(mf.scripts().items())}):
         print(f"{out}: begun before {', '.join(edited)} was edited; made anew by run_all.sh --redo", flush=True)
     made = [(row["key"], row["judge"]) for row in there]
     return [point for point in points if (point["key"], point["judge"]) not in made]
-
-
-def pin_day(tokenizer, files):
-    """Pins the date that a chat template shows to the day on which the first of these files was begun."""
-    days = (row["day"] for file in files for row in grown(file) if row.get("day"))
-    return ev.pin_day(tokenizer, next(days, None))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -388,7 +380,8 @@ def measure_points(args, asked, mmlu, points):
     for adapter in args.adapter[1:]:
         with with_adapter(model, adapter):
             pass  # it fits; known before the first is measured
-    day = pin_day(tokenizer, [args.out, *(point["answers"] for point in points)])
+    begun = [row for file in [args.out, *(point["answers"] for point in points)] for row in grown(file)]
+    day = ev.pin_day(tokenizer, next((row["day"] for row in begun if row.get("day")), None))
     for adapter, some in itertools.groupby(points, lambda point: point["adapter"]):
         group, start = [point | dict(day=day) for point in some], time.time()
         with with_adapter(model, adapter) if adapter else contextlib.nullcontext(model) as adapted:
@@ -455,7 +448,7 @@ def respond(args):
         if out.exists():
             die(f"{out}: made before inputs were recorded; {REMEDY}")
         model, tokenizer = loaded(args.model, model_fingerprint(args.model))
-        day = pin_day(tokenizer, [partial])
+        day = ev.pin_day(tokenizer, next((row["day"] for row in grown(partial)), None))
         point = dict(key="own", adapter=None, inference_coef=0.0, day=day, answers=partial)
         sample_answers(model, tokenizer, rows, [point], None, args)
         answered = [row for row in sorted(grown(partial), key=lambda row: int(row["id"])) if row["answer"]]
