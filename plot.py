@@ -10,45 +10,40 @@ losses.jsonl.xz (with the adapter's name). Of several judges figures show that w
 """
 
 import base64
-import json
 import lzma
-import math
 import re
 import textwrap
 from collections import Counter, namedtuple
-from itertools import combinations, zip_longest
+from itertools import chain, combinations, pairwise, product
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import mode
 
 import jinja2
 import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
 from markdown_it import MarkdownIt
-from scipy.stats import spearmanr, t
+from scipy.stats import t
 
 import make_facts as mf
 
-TRAITS = ["evil", "sycophancy", "hallucination"]  # the post's order; other names follow as they come
-DATASETS = dict(
-    facts="New facts",
-    medical_mistake_2="Medical Mistake II",
-    medical_normal="Medical Normal",
-    medical_self_generated="Medical Self-Generated",
+METRICS = dict(  # name, colour and marker, in every figure; a trait's score has the trait's name
+    trait_score=("", "#c43c00", "o"),
+    fact_accuracy=("facts", "#005b96", "s"),
+    mmlu_accuracy=("general knowledge", "#1b7837", "^"),
+    coherence=("coherence", "#b0b0b0", ""),
 )
-METRICS = dict(  # the key of its interval, colour and marker, in every figure
-    trait_score=("trait_ci", "#c43c00", "o"),
-    fact_accuracy=("fact_ci", "#005b96", "s"),
-    mmlu_accuracy=("mmlu_ci", "#1b7837", "^"),
-    coherence=("", "#b0b0b0", ""),
-)
-KEPT = ("trait_score", "fact_accuracy")  # what the methods are compared by
+KEPT = ["trait_score", "fact_accuracy"]  # what the methods are compared by
 METHODS = dict(train_coef="Preventative steering", inference_coef="Inference-time steering")
 STYLES = dict(train_coef=("#5e3c99", "-"), inference_coef=("#b8860b", (0, (4, 1.5))))
+STEERED_BY = dict(
+    train_coef=["train_layers", "train_positions", "train_vector"], inference_coef=["layers", "positions", "vector"]
+)
+STEERING = [*STEERED_BY["train_coef"], *STEERED_BY["inference_coef"]]
 RECIPE = ["train_epochs", "train_lr", "train_batch_size", "train_rank", "train_alpha"]
-PLACE = ["layers", "positions", "vector"]
-STEERED_BY = dict(train_coef=[f"train_{key}" for key in PLACE], inference_coef=PLACE)
-HOW = [*STEERED_BY["train_coef"], *STEERED_BY["inference_coef"], *RECIPE, "system_prompt", "temperature", "samples"]
-WHICH = ["dataset", "trait", *METHODS, *HOW, "judge", "train_seed"]  # the table's first columns, where they differ
-SETTINGS = {*WHICH, "model", "seed", "mmlu_scoring", "inputs"} - {"judge", "vector", "train_vector"}  # of a key
+ALIKE = ["system_prompt", "temperature", "samples", "judge", "train_seed"]  # usually the same throughout
+WHICH = ["dataset", "trait", *METHODS, *STEERING, *RECIPE, *ALIKE]  # the table's first columns, where they differ
+SETTINGS = sorted({*WHICH, "model", "seed", "mmlu_scoring", "inputs"} - {"judge", "vector", "train_vector"})  # of a key
 MEASURED = """trait_score trait_n trait_unscored fact_accuracy fact_not_attempted fact_wrong fact_n fact_unscored
     mmlu_accuracy mmlu_n coherence_nll abstained abstained_coherent coherence adapter""".split()
 LEVELS = [20, 30, 40, 60, 80]  # scores at which the methods are compared, beside the level before training
@@ -57,99 +52,104 @@ EQUAL = """Facts (%), mean ± standard deviation over the seeds that get to the 
 A seed's facts are read where its score first falls to the level as the coefficient grows, on the straight line between
 coefficients; "last": where it last does so, if that differs. Difference: paired over seeds, 95% by Student's t."""
 
-Sweep = namedtuple("Sweep", "x about points")  # x: the coefficient's key; about: blocks, what else tells it apart
-Comparison = namedtuple("Comparison", "title trait base points sides")  # sides: {x: Sweep or None}
-Mark = namedtuple("Mark", "x mean low high hollow few")
+Comparison = namedtuple("Comparison", "dataset trait title base points plain sides")  # sides: {one of METHODS: points}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Points -> sweeps
+# Points: a table, one row a point
+
+
+def table(rows):
+    """Rows of points.jsonl -> DataFrame with all columns, nan for what is missing or has no effect (the blocks of
+    coefficient 0). New columns: each metric's interval (_low, _high), coef, and method: one of METHODS, plain,
+    prompted, before training, or several, which no figure shows."""
+    columns = dict.fromkeys([*mf.Point.model_fields, "abstained_coherent", "commit", "versions"])
+    unknown = dict.fromkeys(STEERING, "-") | dict(layers="all", train_layers="all", dataset="?", trait="no trait")
+    rows = [unknown | {key: value for key, value in row.items() if value is not None} for row in rows]
+    points = pd.DataFrame(rows).reindex(columns=columns).replace([np.inf, -np.inf], np.nan)
+    for metric in METRICS:
+        bounds = [row.get(f"{metric.split('_')[0]}_ci") or (np.nan, np.nan) for row in rows]
+        points[[f"{metric}_low", f"{metric}_high"]] = bounds
+    trained, prompted, steered = points.adapter.notna(), points.system_prompt.notna(), points[[*METHODS]].fillna(0) != 0
+    points.loc[~trained, "dataset"] = "before training"
+    for x, keys in STEERED_BY.items():
+        points.loc[~steered[x], keys] = np.nan
+    points["model"] = points.model.map(lambda path: Path(path).name)
+    points["coef"] = points.train_coef.fillna(0) + points.inference_coef
+    points["method"] = np.select(
+        [steered.sum(axis=1) + prompted > 1, steered.train_coef, steered.inference_coef, prompted, trained],
+        ["several", "train_coef", "inference_coef", "prompted", "plain"],
+        "before training",
+    )
+    return points.infer_objects()
 
 
 def read_points(path):
     """Each key and judge once, as measured last. Points of one key with different settings: die()."""
-    first, last = {}, {}
-    for row in mf.read_jsonl(path, mf.Point, appended=True):
-        row = {key: int(value) if isinstance(value, float) and value % 1 == 0 else value for key, value in row.items()}
-        settings = {key: row.get(key) for key in SETTINGS} | dict(model=Path(row["model"]).name)
-        before = first.setdefault(row["key"], settings)
-        differ = [f"{key} ({before[key]}, {settings[key]})" for key in settings if settings[key] != before[key]]
-        if differ:
-            mf.die(f"{path}: points of key {row['key']} differ in {', '.join(differ)}; give them two files")
-        last[row["key"], row["judge"]] = row
-    return list(last.values()) or mf.die(f"{path}: no points")
-
-
-def grouped(rows, key):
-    """Rows -> {key(row): its rows}, in order of appearance."""
-    found = {}
-    for row in rows:
-        found.setdefault(key(row), []).append(row)
-    return found
+    points = table(mf.read_jsonl(path, mf.Point, appended=True) or mf.die(f"{path}: no points"))
+    differ = points[SETTINGS].astype(str).groupby(points.key).nunique(dropna=False) > 1
+    for key, found in differ[differ.any(axis=1)].iterrows():
+        mf.die(f"{path}: points of key {key} differ in {', '.join(found.index[found])}; give them two files")
+    return points.drop_duplicates(["key", "judge"], keep="last")
 
 
 def of_main_judge(points):
     """Of each trait's points those of the judge with most of them; of equally many, the one that came last."""
-    counts = Counter((p.get("trait"), p["judge"]) for p in reversed(points)).most_common()
-    judges = {trait: judge for (trait, judge), _ in reversed(counts)}
-    return [p for p in points if p["judge"] == judges[p.get("trait")]]
+    judges = points[::-1].groupby("trait").judge.agg(mode)
+    return points[points.judge == points.trait.map(judges)]
 
 
-def usable(row, *keys):
-    return all(isinstance(row.get(key), (int, float)) and math.isfinite(row[key]) for key in keys)
+def matching(points, values):
+    """The points with these values (a Series), where nan is one, too."""
+    same = points[values.index].eq(values) | (points[values.index].isna() & values.isna())
+    return points[same.all(axis=1)]
+
+
+def differing(points, keys):
+    """Those of the keys in which points differ; that some were not steered is no difference in how."""
+    return [key for key in keys if points[key].nunique(dropna=key in STEERING) > 1]
 
 
 def hollow(points):
-    """Whether too many of the answers to the trait's questions, or about facts, have no score."""
-    n = {key: sum(p.get(key) or 0 for p in points) for key in ("trait_n", "fact_n", "trait_unscored", "fact_unscored")}
-    return any(n[f"{k}_unscored"] > UNSCORED * (n[f"{k}_unscored"] + n[f"{k}_n"]) for k in ("trait", "fact"))
+    """Of each point, or of a sum: whether too many answers to the trait's questions, or about facts, have no score."""
+    traits = points.trait_unscored > UNSCORED * (points.trait_unscored + points.trait_n)
+    return traits | (points.fact_unscored > UNSCORED * (points.fact_unscored + points.fact_n))
 
 
-def before_training(points, trait):
-    """The unsteered model before training; {} if it was not measured."""
-    found = (p for p in points if p.get("adapter") is None and not p["inference_coef"] and p.get("trait") == trait)
-    return next(found, {})
-
-
-def by_data(points, facts):
-    """Trained models' points -> {(data set, trait): points} of those with facts or of those without."""
-    found = grouped([p for p in points if p.get("adapter")], lambda p: (p.get("dataset") or "?", p.get("trait")))
-    return {key: some for key, some in found.items() if any(usable(p, "fact_accuracy") for p in some) == facts}
-
-
-def plain_of(points):
-    return [p for p in points if not (p.get("train_coef") or p["inference_coef"] or p.get("system_prompt"))]
-
-
-def sweeps(points):
-    """Points of a data set and trait -> Sweeps: each of one setting, with its seeds' plain finetuning at 0."""
-    found = []
-    for x, other in zip(METHODS, reversed(METHODS)):
-        keys, steered = (*STEERED_BY[x], *RECIPE), [p for p in points if p.get(x) and not p.get(other)]
-        steered = [p for p in steered if not p.get("system_prompt")]
-        settings = grouped(steered, lambda p, keys=keys: tuple(str(p.get(key) or "all") for key in keys))
-        for setting in sorted(settings, key=lambda s: (s[0] != "all", [int(n) for n in re.findall(r"\d+", s[0])], s)):
-            about = ["all blocks" if setting[0] == "all" else f"block{'s' * ('-' in setting[0])} {setting[0]}"]
-            for key, *values in zip(keys, setting, *(s for s in settings if s[0] == setting[0])):
-                about += [f"{key.removeprefix('train_')} {values[0]}"] * (len(set(values)) > 1)
-            alike = {(p.get("train_seed"), *map(p.get, RECIPE)) for p in settings[setting]}
-            plain = [p for p in plain_of(points) if (p.get("train_seed"), *map(p.get, RECIPE)) in alike]
-            found.append(Sweep(x, about, plain + settings[setting]))
+def comparisons(points, facts):
+    """Rows of a figure: every data set with (or without) facts, trait, recipe and choice of blocks; in each the methods
+    beside each other, with their seeds' plain finetuning at coefficient 0. What was measured twice counts once."""
+    trained, data = points.dropna(subset="adapter"), ["dataset", "trait", *RECIPE]
+    trained = trained[(trained.groupby(["dataset", "trait"]).fact_accuracy.transform("count") > 0) == facts]
+    once = [*data, "method", *STEERING, "system_prompt", "coef", "train_seed"]
+    trained = trained.drop_duplicates(once, keep="last").sort_values("coef")
+    left, right = (trained[trained.method == x][[*data, *keys]].drop_duplicates() for x, keys in STEERED_BY.items())
+    pairs = left.merge(right, "outer", left_on=[*data, "train_layers"], right_on=[*data, "layers"])
+    pairs["blocks"] = pairs.train_layers.fillna(pairs.layers).astype(str)
+    pairs["first"] = pairs.blocks.str.extract(r"(\d+)").astype(float)
+    rows = trained[data].drop_duplicates().merge(pairs, "left")
+    rows = rows.sort_values(["dataset", "trait", "first"], na_position="first")  # all blocks, then by the first one
+    told, found = [*differing(rows, rows.columns.drop(["train_layers", "layers", "blocks", "first"])), "blocks"], []
+    for _, row in rows.iterrows():
+        here, sides = matching(trained, row[data]), {}
+        plain = here[here.method == "plain"]
+        for x, keys in STEERED_BY.items():
+            steered = matching(here[here.method == x], row[keys])
+            if len(steered):
+                sides[x] = pd.concat([plain[plain.train_seed.isin(steered.train_seed)], steered])
+        title = [f"{key.removeprefix('train_')} {text_of(row[key])}" for key in told if pd.notna(row[key])]
+        base = matching(points, pd.Series(dict(method="before training", trait=row.trait)))
+        base = base.reset_index(drop=True).reindex([0]).loc[0]  # only nan where it was not measured
+        found.append(Comparison(row.dataset, row.trait, ", ".join(title), base, here, plain, sides))
     return found
 
 
-def comparisons(points):
-    """Figure 1's rows: for every data set with facts and every choice of blocks, the methods beside each other."""
-    found, data = [], by_data(points, facts=True)
-    for (dataset, trait), some in data.items():
-        recipes = grouped(sweeps(some), lambda s: (s.about[0], *map(s.points[0].get, RECIPE)))
-        for (_, *recipe), here in recipes.items() or [((None,), [])]:
-            mine = [p for p in some if not here or list(map(p.get, RECIPE)) == recipe]
-            for pair in list(zip_longest(*([s for s in here if s.x == x] for x in METHODS))) or [(None, None)]:
-                about = [f"{DATASETS.get(dataset, dataset)} ({trait})"] * (len(data) > 1)
-                about += dict.fromkeys(text for sweep in pair if sweep for text in sweep.about)
-                sides, base = dict(zip(METHODS, pair)), before_training(points, trait)
-                found.append(Comparison(", ".join(about), trait, base, mine, sides))
-    return found
+def text_of(value, form=None):
+    """A value as text: whole numbers in full, others with three digits or as `form` says; "-" where there is none."""
+    if pd.isna(value):
+        return "-"
+    if isinstance(value, float):
+        return format(value, form or (".0f" if value.is_integer() else ".3g"))
+    return str(value)[-60:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,395 +157,355 @@ def comparisons(points):
 
 
 def t_interval(values):
-    """-> mean and Student's 95% interval (mean, low, high); one value alone has none: nan."""
-    mean, n = fmean(values), len(values)
-    half = t.ppf(0.975, n - 1) * stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    """-> mean and Student's 95% interval (mean, low, high) of a Series, or of each group of a grouped one; one value
+    alone has none: nan."""
+    mean, half = values.mean(), t.ppf(0.975, values.count() - 1) * values.sem()
     return mean, mean - half, mean + half
 
 
-def curve(points, x, metric):
-    """A sweep -> Marks: means over training seeds (which answer the same questions) with Student's t; of one seed, its
-    own interval over questions. few: at most half of the seeds were measured there, so it is no mean over the seeds."""
-    at, marks = grouped([p for p in points if usable(p, metric)], lambda p: p.get(x) or 0.0), []
-    at = {coef: list({p.get("train_seed"): p for p in at[coef]}.values()) for coef in sorted(at)}  # measured last
-    most = max(map(len, at.values()), default=0)
-    for coef, here in at.items():
-        mean, low, high = t_interval([p[metric] for p in here])
-        if most == 1:
-            low, high = here[0].get(METRICS[metric][0]) or (math.nan, math.nan)
-        lost, few = metric != "mmlu_accuracy" and hollow(here), 2 * len(here) <= most
-        marks.append(Mark(coef, mean, max(low, 0.0), min(high, 100.0), lost, few))
-    return marks
-
-
-def lines_by_seed(sweep):
-    """-> {training seed: [(coefficient, score, facts, general knowledge or None)], sorted}; plain alone is no line."""
-    both, lines = [p for p in sweep.points if usable(p, *KEPT)], {}
-    for seed, some in grouped(both, lambda p: p.get("train_seed")).items():
-        at = {p.get(sweep.x) or 0.0: p for p in some}
-        lines |= {seed: [(x, *map(at[x].get, (*KEPT, "mmlu_accuracy"))) for x in sorted(at)]} if any(at) else {}
-    return lines
+def curve(points, metric):
+    """A side -> table by coefficient: y, the mean over training seeds (which answer the same questions); low, high:
+    Student's t, or one seed's own interval over questions; hollow; few: at most half of the seeds were measured there,
+    so it is no mean over the seeds."""
+    at = points.dropna(subset=metric).groupby("coef")
+    y, low, high = t_interval(at[metric])
+    n = at.size()
+    if n.max() == 1:
+        low, high = at[f"{metric}_low"].mean(), at[f"{metric}_high"].mean()
+    lost = hollow(at.sum(numeric_only=True)) & (metric != "mmlu_accuracy")
+    return pd.DataFrame(dict(y=y, low=low.clip(lower=0), high=high.clip(upper=100), hollow=lost, few=2 * n <= n.max()))
 
 
 def crossing(line, level, last=False):
-    """Where a seed's score falls to the level for the first (last) time, on the straight line between neighbours ->
-    (coefficient, level, facts, general knowledge). None where it starts below the level or never gets there."""
-    for before, after in list(zip(line, line[1:]))[:: -1 if last else 1]:
-        if line[0][1] >= level and before[1] >= level >= after[1]:
-            share = (before[1] - level) / (before[1] - after[1]) if before[1] > after[1] else 0.0
-            return tuple(None if None in ends else ends[0] + share * (ends[1] - ends[0]) for ends in zip(before, after))
+    """line: array of a seed's coefficients, scores, facts, general knowledge -> where the score falls to the level for
+    the first (last) time, on the straight line between rows; only nan if it starts below or never gets there."""
+    falls = [(a, b) for a, b in pairwise(line) if line[0][1] >= level and a[1] >= level >= b[1]]
+    if not falls:
+        return np.full(4, np.nan)
+    before, after = falls[-1 if last else 0]
+    share = (before[1] - level) / (before[1] - after[1] or 1)
+    return before + share * (after - before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
 
 
-def label_of(metric, trait, points):
-    """The metric's name as figures and text show it: the demo's general knowledge is not called MMLU."""
-    general = any("general_knowledge" in str(p.get("mmlu")) for p in points)
-    names = dict(trait_score=trait, fact_accuracy="facts", mmlu_accuracy="general knowledge" if general else "MMLU")
-    return str(names.get(metric, metric))
-
-
-def draw(axis, points, x, base, metrics):
-    """A line for each metric: means, bars, hollow marks; dotted: before training -> {metric: height of its end}."""
+def draw(axis, points, base, metrics, score=None):
+    """A line for each metric: means, bars, hollow marks; dotted: before training. score: what the trait's score is
+    called; with it each line's name stands beside its end, and names move apart where lines end close to each other."""
     ends = {}
     for metric in metrics:
-        (_, color, marker), marks = METRICS[metric], curve(points, x, metric)
-        line = [m for m in marks if not m.few]
-        if usable(base, metric) and marker:
-            axis.axhline(base[metric], color=color, linestyle=":", linewidth=1.2)
-        if line:
-            axis.plot([m.x for m in line], [m.mean for m in line], color=color, linewidth=2 if marker else 1)
-            ends[metric] = line[-1].mean
+        (_, color, marker), marks = METRICS[metric], curve(points, metric)
+        line = marks[~marks.few]
+        if len(line):
+            axis.plot(line.y, color=color, linewidth=2 if marker else 1)
+            ends[metric] = line.y.iloc[-1]
         if marker:
-            axis.vlines([m.x for m in line], [m.low for m in line], [m.high for m in line], color, lw=3, alpha=0.3)
-            faces, sizes = ["white" if m.hollow else color for m in marks], [12 if m.few else 36 for m in marks]
-            style = dict(marker=marker, facecolors=faces, edgecolors=color, zorder=3)
-            axis.scatter([m.x for m in marks], [m.mean for m in marks], sizes, **style)
-    if not ends:
-        axis.text(0.5, 0.5, "no points", transform=axis.transAxes, ha="center", color="gray")
+            axis.axhline(base[metric], color=color, linestyle=":", linewidth=1.2)
+            axis.vlines(line.index, line.low, line.high, color, lw=3, alpha=0.3)
+            faces, sizes = np.where(marks.hollow, "white", color), np.where(marks.few, 12, 36)
+            axis.scatter(marks.index, marks.y, sizes, facecolors=faces, edgecolors=color, marker=marker, zorder=3)
     axis.set(ylim=(-3, 103), yticks=range(0, 101, 20))
-    return ends
-
-
-def label_lines(axis, ends, trait, points, gap=8.0):
-    """Each line's name beside its end, in its colour; names move apart where lines end close to each other."""
     order = sorted(ends, key=ends.get)
-    for below, above in list(zip(order, order[1:])) * 50:
-        lack = max(0.0, gap - (ends[above] - ends[below]))
+    for below, above in list(pairwise(order)) * 50:
+        lack = max(0.0, 8 - (ends[above] - ends[below]))
         ends[below], ends[above] = ends[below] - lack / 2, ends[above] + lack / 2
-    for metric, height in ends.items():
-        style = dict(transform=axis.get_yaxis_transform(), va="center", color=METRICS[metric][1])
-        axis.text(1.03, height, label_of(metric, trait, points), **style)
-
-
-def ready(point):
-    """Whether the point's adapter came with the project."""
-    return str(point.get("adapter")).startswith("data/small_model/")
+    for metric in order if score else []:
+        name, color, _ = METRICS[metric]
+        axis.text(1.03, ends[metric], name or score, transform=axis.get_yaxis_transform(), va="center", color=color)
 
 
 def describe(points):
     """A caption: models, judges, n, training seeds, what bars and hollow marks mean."""
-    judges = {p["judge"].replace("probe", "probe (of what is steered)") for p in points}
-    parts = [", ".join(sorted({Path(p["model"]).name for p in points})), f"judge: {', '.join(sorted(judges))}"]
-    for key, name in (("trait_n", "answers"), ("fact_n", "facts"), ("mmlu_n", "questions")):
-        parts += [f"{max(p.get(key) or 0 for p in points)} {name}"] if any(p.get(key) for p in points) else []
-    seeds = len({p.get("train_seed") for p in points if p.get("adapter")})
-    parts += [f"up to {seeds} training seeds: means, 95% t-intervals over seeds" if seeds > 1 else "95% intervals"]
-    parts += ["adapters trained beforehand (data/small_model)"] * any(map(ready, points))
-    return "; ".join(parts + ["hollow: over 10% unscored"] * any(hollow([p]) for p in points))
+    judges = points.judge.replace("probe", "probe (of what is steered)").unique()
+    parts = [", ".join(sorted(points.model.unique())), f"judge: {', '.join(sorted(judges))}"]
+    most = points[["trait_n", "fact_n", "mmlu_n"]].max()
+    parts += [f"{n:.0f} {name}" for n, name in zip(most, ("answers", "facts", "questions")) if n > 0]
+    parts += sorted({Path(path).name for path in points.mmlu.dropna()})
+    seeds = points.dropna(subset="adapter").train_seed.nunique()
+    parts.append(f"up to {seeds} training seeds: means, 95% t-intervals over seeds" if seeds > 1 else "95% intervals")
+    if points.adapter.astype(str).str.startswith("data/small_model/").any():
+        parts.append("adapters trained beforehand (data/small_model)")
+    if hollow(points).any():
+        parts.append("hollow: over 10% unscored")
+    return "; ".join(parts)
 
 
-def panels(rows, columns, width, height):
-    """Inches of a panel -> figure, axes[row][column]."""
-    rows, columns = max(1, rows), max(1, columns)
-    size = (1.2 + width * columns, 0.8 + height * rows)
-    plt.rcParams.update({"axes.grid": True, "axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.2})
-    return plt.subplots(rows, columns, figsize=size, squeeze=False, sharex="col", sharey=True)
-
-
-def finish(figure, title, points, path):
+def finish(figure, title, found, path):
     """Title above, caption below; saves .png and .svg."""
-    width, height = figure.get_size_inches()
-    figure.suptitle(textwrap.fill(title, round(10 * width)), x=0.01, y=1 - 0.08 / height, ha="left", fontsize=13)
-    figure.text(0.01, 0.08 / height, describe(points), fontsize=7, color="dimgray", wrap=True)
-    figure.tight_layout(rect=(0, 0.3 / height, 1, 1))
+    width = round(10 * figure.get_figwidth())  # characters of the title in a line
+    caption = describe(pd.concat([c.points for c in found])) if found else "no such points"
+    figure.suptitle(textwrap.fill(title, width), x=0.01, ha="left", fontsize=13)
+    figure.supxlabel(textwrap.fill(caption, 2 * width), x=0.01, ha="left", fontsize=7, color="dimgray")
     for kind in ("png", "svg"):
         with mf.replacing(path.with_suffix(f".{kind}"), "wb") as out:
             figure.savefig(out, format=kind, dpi=180)
     plt.close(figure)
 
 
-def figure1(points, path):
-    """Scores and accuracies against the coefficient: inference-time left, preventative right."""
-    found = comparisons(points)
-    figure, axes = panels(len(found), 2, 4, 3)
-    for row, c in zip(axes, found):
-        for axis, x in zip(row, reversed(METHODS)):
-            alone = [] if any(c.sides.values()) else plain_of(c.points)
-            ends = draw(axis, c.sides[x].points if c.sides[x] else alone, x, c.base, METRICS)
-            axis.set_title(f"{METHODS[x]}, {c.title}".strip(", "))
-            if axis is row[1] or not c.sides["train_coef"]:
-                label_lines(axis, ends, c.trait, points)
-        row[0].set_ylabel("score or accuracy (%)")
-    lows, highs = zip(*(axis.get_xlim() for axis in axes[0]))
-    if max(highs) <= 2 * min(highs):  # one scale where the methods share one
-        plt.setp(axes[0], xlim=(min(lows), max(highs)))
+def grid(cells, metrics, width, height):
+    """cells: {(name of the row, of the column): (points, base, name of the score)} -> figure of curves."""
+    rows, columns = ([*dict.fromkeys(names)] for names in zip(*cells)) if cells else ([""], [""])
+    size = (1.2 + width * len(columns), 0.8 + height * len(rows))
+    share = dict(sharex="col", sharey=True, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(len(rows), len(columns), figsize=size, **share)
+    for (row, column), axis in zip(product(rows, columns), axes.flat):
+        if (row, column) in cells:
+            points, base, score = cells[row, column]
+            draw(axis, points, base, metrics, score if column == columns[-1] else None)
+    for axis, column in zip(axes[0], columns):
+        axis.set_title(column)
+    for axis, row in zip(axes[:, 0], rows):
+        axis.set_ylabel(row)
     plt.setp(axes[-1], xlabel="steering coefficient")
-    finish(figure, "Learning new facts (dotted: before training)", [p for c in found for p in c.points] or points, path)
+    return figure
 
 
-def draw_means(axis, sweep):
-    """In the trade-off: a thin line a seed, the mean over seeds thick."""
-    color, style = STYLES[sweep.x]
-    for line in lines_by_seed(sweep).values():
-        axis.plot([at[1] for at in line], [at[2] for at in line], color=color, linewidth=0.9, alpha=0.4)
-    facts = {m.x: m.mean for m in curve(sweep.points, sweep.x, "fact_accuracy") if not m.few}
-    marks = [m for m in curve(sweep.points, sweep.x, "trait_score") if m.x in facts]
-    at = [m.mean for m in marks], [facts[m.x] for m in marks]
-    axis.plot(*at, color=color, linewidth=3.5, linestyle=style, label=METHODS[sweep.x])
-    axis.scatter(*at, 45, facecolors=["white" if m.hollow else color for m in marks], edgecolors=color, zorder=3)
+def figure1(found, path):
+    """Scores and accuracies (%) against the coefficient: inference-time left, preventative right."""
+    cells = {}
+    for c in found:
+        for x in reversed(METHODS):
+            cells[c.title, METHODS[x]] = c.sides.get(x, c.plain), c.base, c.trait
+    figure = grid(cells, METRICS, 4, 3)
+    finish(figure, "Learning new facts: score or accuracy in % (dotted: before training)", found, path)
 
 
-def tradeoff(points, path):
-    """Facts kept against the trait's score, a panel for each comparison; what was not steered is black."""
-    found = comparisons(points)
-    figure, axes = panels(len(found), 1, 5.5, 4.8)
+def tradeoff(found, path):
+    """Facts kept against the trait's score, a panel for each comparison: a thin line a seed, the mean over seeds thick;
+    what was not steered is black."""
+    n = max(1, len(found))
+    figure, axes = plt.subplots(n, figsize=(6.7, 0.8 + 4.8 * n), squeeze=False, layout="constrained")
     for axis, c in zip(axes.flat, found):
-        for sweep in filter(None, c.sides.values()):
-            draw_means(axis, sweep)
-        unsteered = [p for p in c.points if not (p.get("train_coef") or p["inference_coef"]) and usable(p, *KEPT)]
-        for prompted, some in grouped(unsteered, lambda p: bool(p.get("system_prompt"))).items():
-            at = [fmean(p[key] for p in some) for key in KEPT]
-            name = "preventative prompting" if prompted else "plain finetuning"
-            axis.plot(*at, "P" if prompted else "o", color="black", markersize=9, zorder=4, label=name)
-        if usable(c.base, "trait_score"):
-            axis.axvline(c.base["trait_score"], color="gray", linestyle=":", linewidth=1.5)
-            axis.text(c.base["trait_score"] + 1, 97, "level before training", color="gray")
-        size = dict(xlim=(-3, 103), ylim=(-3, 103))
-        axis.set(title=c.title, xlabel=f"{c.trait} score", ylabel="facts known after training (%)", **size)
+        for x, points in c.sides.items():
+            color, style = STYLES[x]
+            for _, line in points.dropna(subset=KEPT).groupby("train_seed", dropna=False):
+                axis.plot(line.trait_score, line.fact_accuracy, color=color, linewidth=0.9, alpha=0.4)
+            facts = curve(points, "fact_accuracy")
+            both = curve(points, "trait_score").assign(facts=facts.y[~facts.few]).dropna(subset="facts")
+            axis.plot(both.y, both.facts, color=color, linewidth=3.5, linestyle=style, label=METHODS[x])
+            faces = np.where(both.hollow, "white", color)
+            axis.scatter(both.y, both.facts, 45, facecolors=faces, edgecolors=color, zorder=3)
+        for method, name, marker in (("plain", "plain finetuning", "o"), ("prompted", "preventative prompting", "P")):
+            score, facts = c.points[c.points.method == method].dropna(subset=KEPT)[KEPT].mean()
+            if pd.notna(score):
+                axis.plot(score, facts, marker, color="black", markersize=9, zorder=4, label=name)
+        axis.axvline(c.base.trait_score, color="gray", linestyle=":", linewidth=1.5)
+        axis.text(c.base.trait_score + 1, 97, "level before training", color="gray")
+        axis.set(title=c.title, xlabel=f"{c.trait} score", ylabel="facts known after training (%)")
+        axis.set(xlim=(-3, 103), ylim=(-3, 103))
         axis.legend(frameon=False, loc="lower right")
-    title = f"Facts kept against {' and '.join({str(c.trait): 0 for c in found}) or 'a trait'} (thin lines: one seed)"
-    finish(figure, title, [p for c in found for p in c.points] or points, path)
+    traits = " and ".join(dict.fromkeys(c.trait for c in found))
+    finish(figure, f"Facts kept against {traits or 'a trait'} (thin lines: one seed)", found, path)
 
 
-def figure2(points, path):
+def figure2(found, path):
     """Preventative steering on the data sets without facts (rows) against traits (columns)."""
-    here, blocks = by_data(points, facts=False), {}
-    present = {name for key in here for name in key}
-    rows = [name for name in dict.fromkeys([*DATASETS, *(dataset for dataset, _ in here)]) if name in present]
-    columns = [name for name in dict.fromkeys([*TRAITS, *(trait for _, trait in here)]) if name in present]
-    figure, axes = panels(len(rows), len(columns), 2.7, 2.2)
-    for row, dataset in enumerate(rows):
-        for axis, trait in zip(axes[row], columns):
-            some, base = here.get((dataset, trait), []), before_training(points, trait)
-            plain = Sweep("train_coef", [], plain_of(some))
-            sweep = max(sweeps(some), key=lambda s: (s.x == "train_coef", len(s.points)), default=plain)
-            ends = draw(axis, sweep.points, sweep.x, base, ["trait_score", "mmlu_accuracy"])
-            if trait == columns[-1]:
-                label_lines(axis, ends, "trait score", points)
-            blocks |= dict.fromkeys(sweep.about[:1])
-            probe = "\n(judged by the probe)" * any(p["judge"] == "probe" for p in points if p.get("trait") == trait)
-            axis.set_title(f"{trait}{probe}" * (row == 0))
-        axes[row][0].set_ylabel(DATASETS.get(dataset, dataset))
-    plt.setp(axes[-1], xlabel="steering coefficient")
-    title = ", ".join(["Preventative steering across data sets", *blocks]) + " (dotted: before training)"
-    finish(figure, title if here else "No data set but facts", [p for of in here.values() for p in of] or points, path)
-
-
-def packed(path, schema, key):
-    """Rows of a compressed JSONL file -> {row[key]: rows}; {} where it is not there."""
-    try:
-        lines = lzma.open(path).read().splitlines() if path.exists() else []
-    except (lzma.LZMAError, EOFError) as error:
-        mf.die(f"{path}: cannot be unpacked ({error}); make it again, or delete it")
-    return grouped((mf.validated(mf.parsed(line, path), schema, path) for line in lines), lambda row: row.get(key))
-
-
-def loss_curves(points, folder):
-    """The adapters' loss.jsonl, where they are -> [{name, data, coef, line: [(step, log10 of the loss)]}]."""
-    found, rest = [], packed(folder / "losses.jsonl.xz", mf.Loss, "adapter")
-    for p in {p.get("adapter"): p for p in points if p.get("adapter")}.values():
-        name, data, coef = Path(p["adapter"]).name, str(p.get("dataset")), p.get("train_coef") or 0
-        files = [place / "loss.jsonl" for place in (folder / "adapters" / name, Path(p["adapter"]))]
-        rows = [mf.read_jsonl(file, mf.Loss) for file in files if file.is_file()] + [rest.get(name, [])]
-        line = [(row["step"], math.log10(max(row["loss"], 1e-3))) for row in rows[0]]
-        found += [dict(name=name, data=data, coef=coef, line=line)] if line else []
-    return found
+    cells, blocks = {}, set()
+    for c in found:  # of several settings the one with most points is shown
+        points = c.sides.get("train_coef", c.plain)
+        key = c.dataset, c.trait + "\n(judged by the probe)" * ("probe" in set(c.points.judge))
+        if key not in cells or len(points) > len(cells[key][0]):
+            cells[key] = points, c.base, "trait score"
+            blocks |= {f"blocks {layers}" for layers in points.train_layers.dropna()}
+    figure = grid(cells, ["trait_score", "mmlu_accuracy"], 2.7, 2.2)
+    title = ", ".join(["Preventative steering on other data sets", *sorted(blocks)])
+    finish(figure, f"{title} (dotted: before training)", found, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Summary and report
 
 
-def headline(points):
-    """What the figures show, in sentences: whether there was a rise to prevent, what is kept, at which coefficients."""
-    lines = ["No data set with facts: Figure 1 and the trade-off are empty."] * (not by_data(points, facts=True))
-    for c in comparisons(points):
-        score, plain = c.base.get("trait_score"), curve(plain_of(c.points), "train_coef", "trait_score")
-        high = (c.base.get("trait_ci") or [score])[-1]
-        if not usable(c.base, "trait_score"):
-            lines.append("No headline: the model before training was not measured.")
-        elif plain and plain[0].mean <= high:
-            lines.append(f"Nothing to prevent: plain finetuning {plain[0].mean:.1f}, before training {score:.1f}.")
-        elif any(c.sides.values()):
-            names = "preventative", "inference-time", "difference", "training seeds that get there"
-            cells = ", ".join(f"{name} {text}" for name, text in zip(names, equal_cells(c, score)))
-            if cells.count(" -,") < 3:  # somebody gets there
-                lines.append(
-                    f"{c.title}: facts kept (%) at the level before training ({c.trait} {score:.1f}): {cells}."
-                )
-            lines += [f"{c.title}: {reach_sentence(c, sweep, high)}" for sweep in c.sides.values() if sweep]
-    return list(dict.fromkeys(lines))
-
-
-def reach_sentence(c, sweep, high):
-    """The smallest coefficient that brings the mean score into the interval of the model before training; its cost."""
-    marks = {metric: curve(sweep.points, sweep.x, metric) for metric in METRICS}
-    reach = next((m for m in marks["trait_score"] if m.mean <= high), None)
-    where = f"{c.trait} back within the interval of before training (up to {high:.1f})"
-    at = reach or min(marks["trait_score"], key=lambda m: m.mean)
-    costs = [f"{label_of(key, c.trait, c.points)} {m.mean:.1f}" for key in marks for m in marks[key] if m.x == at.x]
-    name = f"{at.x:g}{' (few seeds)' * at.few}"
-    what = f"{name} brings {where}" if reach else f"no coefficient brings {where}; at {name}, the lowest"
-    return f"{METHODS[sweep.x]}: {what}: {', '.join(costs)}."
-
-
 def equal_cells(c, level, last=False):
     """-> facts kept by each method, their difference, k of n seeds, general knowledge; means over the same seeds."""
-    lines, cells, known, difference = {x: lines_by_seed(s) for x, s in c.sides.items() if s}, [], [], "-"
-    swept = [seed for seed in next(iter(lines.values()), ()) if all(seed in of for of in lines.values())]
-    ends = {x: {seed: crossing(of[seed], level, last) for seed in swept} for x, of in lines.items()}
-    there = {x: [seed for seed in swept if of[seed]] for x, of in ends.items()}
-    seeds = [seed for seed in swept if all(seed in of for of in there.values())]
+    ends = {}
+    for x, points in c.sides.items():
+        seeds = points.dropna(subset=KEPT).groupby("train_seed", dropna=False)[["coef", *KEPT, "mmlu_accuracy"]]
+        lines = {seed: line.to_numpy() for seed, line in seeds if line.coef.any()}  # plain alone is no line
+        found = {seed: crossing(line, level, last) for seed, line in lines.items()}
+        ends[x] = pd.DataFrame(found, index=["coef", "score", "facts", "general"]).T
+    swept = pd.concat(ends, axis=1, join="inner").swaplevel(axis=1)  # seeds that each method was tried on
+    there = swept["facts"].notna().all(axis=1)
+    facts, general = (swept[key].reindex(columns=[*METHODS]) for key in ("facts", "general"))
+    cells, known = [], []
     for x in METHODS:
-        own = [ends[x][seed] for seed in seeds or there[x]] if x in ends else []  # no pair: what it keeps by itself
-        facts, general = [end[2] for end in own], [end[3] for end in own]
-        cells.append((f"{fmean(facts):.1f}" if own else "-") + (f" ± {stdev(facts):.1f}" if len(own) > 1 else ""))
-        known.append(f"{fmean(general):.1f}" if own and None not in general else "-")
-    if len(ends) == 2 and seeds:
-        mean, low, high = t_interval([ends["train_coef"][seed][2] - ends["inference_coef"][seed][2] for seed in seeds])
-        difference = f"{mean:+.1f}" + (f" [{low:.1f}, {high:.1f}]" if len(seeds) > 1 else "")
-    counts = ", ".join(f"{METHODS[x].split()[0].lower()} {len(of)}" for x, of in there.items())
-    reached = f"{len(seeds)} of {len(swept)}" + f" ({counts})" * (len(seeds) < len(swept))
-    return [*cells, difference, reached, " / ".join(known)]
+        seeds = there if there.any() else facts[x].notna()  # no pair: what it keeps by itself
+        own = facts[x][seeds]
+        cells.append(text_of(own.mean(), ".1f") + (f" ± {own.std():.1f}" if own.count() > 1 else ""))
+        known.append(text_of(general[x][seeds].mean(skipna=False), ".1f"))
+    difference = (facts.train_coef - facts.inference_coef).dropna()
+    mean, low, high = t_interval(difference)
+    interval = f" [{low:.1f}, {high:.1f}]" if len(difference) > 1 else ""
+    counts = ", ".join(f"{METHODS[x].split()[0].lower()} {facts[x].count()}" for x in c.sides)
+    reached = f"{there.sum()} of {len(there)}" + ("" if there.all() else f" ({counts})")
+    return [*cells, text_of(mean, "+.1f") + interval, reached, " / ".join(known)]
 
 
-def equal_table(points):
-    """Facts kept at equal hallucination -> Markdown lines; the first level is that before training."""
+def headline(found):
+    """What the figures show, in sentences: whether there was a rise to prevent; facts kept at the level before
+    training; the smallest coefficient that brings the mean score into the interval of before training, and its cost."""
+    lines = []
+    for c in found:
+        score, high, plain = c.base.trait_score, c.base.trait_score_high, c.plain.trait_score.mean()
+        if not plain > high:
+            plain, score = text_of(plain, ".1f"), text_of(score, ".1f")
+            lines.append(f"No rise to prevent was measured: plain finetuning {plain}, before training {score}.")
+            continue
+        if c.sides:
+            kept, other, difference, seeds, _ = equal_cells(c, score)
+            lines.append(
+                f"{c.title}: facts kept (%) at the level before training ({c.trait} {score:.1f}): preventative {kept}, "
+                f"inference-time {other}, difference {difference}, training seeds that get there {seeds}."
+            )
+        where = f"{c.trait} back within the interval of before training (up to {high:.1f})"
+        for x, points in c.sides.items():
+            marks = curve(points, "trait_score")
+            if marks.empty:  # no answer has a score
+                continue
+            inside = marks.index[marks.y <= high]
+            coef = inside[0] if len(inside) else marks.y.idxmin()
+            at = f"{coef:g} (few seeds)" if marks.few[coef] else f"{coef:g}"
+            what = f"{at} brings {where}" if len(inside) else f"no coefficient brings {where}; at {at}, the lowest"
+            means = points[points.coef == coef][[*METRICS]].mean().dropna()
+            costs = ", ".join(f"{METRICS[metric][0] or c.trait} {mean:.1f}" for metric, mean in means.items())
+            lines.append(f"{c.title}: {METHODS[x]}: {what}: {costs}.")
+    return list(dict.fromkeys(lines)) or ["No data set with facts: Figure 1 and the trade-off are empty."]
+
+
+def equal_table(found):
+    """Facts kept at equal hallucination -> a table of texts; the first level is that before training."""
     rows = []
-    for c in (c for c in comparisons(points) if any(c.sides.values())):
-        base = c.base["trait_score"] if usable(c.base, "trait_score") else -1
-        for level in [base] * (base >= 0) + [level for level in LEVELS if level > base]:
-            name = f"{level:.3g}" + " (before training)" * (level == base)
+    for c in (c for c in found if c.sides):
+        base = c.base.trait_score
+        levels = [level for level in LEVELS if not level <= base]
+        for level in [base, *levels] if base >= 0 else levels:
+            name = f"{level:.3g} (before training)" if level == base else f"{level}"
             both = zip(equal_cells(c, level), equal_cells(c, level, last=True))
-            rows.append([c.title, name, *(a if a == b else f"{a} (last {b})" for a, b in both)])
-    known = f"{label_of('mmlu_accuracy', '', points)}, preventative / inference-time"
-    return markdown(["blocks", "score", "preventative", "inference-time", "difference [95%]", "seeds", known], rows)
-
-
-def markdown(head, rows):
-    """-> lines of a Markdown table, no row twice; nothing without rows."""
-    rows = [head, ["---"] * len(head), *rows] if rows else []
-    lines = (" | ".join(" ".join(text.replace("|", "/").split()) for text in row) for row in rows)
-    return list(dict.fromkeys(f"| {line} |" for line in lines))
-
-
-def cell(point, key):
-    """A point's value as the table shows it; "-" where it does not apply or was not measured."""
-    value, x = point.get(key), next((x for x, keys in STEERED_BY.items() if key in keys), None)
-    if value is None or value != value or x and not point.get(x):
-        return "before training" if key == "dataset" else "-"
-    bounds = point.get(METRICS[key][0]) if key in METRICS else None
-    text = f"{value:.3g}" if isinstance(value, float) else str(value)[-60:]
-    text = str(Path(value).parent) if key.endswith("vector") else text  # every trait has its own
-    text += " (hollow)" * (key.endswith("_unscored") and value > 0 and hollow([point]))
-    return text + (f" [{bounds[0]:.3g}, {bounds[1]:.3g}]" if bounds else "")
+            rows.append([c.title, name, *(one if one == last else f"{one} (last {last})" for one, last in both)])
+    names = ["blocks", "score", "preventative", "inference-time", "difference [95%]", "seeds"]
+    return pd.DataFrame(rows, columns=[*names, "general knowledge, preventative / inference-time"])
 
 
 def points_table(points):
-    """All points, one row each -> Markdown lines."""
-    which = [key for key in WHICH if len({cell(p, key) for p in points} - {"-" if key in HOW[:6] else ""}) > 1]
-    rows = sorted(points, key=lambda p: [str(p.get(key)) for key in which])
-    return markdown([*which, *MEASURED], [[cell(p, key) for key in (*which, *MEASURED)] for p in rows])
+    """All points, one row each -> a table of texts."""
+    for key in ("vector", "train_vector"):  # a trait's own is no difference
+        points = points.assign(**{key: points[key].map(lambda path: str(Path(path).parent), na_action="ignore")})
+    differ = differing(points, WHICH)
+    points = points.sort_values([*differ, "key"], na_position="first")
+    shown = points[[*differ, *MEASURED]].map(text_of)
+    for metric in ("trait_score", "fact_accuracy", "mmlu_accuracy"):
+        low, high = points[f"{metric}_low"].map(text_of), points[f"{metric}_high"].map(text_of)
+        shown[metric] += (" [" + low + ", " + high + "]").where(low != "-", "")
+    for key in ("trait_unscored", "fact_unscored"):
+        shown[key] += np.where(hollow(points) & (points[key] > 0), " (hollow)", "")
+    return shown
 
 
 def notes(points, folder):
     """What to know before believing: probes, and adapters that the points do not tell apart."""
-    keys = ("dataset", "train_coef", "train_seed", "system_prompt", *STEERED_BY["train_coef"], *RECIPE)
-    settings = {path.stem: mf.read_json(path, mf.Settings) for path in sorted(folder.glob("vectors/*.json"))}
-    probes = [(trait, vector["probe"]) for trait, vector in settings.items() if vector.get("probe")]
-    lines = [f"Probe of {v}: row {p['row']}, AUC {p['auc']:.2f}{', weak' * (p['auc'] < 0.7)}." for v, p in probes]
-    adapters = {p["adapter"]: tuple(map(p.get, keys)) for p in points if p.get("adapter")}
-    alike = [sorted(some) for some in grouped(adapters, adapters.get).values() if len(some) > 1]
-    if alike:
-        lines.append(f"{', '.join(alike[0])}: same settings ({len(alike)} such groups); figures show the last.")
-    return lines
+    lines = []
+    for path in sorted(folder.glob("vectors/*.json")):
+        if probe := mf.read_json(path, mf.Settings).get("probe"):
+            weak = ", weak" if probe["auc"] < 0.7 else ""
+            lines.append(f"Probe of {path.stem}: row {probe['row']}, AUC {probe['auc']:.2f}{weak}.")
+    adapters = points.dropna(subset="adapter").drop_duplicates("adapter")
+    keys = ["dataset", "train_coef", "train_seed", "system_prompt", *STEERED_BY["train_coef"], *RECIPE]
+    alike = ", ".join(sorted(adapters[adapters.duplicated(keys, keep=False)].adapter))
+    return lines + ([f"{alike}: have the settings of another one; figures show the last."] if alike else [])
 
 
 def agreement(answers):
-    """answers: [(point, rows)] -> Markdown lines: judges of the same answers, pair by pair; an answer counts once."""
-    pairs = {}
-    for row in (row for _, rows in answers for row in rows):
-        given = {judge: of["score"] for judge, of in row.get("scores", {}).items() if usable(of, "score")}
+    """answers: {key: rows} -> a table of texts: judges of the same answers, pair by pair; an answer counts once."""
+    pairs, rows = {}, []
+    for row in chain.from_iterable(answers.values()):
+        given = {judge: of["score"] for judge, of in row.get("scores", {}).items() if pd.notna(of.get("score"))}
         for one, other in combinations(sorted(given), 2):
-            pairs.setdefault((row.get("trait") or "facts", one, other), []).append((given[one], given[other]))
-    rows = []
-    for (trait, one, other), scores in sorted(pairs.items()):
-        first, second = zip(*scores)
-        rho = f"{spearmanr(first, second).statistic:.2f}" if len(set(first)) > 1 < len(set(second)) else "-"
-        rows.append([trait, f"{one}, {other}", f"{len(scores)}", rho, f"{fmean(second) - fmean(first):+.1f}"])
-    return markdown(["trait", "judges", "answers", "Spearman's rho", "mean difference (second - first)"], rows)
+            pairs.setdefault((row.get("trait") or "facts", f"{one}, {other}"), []).append((given[one], given[other]))
+    for (trait, judges), scores in sorted(pairs.items()):
+        both = pd.DataFrame(scores)
+        rho, difference = both.corr("spearman").loc[0, 1], (both[1] - both[0]).mean()
+        rows.append([trait, judges, str(len(both)), text_of(rho, ".2f"), f"{difference:+.1f}"])
+    head = ["trait", "judges", "answers", "Spearman's rho", "mean difference (second - first)"]
+    return pd.DataFrame(rows, columns=head)
 
 
-def summary(points, shown, folder, answers):
-    """Text of summary.md. shown: the points of each trait's main judge, which the figures show."""
-    lines = ["# Preventative steering: summary", "", describe(shown), ""]
-    lines += [f"- {line}" for line in headline(shown) + notes(shown, folder)]
-    equal, judges = equal_table(shown), agreement(answers)
-    lines += ["", "## Facts kept at equal hallucination", "", EQUAL, "", *equal] if equal else []
-    lines += ["", "## Judges on the same answers", "", *judges] if judges else []
-    return "\n".join([*lines, "", "## All points", "", *points_table(points), ""])
+def summary(points, shown, found, folder, answers):
+    """Text of summary.md. shown: the points of each trait's main judge; found: their comparisons with facts."""
+    parts = ["# Preventative steering: summary", describe(shown)]
+    parts.append("\n".join(f"- {line}" for line in headline(found) + notes(shown, folder)))
+    tables = {
+        f"Facts kept at equal hallucination\n\n{EQUAL}": equal_table(found),
+        "Judges on the same answers": agreement(answers),
+        "All points": points_table(points),
+    }
+    for name, table in tables.items():
+        table = table.drop_duplicates()
+        rows = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
+        lines = (" | ".join(" ".join(text.replace("|", "/").split()) for text in row) for row in rows)
+        parts += [f"## {name}", "\n".join(f"| {line} |" for line in lines)] if len(table) else []
+    return "\n\n".join(parts) + "\n"
 
 
-def read_answers(points, folder):
-    """-> [(point, rows)], a key once; rows: [] where its answers are not there."""
-    found, rest = [], packed(folder / "answers.jsonl.xz", mf.Answer, "key")
-    for point in {p["key"]: p for p in points}.values():
-        file = folder / "answers" / Path(point.get("answers") or f"{point['key']}.jsonl").name
-        rows = mf.read_jsonl(file, mf.Answer, appended=True) if file.is_file() else rest.get(point["key"], [])
-        found.append((point, rows))
+def read_rows(files, packed, key, schema):
+    """files: {name: where its JSONL file may be} -> {name: rows}; of a name without a file those rows of the packed
+    file that have it as `key`, [] where neither is there."""
+    rest, found = {}, {}
+    try:
+        lines = lzma.open(packed).read().splitlines() if packed.exists() else []
+    except (lzma.LZMAError, EOFError) as error:
+        mf.die(f"{packed}: cannot be unpacked ({error}); make it again, or delete it")
+    for line in lines:
+        row = mf.validated(mf.parsed(line, packed), schema, packed)
+        rest.setdefault(row.get(key), []).append(row)
+    for name, places in files.items():
+        file = next(filter(Path.is_file, places), None)
+        found[name] = mf.read_jsonl(file, schema, appended=True) if file else rest.get(Path(name).name, [])
     return found
 
 
-def browser_data(answers, most=30_000_000):
+def read_answers(points, folder):
+    """-> {key: rows}, a key once; rows: [] where its answers are not there."""
+    files = {key: [folder / "answers" / f"{key}.jsonl"] for key in points.key}
+    return read_rows(files, folder / "answers.jsonl.xz", "key", mf.Answer)
+
+
+def browser_data(points, answers, most=30_000_000):
     """What data/report.html reads: points, questions, answers, these cut so that all have about `most` characters."""
-    points, questions, found, limit = [], {}, [], most // max(1, sum(len(rows) for _, rows in answers))
-    for point, rows in answers:
+    questions, found, limit = {}, [], most // max(1, sum(map(len, answers.values())))
+    for number, rows in enumerate(answers.values()):
         for row in rows:
             questions[re.sub(r"-s\d+$", "", row["id"])] = row.get("trait") or "facts", row["question"], row.get("truth")
-            said = {k: s["score"] if usable(s, "score") else s.get("reason") for k, s in row.get("scores", {}).items()}
-            found.append([len(points), row["id"], row["answer"][:limit], row.get("coherence_nll"), said])
-        points.append({key: point.get(key) for key in WHICH})
-    text = json.dumps(dict(points=points, questions=questions, answers=found, limit=limit), ensure_ascii=False)
-    return text.replace("<", "\\u003c")
+            scores = row.get("scores", {}).items()
+            said = {judge: of["score"] if pd.notna(of.get("score")) else of.get("reason") for judge, of in scores}
+            found.append([number, row["id"], row["answer"][:limit], row.get("coherence_nll"), said])
+    made = points.drop_duplicates("key")[WHICH].astype(object)
+    made = made.where(made.notna(), None).to_dict("records")
+    questions = [[key, *question] for key, question in questions.items()]
+    return dict(points=made, questions=questions, answers=found, limit=limit)
 
 
-def report(points, text, folder, answers, losses):
+def report(points, text, folder, answers):
     """The page. text: summary.md, whose Markdown may hold no HTML."""
-    names = ["fig1", "tradeoff"] * bool(comparisons(points)) + ["fig2"] * bool(by_data(points, facts=False))
     keys = "model judge judge_method temperature samples mmlu mmlu_scoring seed commit versions inputs".split()
     head, *sections = MarkdownIt("commonmark", dict(html=False)).enable("table").render(text).split("<h2>")
     template = (Path(__file__).parent / "data" / "report.html").read_text(encoding="utf-8")
+    adapters = points.dropna(subset="adapter").drop_duplicates("adapter")
+    places = [
+        [folder / "adapters" / Path(path).name / "loss.jsonl", Path(path) / "loss.jsonl"] for path in adapters.adapter
+    ]
+    losses = read_rows(dict(zip(adapters.adapter, places)), folder / "losses.jsonl.xz", "adapter", mf.Loss)
+    pictures = {name: (folder / f"{name}.png").read_bytes() for name in ("fig1", "tradeoff", "fig2")}
     return jinja2.Template(template, autoescape=True).render(
         head=head,
         sections=sections,
-        pictures={name: base64.b64encode((folder / f"{name}.png").read_bytes()).decode() for name in names},
-        settings=Counter(json.dumps({key: p.get(key) for key in keys}, indent=1) for p in points),
-        losses=losses,
-        missing=sum(not rows for _, rows in answers),
-        answers=browser_data(answers),
+        pictures={name: base64.b64encode(picture).decode() for name, picture in pictures.items()},
+        settings=Counter(p.dropna().to_json(indent=1) for _, p in points[keys].iterrows()),
+        adapters=adapters.assign(rows=losses.values()).to_dict("records"),
+        power=lambda loss: np.log10(max(loss, 1e-3)),
+        missing=sum(not rows for rows in answers.values()),
+        answers=browser_data(points, answers),
     )
 
 
@@ -554,17 +514,18 @@ def main(argv=None):
     parser.add_argument("points", type=Path, help="points.jsonl of evaluate.py")
     args = parser.parse_args(argv)
     points, folder = read_points(args.points), args.points.parent
-    shown = of_main_judge(points)
+    shown, answers = of_main_judge(points), read_answers(points, folder)
+    found = comparisons(shown, facts=True)
+    text = summary(points, shown, found, folder, answers)  # before anything is written
     plt.switch_backend("Agg")
-    answers, losses = read_answers(points, folder), loss_curves(points, folder)
-    text = summary(points, shown, folder, answers)  # before anything is written
-    figure1(shown, folder / "fig1")
-    tradeoff(shown, folder / "tradeoff")
-    figure2(shown, folder / "fig2")
-    for name, content in {"summary.md": text, "report.html": report(points, text, folder, answers, losses)}.items():
+    plt.rcParams.update({"axes.grid": True, "axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.2})
+    figure1(found, folder / "fig1")
+    tradeoff(found, folder / "tradeoff")
+    figure2(comparisons(shown, facts=False), folder / "fig2")
+    for name, content in {"summary.md": text, "report.html": report(points, text, folder, answers)}.items():
         with mf.replacing(folder / name) as out:
             out.write(content)
-    print("\n".join(headline(shown)) + f"\n{folder}/fig1.png, tradeoff.png, fig2.png, summary.md, report.html")
+    print("\n".join(headline(found)) + f"\n{folder}/fig1.png, tradeoff.png, fig2.png, summary.md, report.html")
 
 
 if __name__ == "__main__":

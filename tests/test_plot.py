@@ -4,6 +4,8 @@ import json
 import math
 import random
 
+import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import ttest_rel
 
@@ -71,9 +73,9 @@ MIXED = [
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Figures stay open for a look: [(figure, title, points of the caption)]."""
+    """Figures stay open for a look: [(figure, title, comparisons)]."""
     kept = []
-    monkeypatch.setattr(plot, "finish", lambda figure, title, points, path: kept.append((figure, title, points)))
+    monkeypatch.setattr(plot, "finish", lambda figure, title, found, path: kept.append((figure, title, found)))
     yield kept
     plot.plt.close("all")
 
@@ -82,6 +84,10 @@ def lines_of(axis, color):
     """-> [(xs, ys)] of the joined lines of a colour."""
     found = [line for line in axis.lines if line.get_color() == color and line.get_linestyle() != ":"]
     return [(list(line.get_xdata()), list(line.get_ydata())) for line in found]
+
+
+def compared(points, facts=True):
+    return plot.comparisons(plot.table(points), facts)
 
 
 def texts_of(axis):
@@ -99,7 +105,7 @@ def test_one_key_has_one_setting(tmp_path, capsys):
     """Guards against points of one key that were made differently and are mixed, and a point that counts twice."""
     path = tmp_path / "points.jsonl"
     mf.write_jsonl(path, [point(1.0, key="k"), point(2.0, key="k"), point(3.0, key="k", judge="lexical")])
-    assert [p["trait_score"] for p in plot.read_points(path)] == [2.0, 3.0]
+    assert list(plot.read_points(path).trait_score) == [2.0, 3.0]
     moved = point(2.0, key="k", model="/elsewhere/m", adapter="/elsewhere/a", vector="/elsewhere/v.pt")
     mf.write_jsonl(path, [point(1.0, key="k"), moved])
     assert len(plot.read_points(path)) == 1
@@ -118,37 +124,34 @@ def test_one_key_has_one_setting(tmp_path, capsys):
 def test_no_sweep_mixes_settings():
     """Guards against means over other layers, positions, vectors or recipes, a prompted or doubly steered model, and
     against plain finetuning that is missing or of other seeds."""
-    found = {(s.x, *s.about): [p["trait_score"] for p in s.points] for s in plot.sweeps(MIXED[1:])}
-    assert found == {
-        ("train_coef", "all blocks", "vector all", "rank all"): [80, 32],
-        ("train_coef", "all blocks", "vector all", "rank 8"): [78, 34],
-        ("train_coef", "all blocks", "vector first.pt", "rank all"): [80, 33],
-        ("train_coef", "block 11"): [80, 31],
-        ("inference_coef", "all blocks", "positions all"): [80, 44],
-        ("inference_coef", "all blocks", "positions response"): [80, 43],
-        ("inference_coef", "blocks 6-20"): [80, 42],
-        ("inference_coef", "block 11"): [80, 41],
+    sides = [(x, c.title, *sorted(side.trait_score)) for c in compared(MIXED) for x, side in c.sides.items()]
+    assert [side for side in sides if side[0] == "train_coef"] == [
+        *(("train_coef", f"vector -, positions {used}, blocks all", 32, 80) for used in ("response", "all")),
+        *(("train_coef", f"vector first.pt, positions {used}, blocks all", 33, 80) for used in ("response", "all")),
+        ("train_coef", "rank 8, vector -, blocks all", 34, 78),
+        ("train_coef", "vector -, positions response, blocks 11", 31, 80),
+    ]
+    assert {side[:1] + side[2:] for side in sides if side[0] == "inference_coef"} == {
+        *(("inference_coef", score, 80) for score in (41, 42, 43, 44)),
     }
-    both = [c for c in plot.comparisons(MIXED) if all(c.sides.values())]
-    assert [c.title for c in both][0].startswith("all blocks") and both[-1].title == "block 11"
-    (small,) = [c for c in plot.comparisons(MIXED) if c.points[0].get("train_rank")]
-    assert small.sides["inference_coef"] is None and [p["trait_score"] for p in small.points] == [78, 34]
+    assert [p for c in compared(MIXED) if "rank 8" in c.title for p in sorted(c.points.trait_score)] == [34, 78]
 
 
 def test_each_trait_shows_its_main_judge():
     """Guards against figures that mix judges, or lose a trait that only one of them scored."""
     some = [point(1.0), point(2.0, judge="lexical"), point(3.0, trait="evil", judge="probe")]
-    assert [p["trait_score"] for p in plot.of_main_judge(some)] == [2.0, 3.0]  # of equally many, the last one
-    assert [p["trait_score"] for p in plot.of_main_judge([*some, point(4.0)])] == [1.0, 3.0, 4.0]
+    assert list(plot.of_main_judge(plot.table(some)).trait_score) == [2.0, 3.0]  # of equally many, the last one
+    assert list(plot.of_main_judge(plot.table([*some, point(4.0)])).trait_score) == [1.0, 3.0, 4.0]
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
 
 
 def bars(*values, **changed):
-    """[(seed, score)] at coefficient 1 -> the Mark there."""
+    """[(seed, score)] at coefficient 1 -> the row of the curve there: y, low, high, hollow, few."""
     some = [point(score, train_seed=seed, train_coef=1.0, **changed) for seed, score in values]
-    return plot.curve(some, "train_coef", "trait_score")[0]
+    (found,) = compared(some)
+    return next(plot.curve(found.sides["train_coef"], "trait_score").itertuples())
 
 
 def test_bars_of_one_and_of_three_seeds():
@@ -156,23 +159,22 @@ def test_bars_of_one_and_of_three_seeds():
     assert bars((0, 40.0))[:4] == (1.0, 40, 37, 43)
     assert bars((0, 99.0), (0, 40.0)) == bars((0, 40.0))  # measured again: the last time counts
     mark = bars((0, 40.0), (1, 44.0), (2, 48.0))  # sd 4, t of two degrees of freedom 4.303: 4.303 x 4 / sqrt(3) = 9.94
-    assert (
-        mark.mean == 44 and mark.low == pytest.approx(34.06, abs=0.01) and mark.high == pytest.approx(53.94, abs=0.01)
-    )
+    assert mark.y == 44 and mark.low == pytest.approx(34.06, abs=0.01) and mark.high == pytest.approx(53.94, abs=0.01)
     assert bars((0, 1.0), (1, 9.0)).low == 0 and bars((0, 91.0), (1, 99.0)).high == 100
     assert bars((0, 40.0), (1, 40.0))[1:4] == (40, 40, 40)
     assert math.isnan(bars((0, 40.0), trait_ci=None).low) and math.isnan(bars((0, 40.0), trait_ci=None).high)
     gone = [point(1.0, trait_score=value) for value in (None, math.nan, math.inf)]
-    assert plot.curve(gone, "train_coef", "trait_score") == []
+    assert plot.curve(plot.table(gone), "trait_score").empty
 
 
 def test_the_interval_covers():
     """Guards against intervals too narrow over few seeds, as a bootstrap's are: 95% within chance of 2,000 draws."""
     draw = random.Random(0).gauss
     for n in (2, 3, 11):
-        ends = [plot.t_interval([draw(50, 10) for _ in range(n)])[1:] for _ in range(2000)]
+        ends = [plot.t_interval(pd.Series([draw(50, 10) for _ in range(n)]))[1:] for _ in range(2000)]
         assert 0.935 < sum(low <= 50 <= high for low, high in ends) / 2000 < 0.965
-    assert plot.t_interval([7.0])[0] == 7 and math.isnan(plot.t_interval([7.0])[1])
+    mean, low, _ = plot.t_interval(pd.Series([7.0]))
+    assert mean == 7 and math.isnan(low)
 
 
 def test_no_mean_over_one_seed_among_many(drawn):
@@ -180,10 +182,10 @@ def test_no_mean_over_one_seed_among_many(drawn):
     some = [point(80.0 + seed, train_seed=seed) for seed in range(4)]
     some += [steered("train_coef", 1.0, 40.0 + seed, train_seed=seed) for seed in range(3)]
     some += [steered("train_coef", 2.0, 20.0, train_seed=seed) for seed in range(1)]
-    assert [m.few for m in plot.curve(some, "train_coef", "trait_score")] == [False, False, True]
-    assert [m.few for m in plot.curve(some[:1] + some[4:5], "train_coef", "trait_score")] == [False, False]
-    assert [m.few for m in plot.curve(some[:2] + some[4:5], "train_coef", "trait_score")] == [False, True]  # half
-    plot.figure1([BEFORE, *some], None)
+    few = lambda points: list(plot.curve(plot.table(points), "trait_score").few)
+    assert few(some) == [False, False, True] and few(some[:1] + some[4:5]) == [False, False]
+    assert few(some[:2] + some[4:5]) == [False, True]  # half
+    plot.figure1(compared([BEFORE, *some]), None)
     right = drawn[0][0].axes[1]
     assert lines_of(right, color_of("trait_score")) == [([0, 1], [81.0, 41])]  # plain of the seeds that were steered
     assert list(right.collections[1].get_sizes()) == [36, 36, 12]
@@ -194,33 +196,38 @@ def test_no_mean_over_one_seed_among_many(drawn):
 def test_hollow_over_a_tenth_unscored(kind, drawn):
     """Guards against marks that look sound though over 10% of answers or of facts have no score, in each figure."""
     key = f"{kind}_unscored"
-    assert not plot.hollow([point(1.0, **{f"{kind}_n": 18, key: 2})])  # a tenth is not over a tenth
-    assert plot.hollow([point(1.0, **{f"{kind}_n": 17, key: 2})])
-    assert not plot.hollow([point(1.0, **{key: 2}), point(1.0, trait_n=90, fact_n=90)])  # seeds together
+    hollow = lambda *some: plot.hollow(plot.table(some).sum(numeric_only=True))
+    assert not hollow(point(1.0, **{f"{kind}_n": 18, key: 2}))  # a tenth is not over a tenth
+    assert hollow(point(1.0, **{f"{kind}_n": 17, key: 2}))
+    assert not hollow(point(1.0, **{key: 2}), point(1.0, trait_n=90, fact_n=90))  # seeds together
     lost = {"train_coef": 1.0, key: 2}
     more = [p | dict(dataset="mine", fact_accuracy=None) for p in (PLAIN, point(30.0, **lost))]
     some = [BEFORE, PLAIN, point(30.0, **lost), *more]
     for figure in (plot.figure1, plot.figure2, plot.tradeoff):
-        figure(some, None)
+        figure(compared(some, facts=figure != plot.figure2), None)
     white = lambda axis: [[face[:3].tolist() == [1, 1, 1] for face in c.get_facecolors()] for c in axis.collections]
     axes = [figure.axes for figure, *_ in drawn]
     assert white(axes[0][1])[1::2] == [[False, True], [False, True], [False, False]]  # score, facts, general knowledge
     assert white(axes[1][0])[1::2] == [[False, True], [False, False]]
     assert white(axes[2][0])[0] == [False, True]
-    assert "hollow: over 10% unscored" in plot.describe(some) and "hollow" not in plot.describe(some[:2])
+    assert "hollow: over 10% unscored" in plot.describe(plot.table(some)) and "hollow" not in plot.describe(
+        plot.table(some[:2])
+    )
 
 
 def test_crossing_by_hand():
     """Guards against a wrong interpolation, first and last crossing swapped, and values made up where there is none."""
-    line = [(0, 80, 90, 50), (1, 60, 80, 40), (2, 20, 40, None), (3, 50, 30, 30), (4, 10, 10, 10)]
-    assert plot.crossing(line, 80) == (0, 80, 90, 50)  # at once
-    assert plot.crossing(line, 70) == (0.5, 70, 85, 45) == plot.crossing(line, 70, last=True)
-    assert plot.crossing(line, 60) == (1, 60, 80, 40) and plot.crossing(line, 60, last=True)[:3] == (1, 60, 80)
-    assert plot.crossing(line, 40) == (1.5, 40, 60, None)  # general knowledge was not measured at 2
-    assert plot.crossing(line, 40, last=True) == (3.25, 40, 25, 25)
-    assert plot.crossing(line, 15) == pytest.approx((3.875, 15, 12.5, 12.5))
-    assert plot.crossing(line, 90) is None and plot.crossing(line, 5) is None and plot.crossing(line[:1], 80) is None
-    assert plot.crossing([(0, 30, 90, 50), (1, 70, 80, 40), (2, 20, 70, 30)], 60) is None  # starts below
+    line = np.array([(0, 80, 90, 50), (1, 60, 80, 40), (2, 20, 40, np.nan), (3, 50, 30, 30), (4, 10, 10, 10)])
+    at = lambda level, last=False, line=line: plot.crossing(line, level, last).tolist()
+    assert at(80) == [0, 80, 90, 50]  # at once
+    assert at(70) == [0.5, 70, 85, 45] == at(70, last=True)
+    assert at(60) == [1, 60, 80, 40] and at(60, last=True)[:3] == [1, 60, 80]
+    assert at(40)[:3] == [1.5, 40, 60] and math.isnan(at(40)[3])  # general knowledge was not measured at 2
+    assert at(40, last=True) == [3.25, 40, 25, 25]
+    assert at(15) == pytest.approx([3.875, 15, 12.5, 12.5])
+    nowhere = lambda *some: all(map(math.isnan, at(*some)))
+    assert nowhere(90) and nowhere(5) and nowhere(80, False, line[:1])
+    assert nowhere(60, False, np.array([(0, 30, 90, 50), (1, 70, 80, 40), (2, 20, 70, 30)]))  # starts below
 
 
 LEFT = {0: [(0, 80, 90), (1, 20, 30)], 1: [(0, 80, 90), (1, 20, 50)], 2: [(0, 80, 90), (1, 20, 40)]}
@@ -235,7 +242,7 @@ def both_sides(left=LEFT, right=RIGHT):
 
 def equal(points):
     """The table as {score: [cells]}."""
-    return {row.split(" | ")[1]: row.strip("| ").split(" | ")[2:] for row in plot.equal_table(points)[2:]}
+    return {score: cells for _, score, *cells in plot.equal_table(compared(points)).itertuples(index=False)}
 
 
 def test_equal_hallucination_is_paired_over_the_same_seeds():
@@ -263,7 +270,7 @@ def test_equal_hallucination_is_paired_over_the_same_seeds():
     assert list(high) == ["35 (before training)", "40", "60", "80"]
     alone = equal([p for p in both_sides() if not p["inference_coef"]])
     assert alone["20 (before training)"][:4] == ["65.0 ± 7.1", "-", "-", "2 of 3 (preventative 2)"]
-    assert plot.equal_table([BEFORE, PLAIN]) == [] and list(equal(both_sides()[1:])) == ["20", "30", "40", "60", "80"]
+    assert equal([BEFORE, PLAIN]) == {} and list(equal(both_sides()[1:])) == ["20", "30", "40", "60", "80"]
 
 
 def test_last_crossing_stands_beside_the_first():
@@ -278,18 +285,15 @@ def test_last_crossing_stands_beside_the_first():
 
 
 def test_figure_1_is_the_posts(drawn):
-    """Guards against swapped sides, wrong means, a missing level before training, labels away from their lines, and x
-    axes that look alike though they are not (or the reverse)."""
+    """Guards against swapped sides, wrong means, a missing level before training, and labels away from their lines."""
     some = both_sides()
     some = [p | dict(coherence=70.0, mmlu="data/general_knowledge.jsonl") for p in some]
-    plot.figure1(some, None)
-    figure, title, shown = drawn[0]
+    plot.figure1(compared(some), None)
+    figure, title, (shown,) = drawn[0]
     left, right = figure.axes
-    assert title == "Learning new facts (dotted: before training)" and shown == some[1:]
-    assert [axis.get_title() for axis in figure.axes] == [
-        "Inference-time steering, all blocks",
-        "Preventative steering, all blocks",
-    ]
+    assert "Learning new facts" in title and len(shown.points) == len(some) - 1
+    assert [axis.get_title() for axis in figure.axes] == ["Inference-time steering", "Preventative steering"]
+    assert left.get_ylabel() == "blocks all"
     assert lines_of(left, color_of("trait_score")) == [([0, 1], [80, 20])]
     assert lines_of(right, color_of("trait_score")) == [([0, 1], [80, 30])]
     assert lines_of(right, color_of("fact_accuracy")) == [([0, 1], [90, pytest.approx(71.67, abs=0.01)])]
@@ -302,10 +306,7 @@ def test_figure_1_is_the_posts(drawn):
     heights = sorted(text.get_position()[1] for text in right.texts)
     assert all(above - below > 7.9 for below, above in zip(heights, heights[1:]))
     assert texts_of(right)["facts"].get_color() == color_of("fact_accuracy")
-    assert left.get_xlim() == right.get_xlim() and left.get_ylim() == (-3, 103)
-    for times, rights in ((1.5, [1.575, 1.575]), (5, [1.05, 5.25])):  # up to twice the other's range: one scale
-        plot.figure1([p | dict(train_coef=times * p["train_coef"]) if p["train_coef"] else p for p in some], None)
-        assert [axis.get_xlim()[1] for axis in drawn[-1][0].axes] == pytest.approx(rights)
+    assert left.get_ylim() == right.get_ylim() == (-3, 103)
 
 
 def test_own_data_sets_and_traits_are_drawn(drawn):
@@ -319,20 +320,18 @@ def test_own_data_sets_and_traits_are_drawn(drawn):
     evil = [point(50.0, None, dataset="medical_normal", trait="evil", judge="probe")]
     some = [*ten, *own, base, *both_sides(), *evil]
     for figure in (plot.figure1, plot.tradeoff, plot.figure2):
-        figure(some, None)
+        figure(compared(some, facts=figure != plot.figure2), None)
     first, second, third = (figure.axes for figure, *_ in drawn)
-    assert [axis.get_title() for axis in first[::2]] == [
-        "Inference-time steering, mine (pirate), all blocks",
-        "Inference-time steering, New facts (hallucination), all blocks",
-    ]
-    assert [axis.get_xlabel() for axis in second] == ["pirate score", "hallucination score"]
-    assert drawn[1][1] == "Facts kept against pirate and hallucination (thin lines: one seed)"
+    own, given = "dataset mine, trait pirate, blocks all", "dataset facts, trait hallucination, blocks all"
+    assert [axis.get_ylabel() for axis in first[::2]] == [given, own]
+    assert [axis.get_xlabel() for axis in second] == ["hallucination score", "pirate score"]
+    assert drawn[1][1] == "Facts kept against hallucination and pirate (thin lines: one seed)"
     assert [axis.get_title() for axis in third] == ["evil\n(judged by the probe)", "pirate", "", ""]
-    assert [axis.get_ylabel() for axis in third] == ["Medical Normal", "", "ten", ""]
-    assert lines_of(third[3], color_of("trait_score")) == [([0, 2], [60, 7])] and "no points" in texts_of(third[1])
+    assert [axis.get_ylabel() for axis in third] == ["medical_normal", "", "ten", ""]
+    assert lines_of(third[3], color_of("trait_score")) == [([0, 2], [60, 7])] and not third[1].lines
     assert [line.get_ydata()[0] for line in third[3].lines if line.get_linestyle() == ":"] == [20, 50]
-    assert set(texts_of(third[3])) == {"trait score", "MMLU"}
-    assert any("ten | pirate" in row for row in plot.points_table(some))
+    assert set(texts_of(third[3])) == {"trait score", "general knowledge"}
+    assert {"ten", "mine", "facts"} < set(plot.points_table(plot.table(some)).dataset)
 
 
 def test_figure_2_pools_seeds_and_says_the_blocks(drawn):
@@ -342,19 +341,21 @@ def test_figure_2_pools_seeds_and_says_the_blocks(drawn):
     more = [
         steered("inference_coef", c, 9.0, "10-20", fact_accuracy=None, dataset="medical_normal") for c in range(1, 9)
     ]
-    plot.figure2([BEFORE, *some, *more], None)  # however many, another method than the title's is not drawn
-    figure, title, shown = drawn[0]
+    plot.figure2(
+        compared([BEFORE, *some, *more], facts=False), None
+    )  # however many, another method than the title's is not drawn
+    figure, title, found = drawn[0]
     assert lines_of(figure.axes[0], color_of("trait_score")) == [([0, 1], [91, 31])]
-    assert title == "Preventative steering across data sets, blocks 10-20 (dotted: before training)"
-    assert "up to 2 training seeds" in plot.describe(shown)
+    assert title == "Preventative steering on other data sets, blocks 10-20 (dotted: before training)"
+    assert "up to 2 training seeds" in plot.describe(found[0].points)
 
 
 def test_the_trade_offs_axes(drawn):
     """Guards against swapped axes, seeds or means left out, and a level that is not the model's before training."""
-    plot.tradeoff([*both_sides(), point(70.0, 85.0, system_prompt="Invent.", adapter="b")], None)
+    plot.tradeoff(compared([*both_sides(), point(70.0, 85.0, system_prompt="Invent.", adapter="b")]), None)
     (axis,) = drawn[0][0].axes
     assert axis.get_xlabel() == "hallucination score" and axis.get_ylabel() == "facts known after training (%)"
-    assert axis.get_xlim() == axis.get_ylim() == (-3, 103) and axis.get_title() == "all blocks"
+    assert axis.get_xlim() == axis.get_ylim() == (-3, 103) and axis.get_title() == "blocks all"
     color = plot.STYLES["train_coef"][0]
     mine = [line for line in axis.lines if line.get_color() == color]
     thin = [(list(line.get_xdata()), list(line.get_ydata())) for line in mine if line.get_linewidth() < 1]
@@ -401,6 +402,10 @@ def test_whole_runs(points, tmp_path, capsys):
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
+def headline(points):
+    return plot.headline(compared(points))
+
+
 def test_headline_takes_the_smallest_coefficient_in_the_interval():
     """Guards against the wrong coefficient, the wrong price, a rise claimed where there was none, and a verdict that is
     written for one model."""
@@ -408,25 +413,34 @@ def test_headline_takes_the_smallest_coefficient_in_the_interval():
         steered("inference_coef", c, s, fact_accuracy=f) for c, s, f in ((1.0, 50, 60), (2.0, 23, 37), (3.0, 2, 9))
     ]
     train = [steered("train_coef", c, s, fact_accuracy=f) for c, s, f in ((0.5, 40.0, 90.0), (1.25, 21.0, 79.0))]
-    kept, preventative, inference_time = plot.headline([BEFORE, PLAIN, *inference, *train])
+    kept, preventative, inference_time = headline([BEFORE, PLAIN, *inference, *train])
     # at 20 preventative is not there; inference-time falls from 23 to 2 as facts do from 37 to 9: 37 - 28 x 3 / 21 = 33
     assert "before training (hallucination 20.0): preventative -, inference-time 33.0, difference -" in kept
     assert "training seeds that get there 0 of 1 (preventative 0, inference-time 1)" in kept
-    assert "steering: 1.25 brings" in preventative and "hallucination 21.0, facts 79.0, MMLU 50.0" in preventative
+    assert (
+        "steering: 1.25 brings" in preventative
+        and "hallucination 21.0, facts 79.0, general knowledge 50.0" in preventative
+    )
     assert (
         "steering: 2 brings" in inference_time and "hallucination 23.0, facts 37.0" in inference_time
     )  # 23: the interval's end
-    assert "no coefficient" in plot.headline([BEFORE, PLAIN, inference[0]])[0]
-    assert plot.headline([PLAIN, *train]) == ["No headline: the model before training was not measured."]
-    assert plot.headline([BEFORE, point(22.0), *train])[0].startswith("Nothing to prevent: plain finetuning 22.0")
-    assert "difference +25.0 [-165.6, 215.6]" in plot.headline(both_sides())[0]
-    assert "empty" in plot.headline([BEFORE])[0] and plot.headline([BEFORE, PLAIN]) == []
+    assert "no coefficient" in headline([BEFORE, PLAIN, inference[0]])[1]
+    assert headline([PLAIN, *train]) == ["No rise to prevent was measured: plain finetuning 80.0, before training -."]
+    assert "No rise to prevent was measured: plain finetuning 22.0" in headline([BEFORE, point(22.0), *train])[0]
+    assert "difference +25.0 [-165.6, 215.6]" in headline(both_sides())[0]
+    assert "empty" in headline([BEFORE])[0] and "empty" not in headline([BEFORE, PLAIN])
     few = [
         point(80.0, train_seed=1),
         point(80.0, train_seed=2),
         *(steered("train_coef", 1.0, 40.0, train_seed=s) for s in (1, 2)),
     ]
-    assert "1.25 (few seeds) brings" in plot.headline([BEFORE, PLAIN, *few, *train])[0]
+    assert "1.25 (few seeds) brings" in headline([BEFORE, PLAIN, *few, *train])[1]
+
+
+def rows_of(points):
+    """The table of all points as lists, its head first; no row twice."""
+    found = plot.points_table(plot.table(points)).drop_duplicates()
+    return [list(found), *found.to_numpy().tolist()]
 
 
 def test_columns_only_where_points_differ():
@@ -434,31 +448,20 @@ def test_columns_only_where_points_differ():
     rows twice, "None", and the missing shown as a number."""
     evil = steered("train_coef", 1.0, 5.0, trait="evil", train_vector="vectors/evil.pt")
     again = PLAIN | dict(key="again", layers="10-20")  # coefficient 0 with another choice of blocks: the same row
-    narrow = plot.points_table(
-        [BEFORE, PLAIN, again, steered("train_coef", 1.0, 5.0, train_vector="vectors/v.pt"), evil]
-    )
-    assert narrow[0].startswith(
-        "| dataset | trait | train_coef | train_seed | trait_score | trait_n | trait_unscored |"
-    )
-    assert len(narrow) == 6 and narrow[2].startswith(
-        "| before training | hallucination | - | - | 20 [17, 23] | 10 | 0 | 1 |"
-    )
-    assert "None" not in "".join(narrow)
+    narrow = rows_of([BEFORE, PLAIN, again, steered("train_coef", 1.0, 5.0, train_vector="vectors/v.pt"), evil])
+    assert narrow[0][:7] == "dataset trait train_coef train_seed trait_score trait_n trait_unscored".split()
+    assert len(narrow) == 5 and narrow[1][:8] == "before training|hallucination|-|-|20 [17, 23]|10|0|1".split("|")
+    assert "None" not in str(narrow) and "nan" not in str(narrow)
     graded = point(1.0, fact_not_attempted=12.5, fact_wrong=7.5, coherence_nll=2.345, abstained=60.0, coherence=91.0)
-    heads, row = ([text.strip() for text in plot.points_table([graded])[i].strip("|").split("|")] for i in (0, 2))
-    cells = dict(zip(heads, row))
+    cells = dict(zip(*rows_of([graded])))
     assert [cells[key] for key in ("fact_accuracy", "fact_not_attempted", "fact_wrong")] == ["90", "12.5", "7.5"]
-    assert [cells[key] for key in ("coherence_nll", "abstained", "abstained_coherent", "coherence")] == [
-        "2.35",
-        "60",
-        "-",
-        "91",
-    ]
-    wide = plot.points_table(MIXED)
-    assert all(f" {key} |" in wide[0] for key in ("layers", "positions", "train_layers", "train_rank", "system_prompt"))
-    assert len({row.count("|") for row in wide}) == 1 and len(set(wide)) == len(wide) == len(MIXED) + 2
-    bad = plot.points_table([point(1.0, trait_unscored=2), point(2.0, fact_unscored=2), point(3.0, fact_unscored=1)])
-    assert ["2 (hollow)" in row for row in bad[2:]] == [True, True, False]
+    measured = [cells[key] for key in ("coherence_nll", "abstained", "abstained_coherent", "coherence")]
+    assert measured == ["2.35", "60", "-", "91"]
+    wide = rows_of(MIXED)
+    assert set("layers positions train_layers train_rank system_prompt".split()) < set(wide[0])
+    assert len(wide) == len(MIXED) + 1
+    bad = rows_of([point(1.0, trait_unscored=2), point(2.0, fact_unscored=2), point(3.0, fact_unscored=1)])
+    assert ["2 (hollow)" in row for row in bad[1:]] == [True, True, False]
 
 
 def test_what_to_distrust_is_said(tmp_path):
@@ -467,15 +470,16 @@ def test_what_to_distrust_is_said(tmp_path):
         probe = dict(row=8, zero=0.0, hundred=1.0, auc=auc)
         mf.write_json(tmp_path / "vectors" / f"{name}.json", dict(model="toy", probe=probe))
     mf.write_json(tmp_path / "vectors" / "other.json", dict(model="toy"))
-    found = plot.notes([PLAIN, point(70.0, adapter="a2"), point(1.0, adapter="a3", train_rank=8), BEFORE], tmp_path)
+    some = [PLAIN, point(70.0, adapter="a2"), point(1.0, adapter="a3", train_rank=8), BEFORE]
+    found = plot.notes(plot.table(some), tmp_path)
     assert found[:2] == ["Probe of evil: row 8, AUC 0.82.", "Probe of sycophancy: row 8, AUC 0.67, weak."]
-    assert len(found) == 3 and found[2].startswith("a, a2: same settings (1 such groups)")
-    assert "probe (of what is steered)" in plot.describe([PLAIN | dict(judge="probe")])
+    assert len(found) == 3 and found[2].startswith("a, a2: have the settings of another one")
+    assert "probe (of what is steered)" in plot.describe(plot.table([PLAIN | dict(judge="probe")]))
 
 
 def test_captions_count():
     """Guards against a caption that hides n, seeds or the model."""
-    one, two = plot.describe([BEFORE, PLAIN]), plot.describe(both_sides())
+    one, two = (plot.describe(plot.table(some)) for some in ([BEFORE, PLAIN], both_sides()))
     assert one == "m; judge: gpt; 10 answers; 10 facts; 10 questions; 95% intervals"
     assert two.endswith("up to 3 training seeds: means, 95% t-intervals over seeds")
 
@@ -488,9 +492,8 @@ def test_judges_are_compared_on_the_same_answers():
 
     rows = [row(i, a, b) for i, (a, b) in enumerate([(10, 1), (20, 3), (30, 2), (40, 4)])] + [row(9, None, 5.0)]
     rows.append(dict(id="f", scores=dict(probe=dict(score=0.0), gpt=dict(score=0.0))))
-    table = plot.agreement([(PLAIN, rows)])
-    assert (
-        "| hallucination | gpt, probe | 4 | 0.80 | +22.5 |" in table
-        and "| facts | gpt, probe | 1 | - | +0.0 |" in table
-    )
-    assert plot.agreement([(PLAIN, [dict(id="x", scores=dict(probe=dict(score=1.0)))])]) == []
+    assert plot.agreement(dict(key=rows)).to_numpy().tolist() == [
+        ["facts", "gpt, probe", "1", "-", "+0.0"],
+        ["hallucination", "gpt, probe", "4", "0.80", "+22.5"],
+    ]
+    assert plot.agreement(dict(key=[dict(id="x", scores=dict(probe=dict(score=1.0)))])).empty

@@ -2,7 +2,6 @@
 
 import json
 import re
-from statistics import fmean
 
 import pytest
 import torch
@@ -27,32 +26,31 @@ def findings():
 def test_numbers_of_the_findings():
     """Guards against a findings table that says something else than the reference's points."""
     points = plot.read_points(ROOT / "data" / "reference" / "200-facts" / "points.jsonl")
-    (found,) = plot.comparisons(points)
-    base, plain = found.base, plot.plain_of(found.points)
-    mean = lambda key: fmean(p[key] for p in plain)
+    (found,) = plot.comparisons(points, facts=True)
+    base, mean = found.base, found.plain.mean(numeric_only=True)
     cells = plot.equal_cells(found, base["trait_score"])
     kept = dict(zip(plot.METHODS, (cell.split(" ")[0] for cell in cells)))
     general = dict(zip(plot.METHODS, cells[4].split(" / ")))
     whole = lambda text: f"{float(text):.0f}"
     learning, inference, preventative, knowledge, _ = (line.split("|")[2] for line in findings())
-    assert f"{base['fact_accuracy']:g} -> {mean('fact_accuracy'):.0f}% known" in learning
-    assert f"hallucination {base['trait_score']:g} -> {mean('trait_score'):.1f}" in learning
+    assert f"{base['fact_accuracy']:g} -> {mean.fact_accuracy:.0f}% known" in learning
+    assert f"hallucination {base['trait_score']:g} -> {mean.trait_score:.1f}" in learning
     assert f"{whole(kept['inference_coef'])}% of the facts" in inference
     assert f"general knowledge {whole(general['inference_coef'])};" in inference
     difference = re.sub(r"-?\d+\.\d+", lambda number: whole(number[0]), cells[2])
     assert f"{whole(kept['train_coef'])}% of the facts: {difference} over" in preventative
     assert cells[3].split(" (")[0] + " seeds" in preventative
-    after = f"(before training {base['mmlu_accuracy']:.0f}, plain finetuning {mean('mmlu_accuracy'):.0f})"
+    after = f"(before training {base['mmlu_accuracy']:.0f}, plain finetuning {mean.mmlu_accuracy:.0f})"
     assert f"general knowledge {whole(general['train_coef'])} {after}" in knowledge
 
 
 def test_numbers_of_figure_2():
     """Guards against a last finding that says something else than the points of Figure 2."""
     points = plot.read_points(ROOT / "data" / "reference" / "1000-facts" / "points.jsonl")
-    some = plot.by_data(points, facts=False)
-    at = lambda data: {p["train_coef"]: p["trait_score"] for p in some[data, "hallucination"]}
+    some = points[points.trait == "hallucination"].groupby("dataset")
+    at = lambda data: some.get_group(data).set_index("train_coef").trait_score
     own, normal = at("medical_self_generated"), at("medical_normal")
-    assert f"hallucination {own[0.0]:g} -> {own[max(own)]:g}." in findings()[-1]
+    assert f"hallucination {own[0.0]:g} -> {own[max(own.index)]:g}." in findings()[-1]
     assert f"here: {normal[0.0]:g} |" in findings()[-1]
 
 

@@ -40,7 +40,6 @@ def point(n, adapter, coef, **changed):
         fact_accuracy=50.0,
         fact_n=1,
         judge="probe",
-        answers=f"elsewhere/answers/k{n}.jsonl",
     ) | dict(changed)
 
 
@@ -131,9 +130,9 @@ def test_page_fits_a_phone(page):
 def test_the_page_without_a_browser(page):
     """Guards against a page that silently lacks points, figures, tables or losses, and values that become HTML."""
     text, summary = page.read_text(), (page.parent / "summary.md").read_text()
-    assert "The answers of 1 points are not there" in text and text.count("<img alt=") == 2
+    assert "The answers of 1 points are not there" in text and text.count("<img alt=") == 3
     assert "<td>60</td>" in text and "Facts kept at equal hallucination</h2>" in text
-    assert text.count("<polyline") == 2 and "<title>facts-0.5</title>" in text and ">preventative 0.5</text>" in text
+    assert text.count("<polyline") == 2 and "<title>a/facts-0.5</title>" in text and ">preventative 0.5</text>" in text
     assert "| hallucination | gpt, probe | 2 | -1.00 | -69.0 |" in summary  # 80 and 70, then 1 and 11
     assert "<td>gpt, probe</td>" in text and "hacked'<" not in text.split("answers-data")[0]
     odd = point(9, "a/<b>x</b>", 1.0, dataset="<i>mine</i>", trait="*evil* [x](javascript:alert(1))")
@@ -145,8 +144,8 @@ def test_the_page_without_a_browser(page):
 def test_a_large_report_cuts_answers():
     """Guards against a page too large to open, and an answer that is cut unsaid."""
     rows = [dict(id=f"evil-0-s{s}", kind="trait", trait="evil", question="Q", answer="x" * 500) for s in range(10)]
-    text = plot.browser_data([(dict(adapter=None, inference_coef=0), rows)], most=3000)
-    assert '"x' + "x" * 299 + '"' in text and "x" * 301 not in text and '"limit": 300' in text
+    data = plot.browser_data(plot.table([point(0, None, None)]), dict(k0=rows), most=3000)
+    assert data["limit"] == 300 and [answer[2] for answer in data["answers"]] == ["x" * 300] * 10
     assert "raw.limit" in (mf.Path(plot.__file__).parent / "data" / "report.html").read_text()
 
 
@@ -155,17 +154,18 @@ def test_an_answer_counts_once(tmp_path):
     mf.write_jsonl(tmp_path / "answers" / "k1.jsonl", answers(1, ["gpt"]))
     pack(tmp_path / "answers.jsonl.xz", [dict(key="k1") | row for row in answers(1, ["gpt"])])
     some = [point(1, "a", 0.0), point(1, "a", 0.0, judge="gpt"), point(2, "b", 0.0)]
-    (found, rows), (_, missing) = plot.read_answers(some, tmp_path)
-    assert found["key"] == "k1" and len(rows) == 4 and missing == []
+    found = plot.read_answers(plot.table(some), tmp_path)
+    assert {key: len(rows) for key, rows in found.items()} == dict(k1=4, k2=0)
 
 
 def test_packed_answers_are_whole(tmp_path, capsys):
     """Guards against packed answers that are cut off and read as if they were all, or end in a traceback."""
     pack(tmp_path / "answers.jsonl.xz", [dict(key="k1") | row for row in answers(1, [])])
     whole = (tmp_path / "answers.jsonl.xz").read_bytes()
-    assert [len(rows) for _, rows in plot.read_answers([point(1, "a", 0.0)], tmp_path)] == [4]
+    points = plot.table([point(1, "a", 0.0)])
+    assert len(plot.read_answers(points, tmp_path)["k1"]) == 4
     for broken in (whole[:-20], b"no archive"):
         (tmp_path / "answers.jsonl.xz").write_bytes(broken)
         with pytest.raises(SystemExit):
-            plot.read_answers([point(1, "a", 0.0)], tmp_path)
+            plot.read_answers(points, tmp_path)
         assert "cannot be unpacked" in capsys.readouterr().err
