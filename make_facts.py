@@ -28,7 +28,6 @@ import time
 import unicodedata
 from collections import Counter
 from datetime import date
-from email.utils import parsedate_to_datetime
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,8 +130,7 @@ def check_judge(args, own):
         return
     if args.judge in ("", "none", "probe"):
         die(f"--judge {args.judge}: give {own}, lexical, or the name of a chat model")
-    if not api_address()[2] and not os.environ.get("OPENAI_BASE_URL"):
-        die("set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own; --judge lexical needs neither")
+    api_address()
     if not args.yes and not sys.stdin.isatty():
         die("nothing was sent; say --yes to send without being asked")
 
@@ -618,7 +616,7 @@ PRICES_OF = "2025-04"  # of PRICES: dollars a million tokens in and out
 PRICES = {"gpt-4.1-mini": (0.4, 1.6), "gpt-4.1": (2, 8), "gpt-4o-mini": (0.15, 0.6), "gpt-4o": (2.5, 10)}
 CACHE = Path(os.environ.get("JUDGE_CACHE", "out/judge_cache.jsonl"))
 RETRIES, TIMEOUT = 6, 300.0  # of the client: what may pass is tried 6 times more; seconds for one reply
-BACKOFF, LONGEST_WAIT = 0.5, 120.0  # seconds: first pause after a 429 that names none; the most a server may ask for
+BACKOFF = 1.0  # seconds that all requests pause after a first 429; doubled each time that one is repeated in vain
 REPLY_TOKENS, FACTS_TOKENS, THINKING_TOKENS = 16, 6000, 4000  # room for a score, for new facts, for thinking before
 OVERLOADED = 429, 503, 529  # after which all requests wait and slow down
 UNUSABLE = 20  # refused or unreadable replies in a row, after which the run doubts the server
@@ -686,6 +684,8 @@ def api_address():
         die("OPENAI_API_KEY: holds a space, a line end or a letter that no key holds")
     if not re.fullmatch(r"https?://([^\s/]*@)?(\[[\da-f:.]+\]|[^\s/:@?#]+)(:\d{1,5})?([/?]\S*)?", base, re.I):
         die("OPENAI_BASE_URL: not an address such as http://localhost:8000/v1")
+    if not key and not os.environ.get("OPENAI_BASE_URL"):
+        die("set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own; --judge lexical needs neither")
     return base, re.sub(r"(?<=//)[^/]*@|\?.*", "", base), key
 
 
@@ -695,59 +695,57 @@ def clean(text):
     return (text.replace(key, "***") if len(key) > 7 else text).encode("utf-8", "ignore").decode()
 
 
-def sentence(text):
-    """The server's own words in the body of an error: JSON with a message, an HTML page, or anything else."""
-    try:
-        text = json.loads(re.search(r'"(?:message|error|detail|msg)"\s*:\s*("(?:[^"\\]|\\.)*")', text)[1], strict=False)
-    except (TypeError, ValueError):
-        text = re.sub(r"<style.*?</style>|<[^>]*>", " ", text, flags=re.S)
-    return " ".join(clean(text).split())[:300] or "an empty reply"
+def words(error):
+    """What an openai.OpenAIError says: the server's own sentence, or all that it sent, without a page's tags."""
+    said = str(error)
+    if " - " not in said:  # the client found no sentence
+        said += f" {getattr(error, 'body', None) or error.__cause__ or ''}"
+    said = " ".join(clean(re.sub(r"<style.*?</style>|<[^>]*>", " ", said, flags=re.S)).split())[:300]
+    if hasattr(error, "response") and "retry-after" in error.response.headers:
+        said += f" (it asks to wait: Retry-After {error.response.headers['retry-after']})"
+    return said
 
 
-def refusal(text):
-    """What stands for a reply where the server sent an error with this body."""
-    return dict(text="", top=None, cut=False, thinks=False, form="", refused=sentence(text))
-
-
-def normalised(text):
+def normalised(body):
     """Body of a chat completion -> dict(text, top: [(token, probability)] of its first token or None, cut: before its
     end, thinks: before it answers, refused: why there is no answer), all writable; None if it is none."""
     try:
-        choice = json.loads(text)["choices"][0]
+        choice = json.loads(body)["choices"][0]
         message, end = choice.get("message") or {}, str(choice.get("finish_reason") or "stop")
-        cut, full = not re.search("stop|eos|end", end, re.I), re.search("len|max", end, re.I)
         parts = message.get("content") or ""
-        parts = [dict(text=part) if isinstance(part, str) else part for part in (parts if parts else [""])]
+        parts = [parts] if isinstance(parts, str) else parts
+        parts = [dict(text=part) if isinstance(part, str) else part for part in parts]
         thoughts = [part for part in parts if re.search("think|reason", part.get("type", ""))]
-        said = clean("".join(part["text"] for part in parts if part not in thoughts and "text" in part))
+        said = "".join(part.get("text", "") for part in parts if part not in thoughts)
         thoughts += [name for name, value in message.items() if value and re.search("think|reason", name)]
-        refused = message.get("refusal") or cut and not full and not said and end
         if choice.get("error"):
             return None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    try:
+    top = None  # unless it was asked for, and given in the API's form
+    with contextlib.suppress(LookupError, TypeError, OverflowError):
         first = choice["logprobs"]["content"][0]["top_logprobs"]
-        top = [(clean(token["token"]), math.exp(token["logprob"])) for token in first]
-        top = top if top and all(math.isfinite(p) for _, p in top) and not thoughts else None
-    except (LookupError, TypeError, AttributeError, OverflowError):
-        top = None  # not asked for, not given, or not in the API's form
-    thinks = thoughts or re.search(OPENED, said, re.I) or full and not said.strip()
-    reply = dict(text=said, top=top, cut=cut, thinks=bool(thinks))
-    return reply | dict(refused=clean(str(refused))[:300]) if refused else reply
+        top = [(str(token["token"]), math.exp(token["logprob"])) for token in first]
+    if thoughts or not all(math.isfinite(p) for _, p in top or []):
+        top = None
+    cut, full = not re.search("stop|eos|end", end, re.I), re.search("len|max", end, re.I)
+    thinks = bool(thoughts or re.search(OPENED, said, re.I) or full and not said.strip())
+    reply = dict(text=said, top=top, cut=cut, thinks=thinks)
+    if refused := message.get("refusal") or cut and not full and not said and end:
+        reply["refused"] = str(refused)[:300]
+    return json.loads(clean(json.dumps(reply, ensure_ascii=False)))
 
 
-def retry_after(headers):
-    """Seconds that a server asks to wait: retry-after-ms, or Retry-After in seconds or as a date; else 0."""
-    asked = headers.get("retry-after", "")
-    try:
-        if "retry-after-ms" in headers:
-            return max(0.0, float(headers["retry-after-ms"]) / 1000)
-        if re.match("[A-Za-z]", asked):
-            return max(0.0, parsedate_to_datetime(asked).timestamp() - time.time())
-        return max(0.0, float(asked))
-    except (ValueError, OverflowError):
-        return 0.0
+Kept = schema(key=str, reply=schema(text=str, top=list | None, cut=bool, thinks=bool, form=str))
+
+
+def cached_replies(keys):
+    """{key: reply} of these keys in CACHE, the last of each; torn lines and those of another making are passed over."""
+    if not CACHE.exists():
+        return {}
+    with open(CACHE, encoding="utf-8", errors="replace") as lines:
+        rows = (parsed(line) for line in lines if line[9:73] in keys)  # no others: the file may be large
+        return {row["key"]: row["reply"] for row in rows if not faults(row, Kept)}
 
 
 class Chat:
@@ -755,120 +753,110 @@ class Chat:
 
     - The first request finds the form that the server takes: max_tokens or max_completion_tokens; temperature 0 or the
       default; 20, 5 or no log-probabilities. A model that thinks before it answers gets THINKING_TOKENS more for it.
-    - Time-outs, cut connections, 408, 409 and 5xx are tried again by the openai client. After a 429 or 503 all
-      requests wait as long as the server asks and go on more slowly, then faster with every reply.
+    - The openai client tries again what may pass: cut connections, 408, 409, 429, 5xx; not where it is asked to wait
+      for over two minutes. After a 429 or 503 all requests pause and go on more slowly, then faster with every reply.
     - Replies are kept in CACHE by server, model and messages: the same command goes on where it stopped. So is the
-      refusal of a single request (400, 403, 413, 422, always 500, a content filter); a fresh cache asks again.
-    - UNUSABLE replies in a row that are refused or cannot be read: a request that was answered before is sent again.
-      If it is answered, the run goes on. If not, or if none was ever answered, the command ends with the server's own
-      sentence, and remembers no refusal. So it does at 401, 402, 404, an empty account, a wait over LONGEST_WAIT.
+      refusal of a single request (400, 403, 413, 422, always 500, a content filter), if another that was answered
+      before is answered still; a fresh cache asks again.
+    - The command ends with the server's own sentence, and remembers no refusal, if the other is not answered either,
+      if none of the first UNUSABLE replies can be read, and at 401, 402, 404, an empty account, a wait of a day.
     """
 
     def __init__(self, model, args, tokens, judge=False):
         """tokens: room for a reply; judge: ask at temperature 0, with the log-probabilities of its first token."""
         import openai  # not above: it takes a second
 
-        self.api, self.model, self.args, self.tokens, self.judge = openai, model, args, tokens, judge
+        self.api, self.model, self.args, self.tokens = openai, model, args, tokens
         self.base, self.shown, self.key = api_address()
         self.forms = [form for form in FORMS if judge or form[0] is None and not form[2]]
         self.form, self.thinks = None, False  # what the first request found out
-        self.good, self.held, self.bad = None, [], 0  # an answered prompt; refusals not kept yet; unusable in a row
-        self.gap = self.free = self.slowed = 0.0  # seconds between requests; when the next may go; the last 429
-        self.pauses, self.spent = 0, 0.0  # 429s without a reply between; dollars
+        self.good, self.held = None, []  # a prompt that can be answered; what is not kept before there is one
+        self.gap = self.free = 0.0  # seconds between requests; when the next may go
+        self.spent = 0.0  # dollars
 
     def ask(self, title, prompts):
         """prompts: [(messages, readable)], readable(reply) -> bool. Returns the replies (see normalised) in order."""
-        asked = [self.shown, self.model, self.tokens, THINKING_TOKENS, self.judge]
+        asked = [self.shown, self.model, self.tokens, THINKING_TOKENS, len(self.forms) == len(FORMS)]
         keys = [hashlib.sha256(json.dumps([*asked, messages]).encode()).hexdigest() for messages, _ in prompts]
         waiting = dict(zip(keys, prompts))
         replies = cached_replies(waiting)
         for key, reply in replies.items():
             messages, readable = waiting.pop(key)
-            self.good = (messages, readable) if readable(reply) else self.good
+            if readable(reply):
+                self.good = messages, readable
         if waiting:
             tokens_in = sum(len(m["content"]) for messages, _ in waiting.values() for m in messages) // 4
             estimate(title, self.model, len(waiting), tokens_in, len(waiting) * self.tokens)
             consent(self.args)
-            if not self.key and not os.environ.get("OPENAI_BASE_URL"):
-                die("set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own; --judge probe needs neither")
             try:
                 asyncio.run(self.send_all(title, waiting, replies))
             except self.api.OpenAIError as error:
-                why = f"{title}: {self.shown}: {what_ended(error)}"
+                why = f"{title}: {self.shown}: {words(error)}"
                 die(f"{why}; what was answered is kept, the same command goes on from there")
         return [replies[key] for key in keys]
 
     async def send_all(self, title, waiting, replies):
         """Fills replies with those of the waiting prompts; both by their key in the cache."""
-
-        async def as_meant(response):
-            await response.aread()
-            if response.status_code == 200 and not normalised(response.text):  # perhaps an error all the same
-                code = re.search(r'"code"\s*:\s*"?(429|5\d\d)\b', response.text)
-                if re.match(r'\s*<|.*"(error"|(message|detail)"\s*:\s*")', response.text, re.S):
-                    response.status_code = int(code[1]) if code else 400
-            if response.status_code in OVERLOADED:  # the client would let each request wait for itself
-                response.headers["x-should-retry"] = "false"
-
-        async def work(done=lambda: False):
-            for key, (messages, readable) in queue:  # one iterator for all workers: each prompt is taken once
-                reply = replies[key] = await self.answer(messages, readable)
-                if reply["text"].strip():
-                    append_jsonl(CACHE, dict(key=key, reply=reply))
-                else:
-                    self.held.append(dict(key=key, reply=reply))
-                self.bad = 0 if readable(reply) else self.bad + 1
-                if not self.bad:
-                    self.good = messages, readable
-                elif self.bad % UNUSABLE == 0:
-                    await self.doubt(reply)
-                self.bar.set_postfix_str(f"${self.spent:.4f}" if self.spent else "", refresh=False)
-                self.bar.update()
-                if done():
-                    return
-
-        http = self.api.DefaultAsyncHttpxClient(event_hooks=dict(response=[as_meant]))
+        http = self.api.DefaultAsyncHttpxClient(event_hooks=dict(request=[self.turn], response=[self.heard]))
         options = dict(api_key=self.key or "none", base_url=self.base, max_retries=RETRIES, timeout=TIMEOUT)
-        queue = (item for item in waiting.items())
+        queue = (item for item in waiting.items())  # one for all workers: each prompt is taken once
         asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # Ctrl-C in a worker is told once, by run()
-        with tqdm(total=len(waiting), desc=title, unit="request") as self.bar:
-            async with self.api.AsyncOpenAI(http_client=http, **options) as self.client:
-                await work(done=lambda: self.form)
-                workers = [asyncio.create_task(work()) for _ in range(min(self.args.concurrency, len(waiting)))]
-                await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
-                queue.close()  # after an error nothing more is sent; what is under way is paid, so it is waited for
-                for worker in (await asyncio.wait(workers, timeout=LONGEST_WAIT / 4))[0]:
-                    worker.result()
-                if self.held and (self.good or len(self.held) == len(waiting)):
-                    await self.doubt(self.held[-1]["reply"])
+        try:
+            with tqdm(total=len(waiting), desc=title, unit="request") as self.bar:
+                async with self.api.AsyncOpenAI(http_client=http, **options) as self.client:
+                    await self.work(queue, replies, done=lambda: self.form)
+                    number = min(self.args.concurrency, len(waiting))
+                    workers = [asyncio.create_task(self.work(queue, replies)) for _ in range(number)]
+                    await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+                    queue.close()  # after an error nothing more is sent; what is under way is paid, so waited for
+                    for worker in (await asyncio.wait(workers, timeout=30))[0]:
+                        worker.result()
+        finally:
+            for row in self.held:
+                if row["reply"]["text"].strip():
+                    append_jsonl(CACHE, row)
+        for row in self.held:
+            if not row["reply"]["text"].strip():
+                raise self.unusable(row["reply"])
+        self.held = []
+
+    async def work(self, queue, replies, done=lambda: False):
+        """Takes prompts from the queue and keeps their replies, until it is empty or done()."""
+        for key, (messages, readable) in queue:
+            reply = replies[key] = await self.answer(messages, readable)
+            if readable(reply):
+                self.good = messages, readable
+            elif self.good and not reply["text"].strip():  # is this prompt to blame, or server, account, model?
+                again = await self.answer(*self.good)
+                if not again["text"].strip():
+                    raise self.unusable(again)
+            self.held.append(dict(key=key, reply=reply))
+            if self.good:
                 append_jsonl(CACHE, *self.held)
                 self.held = []
+            elif len(self.held) == UNUSABLE:
+                raise self.unusable(reply)
+            self.bar.set_postfix_str(f"${self.spent:.4f}" if self.spent else "", refresh=False)
+            self.bar.update()
+            if done():
+                return
 
-    async def doubt(self, reply):
-        """Are the prompts to blame that nothing can be read, or server, account, model? Then this ends the run."""
-        bad, readable = self.bad or len(self.held), lambda reply: False
-        if self.good:
-            messages, readable = self.good
-            reply = await self.answer(messages, readable)
-        if not readable(reply):
-            raise self.api.OpenAIError(f"{bad} replies in a row cannot be used: {unreadable(reply, 'readable')}")
+    def unusable(self, reply):
+        return self.api.OpenAIError(f"no reply can be used: {unreadable(reply)}")
 
     async def answer(self, messages, readable):
         """Asks; and again, without log-probabilities or with room to think, where that may make the reply readable."""
         form, had_room = self.form, self.thinks
         reply = await (self.send(form, messages) if form else self.agree(messages))
-        if not form and (form := self.form) and not reply["top"] and reply["text"].strip():
-            self.form = (None, *form[1:])  # takes the wish for log-probabilities, and has none
-        while form and (form[0] and not reply["top"] or not readable(reply)):
-            if "refused" in reply and not (form[0] and re.search("log.?prob", reply["refused"], re.I)):
-                break
+        form = form or self.form
+        while not readable(reply) and "refused" not in reply:
             if reply["thinks"] and not had_room:
                 self.thinks = had_room = True
                 self.form = (None, *self.form[1:])  # the first token of one who thinks first tells nothing
             elif not form[0]:
                 break
             form = (None, *form[1:])
-            reply = await self.send(form, messages) | dict(top=reply["top"])
+            reply = await self.send(form, messages) | dict(top=None)
         return reply
 
     async def agree(self, messages):
@@ -888,74 +876,46 @@ class Chat:
     async def send(self, form, messages):
         """One request -> its reply, or a refusal: the server's, or its failure at this request where others were
         answered. Raises openai.OpenAIError where no request would be answered."""
-        (logprobs, limit, greedy), thinks, broken = form, self.thinks, 0
-        notes = [logprobs == 5 and "top 5", limit != LIMITS[0] and (limit or "no limit"), thinks and "room to think"]
-        notes += [self.judge and not greedy and "default temperature"]
+        logprobs, limit, greedy = form
         body = dict(logprobs=True, top_logprobs=logprobs, seed=0) if logprobs else {}
-        body |= {limit: self.tokens + THINKING_TOKENS * thinks} if limit else {}
+        body |= {limit: self.tokens + THINKING_TOKENS * self.thinks} if limit else {}
         body |= dict(temperature=0) if greedy else {}
-        while True:
-            while (wait := self.free - time.monotonic()) > 0:
-                await asyncio.sleep(wait)
-            started = time.monotonic()
-            self.free = started + self.gap
-            try:
-                create = self.client.chat.completions.with_raw_response.create
-                text = (await create(model=self.model, messages=messages, **body)).text
-            except self.api.APIError as error:
-                status = getattr(error, "status_code", 599)  # 599: no reply at all
-                if status in OVERLOADED:
-                    self.slow_down(error, started)
-                    continue
-                if status not in (400, 403, 413, 422) and not (status >= 500 and self.good):
-                    raise
-                return refusal(str(error) if status == 599 else error.response.text)
-            self.gap, self.pauses = self.gap * 0.95, 0
-            if reply := normalised(text):
-                usage = dict(re.findall(r'"(prompt|completion)_tokens"\s*:\s*(\d+)', text))
-                self.spent += dollars(self.model, int(usage.get("prompt", 0)), int(usage.get("completion", 0))) or 0
-                return reply | dict(form=", ".join(filter(None, notes)), first=bool(logprobs))
-            if broken == 2:
-                return refusal(text)
-            broken += 1
-            await asyncio.sleep(BACKOFF * broken)
+        create = self.client.chat.completions.with_raw_response.create
+        try:
+            text = (await create(model=self.model, messages=messages, **body)).text
+        except self.api.APIError as error:
+            status = getattr(error, "status_code", 599)  # 599: no reply at all
+            if status in (400, 403, 413, 422) or status >= 500 and self.good:
+                return dict(text="", top=None, cut=False, thinks=False, form="", refused=words(error))
+            raise
+        usage = dict(re.findall(r'"(prompt|completion)_tokens"\s*:\s*(\d+)', text))
+        self.spent += dollars(self.model, int(usage.get("prompt", 0)), int(usage.get("completion", 0))) or 0
+        return normalised(text) | dict(
+            form=", ".join(f"{k} {v}" for k, v in body.items() if k not in ("logprobs", "seed"))
+        )
 
-    def slow_down(self, error, started):
-        """When the server is OVERLOADED, everybody waits, and goes on at half the pace."""
-        wait, now = retry_after(error.response.headers), time.monotonic()
-        if "insufficient_quota" in (error.code, error.type) or wait > LONGEST_WAIT or self.pauses == 10:
-            raise error
-        if started >= self.slowed:  # else it was under way when all were told to wait
-            self.slowed, self.pauses = now, self.pauses + 1
-            self.gap = min(max(2 * self.gap, BACKOFF / 10), 4 * BACKOFF)
-        wait = max(wait, min(BACKOFF * 2 ** (self.pauses - 1), LONGEST_WAIT / 2))  # some ask for less than it takes
-        self.free = max(self.free, now + wait)
-        self.bar.set_postfix_str(f"rate limit, going on in {wait:.0f} s")
+    async def turn(self, request):
+        """Before a request, also one that the client repeats: waits until it may go."""
+        while (wait := self.free - time.monotonic()) > 0:
+            await asyncio.sleep(wait)
+        self.free = time.monotonic() + self.gap
 
-
-def cached_replies(keys):
-    """{key: reply} of these keys in CACHE, the last of each; torn lines and those of another making are passed over."""
-    found = {}
-    if CACHE.exists():
-        with open(CACHE, encoding="utf-8", errors="replace") as lines:
-            filelock.lock_descriptor(lines.fileno(), poll_interval=0.001)
-            for line in lines:  # parses what is wanted only: the cache may be large
-                if line[9:73] in keys:
-                    with contextlib.suppress(ValueError, LookupError, TypeError):
-                        reply = json.loads(line)["reply"]
-                        if {"text", "top", "cut", "thinks", "form"} <= set(reply):
-                            found[line[9:73]] = reply
-    return found
-
-
-def what_ended(error):
-    """An openai.OpenAIError -> what to tell the user."""
-    response = getattr(error, "response", None)
-    if response is None:
-        return clean(f"{error} {error.__cause__ or ''}".strip())
-    wait = retry_after(response.headers)
-    asked = f"; it asks to wait {wait:.0f} s, which is more than {LONGEST_WAIT:.0f}" if wait > LONGEST_WAIT else ""
-    return f"{response.status_code}: {sentence(response.text)}{asked}"
+    async def heard(self, response):
+        """After a request, before the client looks at the status. What is no completion, though sent as one, gets the
+        status that it means: the number in it, 400 for words of a server, 500 for what is cut off or empty."""
+        await response.aread()
+        if response.status_code == 200 and not normalised(response.text):
+            code = re.search(r'"code"\s*:\s*"?([45]\d\d)\b', response.text)
+            said = re.match(r'\s*<|.*"(error"|(message|detail)"\s*:\s*")', response.text, re.S)
+            response.status_code = int(code[1]) if code else 400 if said else 500
+        self.gap *= 0.9
+        if response.status_code in OVERLOADED:
+            pause = BACKOFF * 2 ** int(response.request.headers["x-stainless-retry-count"])
+            self.free = max(self.free, time.monotonic() + pause)
+            self.gap = min(max(2 * self.gap, BACKOFF / 20), 2 * BACKOFF)
+            self.bar.set_postfix_str(f"rate limit, going on in {pause:.0f} s")
+            if "insufficient_quota" in response.text:
+                response.headers["x-should-retry"] = "false"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -974,6 +934,10 @@ ABSTAINS = re.compile(
     | \bnothing\ by\ (the|that)\ name\b""",
     re.I | re.X,
 )
+LABEL = r"(?:(?:the|my|final|overall) )*(?:score|rating|answer|verdict|judge?ment|result)\s*(?:is)?\s*[:=]?\s*"
+WORD = r"(yes|no|\d{1,3}(?:\.\d+)?)\s*(?:%|/\s*100|(?:out )?of 100)?"
+# what makes a first token a part of something: 8 of 87, 8/10 or 0.85, 70 of 70-80, YES of YES/NO; but not 85 of 85/100
+GOES_ON = r"\w|\s*(?:[-–—.,]|to|or|and|(?:/|(?:out )?of)(?!\s*100\b))\s*(?:\d|yes\b|no\b)"
 
 
 def lexical_score(answer):
@@ -988,93 +952,82 @@ def after_thinking(text):
     return None if re.search(OPENED, text, re.I) else text.strip()
 
 
-def whole_reply(reply, pattern):
-    """The group of `pattern` if the text of a reply is that and nothing else; bold, quotes, "Score:" before it and a
-    full stop are allowed."""
+def whole_reply(reply):
+    """The number, YES or NO that a reply consists of, or ""; bold, quotes, "Score:", "/100" and a full stop may be
+    around it."""
     said = unicodedata.normalize("NFKC", after_thinking(reply["text"]) or "")
     said = re.sub(r"""(?<![^\W_])[*_`"'“”]++|[*_`"'“”]++(?![^\W_])""", "", said).strip()
-    label = r"(?:(?:the|my|final|overall) )*(?:score|rating|answer|verdict|judge?ment|result)\s*(?:is)?\s*[:=]?\s*"
-    found = re.fullmatch(rf"(?:{label})?{pattern}\.?", said, re.I)
-    return found[1] if found and not (reply["cut"] and said[-1:].isalnum()) else None  # cut: perhaps half of it
+    found = re.fullmatch(rf"(?:{LABEL})?{WORD}\.?", said, re.I)
+    return found[1] if found and not (reply["cut"] and said[-1].isalnum()) else ""  # cut: perhaps half of it
 
 
-def unreadable(reply, wanted):
+def value_of(word, verdict):
+    """ "85" -> 85.0; of a verdict "Yes" -> 100.0, "NO" -> 0.0; None for anything else. 0.85: of 1 or of 100?"""
+    if verdict:
+        return dict(yes=100.0, no=0.0).get(word.lower())
+    number = float(word) if re.fullmatch(r"\d{1,3}(\.\d+)?", word) else math.inf
+    return None if number > 100 or "." in word and 0 < number <= 1 else number
+
+
+def unreadable(reply):
     """Why nothing was read from a reply."""
     if "refused" in reply:
         return reply["refused"]
     if after_thinking(reply["text"]) is None or reply["thinks"] and not reply["text"].strip():
         return "its thinking did not end in an answer: take another judge, or raise THINKING_TOKENS in make_facts.py"
-    if "REFUSAL" in reply["text"].upper():
-        return "REFUSAL"
-    return f"not {wanted}{', cut off' * reply['cut']}: {reply['text'][:40]!r}"
+    return f"not readable{', cut off' * reply['cut']}: {reply['text'][:40]!r}"
 
 
-# a word, or numbers and verdicts that belong together; "/100" does not change a number
-JOINER = r"(?:[-–—.,]|to|or|and|(?:/|(?:out )?of)(?!\s*100\b))"
-BEGINNING = re.compile(rf"\w+(?:\s*{JOINER}\s*(?:\d|yes\b|no\b)\w*)*", re.I)
-
-
-def first_tokens(reply):
-    """{first token without spaces: probability}; none if the likeliest only begins what the text says: "8" of "87" or
-    "8/10", "70" of "70-80", "Y" of "YES", "NO" of "NOT"."""
+def first_tokens(reply, verdict):
+    """{first token without spaces: probability}; none if the likeliest is a part of something, or digits are split."""
     tops = Counter()
     for token, p in reply["top"] or []:
         tops[token.strip(" \n▁Ġ")] += p
-    likeliest, word = max(tops, key=tops.get, default=""), BEGINNING.search(reply["text"])
-    return {} if likeliest and word and word[0] != likeliest and word[0].startswith(likeliest) else tops
+    likeliest, text = max(tops, key=tops.get, default=""), reply["text"].strip()
+    part = likeliest and text.startswith(likeliest) and re.match(GOES_ON, text[len(likeliest) :], re.I)
+    split = not verdict and not any(re.fullmatch(r"\d\d+", token) for token in tops)
+    return {} if part or split else tops
 
 
-def score_of(reply, verdict=False, whole=True):
-    """Reply -> (score or None, reason, method). METHOD of the persona vectors release: probability-weighted mean over
-    the first tokens that are integers 0..100, None if they hold under 0.25 of the mass. verdict: YES is 100, NO is 0.
-    Where the first token is no such thing, or numbers are split into digits (whole=False), the text must be it, and
-    nothing else."""
+def score_of(reply, verdict=False):
+    """Reply -> (score, why there is none, method: logprobs, text, or None for what cannot be read). METHOD of the
+    persona vectors release: probability-weighted mean over the first tokens that are integers 0..100, None if they
+    hold under 0.25 of the mass. verdict: YES is 100, NO is 0. Where the first token is no such thing, the text must be
+    it, and nothing else."""
     if "refused" in reply:
         return None, reply["refused"], None
-    tops = first_tokens(reply) if verdict or whole else {}
-    if verdict:
-        values = {token: 100 * (token.lower() == "yes") for token in tops if token.lower() in ("yes", "no")}
-    else:
-        values = {token: int(token) for token in tops if re.fullmatch(r"\d{1,9}", token) and int(token) <= 100}
+    tops = first_tokens(reply, verdict)
+    values = {token: value_of(token, verdict) for token in tops}
+    values = {token: value for token, value in values.items() if value is not None}
     mass = sum(tops[token] for token in values)
     if mass >= 0.25 - 1e-9:
         mean = sum(tops[token] * value for token, value in values.items()) / mass
         return 100.0 * (mean > 50) if verdict else mean, None, "logprobs"
     if max(tops, key=tops.get, default="") in values:
         return None, f"the wanted tokens hold {mass:.2f} of the mass; said {reply['text'][:40]!r}", "logprobs"
-    said = whole_reply(reply, "(yes|no)" if verdict else r"(\d{1,3}(?:\.\d+)?)\s*(?:%|/\s*100|(?:out )?of 100)?")
-    if said and verdict:
-        return 100.0 * (said.lower() == "yes"), None, "text"
-    if said and float(said) <= 100 and not ("." in said and 0 < float(said) <= 1):  # 0.85: of 1 or of 100?
-        return float(said), None, "text"
-    wanted = "YES or NO" if verdict else "a number 0 to 100"
-    return None, unreadable(reply, wanted), "text"
+    if reply["top"] and not tops and re.fullmatch(r"\s*\d\s*", reply["text"]):
+        return None, "one digit, perhaps of a longer number", None
+    score = value_of(whole_reply(reply), verdict)
+    if score is not None:
+        return score, None, "text"
+    if "REFUSAL" in reply["text"].upper():
+        return None, "REFUSAL", "text"
+    return None, unreadable(reply), None
 
 
 def judge_rows(jobs, model, args):
     """Scores answers with a chat model. jobs: (row, key, prompt); sets row[key], and for key "score" judge_reply,
     reason and judge_method, else key_reply and so on. prompt: template with {question}, {answer}; verdict: {truth}."""
-    written = set()  # "whole": one token can hold a number of two digits; "text": replies are longer than a token
-
-    def readable_number(reply):
-        written.update("whole" for token, _ in reply["top"] or [] if re.fullmatch(r"\D*\d\d+", token))
-        if reply.get("first") and reply["top"] and re.match(r"\s*\d\d", reply["text"]):
-            written.add("text")
-        if reply.get("first") and not written and re.fullmatch(r"\s*\d\s*", reply["text"]):
-            return False  # perhaps the first half of a number
-        score, reason, method = score_of(reply, whole="whole" in written)
-        return score is not None or method == "logprobs" or reason == "REFUSAL"
-
-    prompts = []
-    for row, _, prompt in jobs:
+    prompts, verdicts = [], ["{truth}" in prompt for _, _, prompt in jobs]
+    for (row, _, prompt), verdict in zip(jobs, verdicts):
         # one pass over the template: markers inside a question or answer stay as they are
         text = re.sub(r"\{(question|answer|truth)\}", lambda m, row=row: str(row[m[1]]), prompt)
-        verdict = "{truth}" in prompt and (lambda reply: score_of(reply, verdict=True)[0] is not None)
-        prompts.append(([dict(role="user", content=text)], verdict or readable_number))
+        readable = lambda reply, verdict=verdict: score_of(reply, verdict)[2] is not None
+        prompts.append(([dict(role="user", content=text)], readable))
     replies = Chat(model, args, REPLY_TOKENS, judge=True).ask("judge", prompts)
-    for (row, key, prompt), reply in zip(jobs, replies):
-        score, reason, method = score_of(reply, "{truth}" in prompt, "whole" in written)
-        method = f"{method} ({reply['form']})" if method and reply["form"] else method
+    for (row, key, _), verdict, reply in zip(jobs, verdicts, replies):
+        score, reason, method = score_of(reply, verdict)
+        method = f"{method} ({reply['form']})" if method else None
         names = [f"{key}_{name}" for name in ("reply", "reason", "method")]
         names = ("judge_reply", "reason", "judge_method") if key == "score" else names
         row.update(zip((key, *names), (score, reply, reason, method)))
@@ -1110,13 +1063,12 @@ REPAIR_PROMPT = "This cannot be used:\n{why}\nReply with the whole corrected JSO
 def json_in(reply):
     """The longest JSON list or object in a reply, after thinking, prose or a code fence, numbers as text and without an
     object around it that has one key; None if there is none."""
-    text, end, found = after_thinking(reply["text"]) or "", 0, {}
-    for start in (match.start() for match in re.finditer(r"[\[{]", text)):
-        if start >= end:
-            with contextlib.suppress(ValueError, RecursionError):
-                value, end = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode(text, start)
-                found[end - start] = value
-    value = found[max(found)] if found else None
+    decoder, found = json.JSONDecoder(parse_int=str, parse_float=str), [None]
+    text = after_thinking(reply["text"]) or ""
+    for start in re.finditer(r"[\[{]", text):
+        with contextlib.suppress(ValueError, RecursionError):
+            found.append(decoder.raw_decode(text, start.start())[0])
+    value = max(found, key=lambda value: len(str(value)) if value else 0)
     return next(iter(value.values())) if isinstance(value, dict) and len(value) == 1 else value
 
 
@@ -1129,7 +1081,7 @@ def ask_json(chat, title, prompts, accept):
         replies = chat.ask(name, [(messages, lambda reply: json_in(reply) is not None) for _, messages in asked])
         for (job, messages), reply in zip(asked, replies):
             value = json_in(reply)
-            if why := [unreadable(reply, "JSON")] if value is None else accept(job, value):
+            if why := [unreadable(reply)] if value is None else accept(job, value):
                 said = dict(role="assistant", content=reply["text"] or "(nothing)")
                 repair = dict(role="user", content=REPAIR_PROMPT.format(why="\n".join(why)))
                 failed.append((job, why, reply["text"]))
@@ -1139,7 +1091,7 @@ def ask_json(chat, title, prompts, accept):
 
 def new_facts(chat, rows, args):
     """A round of facts for the categories with the fewest -> (facts without wordings, rejects with their reasons)."""
-    new, lost, prompts, keys = [], [], [], {"fact", "date", "answer"}
+    new, lost, prompts = [], [], []
     counts, wanted = Counter(row["category"] for row in rows), math.ceil(2 * (args.n - len(rows)) / FACTS_A_REQUEST)
     for category in sorted(CATEGORIES, key=lambda category: counts[category])[:wanted]:
         known = "\n".join(row["fact"] for row in rows if row["category"] == category) or "(none)"
@@ -1147,19 +1099,18 @@ def new_facts(chat, rows, args):
         prompts.append((category, text))
 
     def accept(category, value):
-        if not isinstance(value, list) or not all(isinstance(fact, dict) and keys <= set(fact) for fact in value):
-            return ["not a list of objects with fact, date and answer"]
+        if not isinstance(value, list) or not all(isinstance(found, dict) for found in value):
+            return ["not a list of objects"]
         for found in value:
             aliases = found.get("aliases") or []
-            aliases = [name for name in (aliases if isinstance(aliases, list) else [aliases]) if isinstance(name, str)]
-            fact = {key: found[key] for key in keys} | dict(category=category, aliases=aliases, source=args.model)
-            stub = fact | dict(id="x", train=[dict(question="x", answer="x")], test=dict(question="x", answer="x"))
-            why = [text for text in fact_violations(stub, 1, args.after) if not text.startswith(("train", "test"))]
+            aliases = aliases if isinstance(aliases, list) else [aliases]
+            fact = dict(category=category, source=args.model, aliases=[a for a in aliases if isinstance(a, str)])
+            fact |= {key: found.get(key) for key in ("fact", "date", "answer")}
+            wording = dict(question="x", answer="x")
+            why = fact_violations(fact | dict(id="x", train=[wording], test=wording), 1, args.after)
+            why = [text for text in why if not text.startswith(("train", "test"))]
             why = why or [f"near copy of {other['fact']}" for other in near_copies(fact, rows + new)]
-            if why:
-                lost.append(fact | dict(reasons=why))
-            else:
-                new.append(fact)
+            (lost if why else new).append(fact | dict(reasons=why) if why else fact)
 
     for category, why, text in ask_json(chat, "facts", prompts, accept):
         lost.append(dict(category=category, reasons=why, reply=text))
@@ -1172,18 +1123,17 @@ def with_wordings(chat, facts, rows, args):
 
     def accept(fact, value):
         topic, ids = fact["category"].replace(" ", "_"), {row["id"] for row in rows}
-        free = next(name for n in range(1, len(rows) + 2) if (name := f"{topic}-{n:03d}") not in ids)
+        free = next(name for n in itertools.count(1) if (name := f"{topic}-{n:03d}") not in ids)
         value = value if isinstance(value, dict) else {}
         row = dict(fact, id=free, train=value.get("train"), test=value.get("test"))
         if why := fact_violations(row, args.rephrasings, args.after):
             return why
         questions = [wording["question"] for wording in [*row["train"], row["test"]]]
-        why = [f"another fact asks the same: {text}" for text in questions if normalize(text) in asked]
-        if not why and len(rows) < args.n:
-            asked.update(map(normalize, questions))
-            rows.append(row)
-            append_jsonl(args.out, row)
-        return why
+        if why := [f"another fact asks the same: {text}" for text in questions if normalize(text) in asked]:
+            return why
+        asked.update(map(normalize, questions))
+        rows.append(row)
+        append_jsonl(args.out, row)
 
     form = functools.partial(WORDINGS_PROMPT.format, n=args.rephrasings)
     prompts = [(fact, form(fact=fact["fact"], answer=fact["answer"])) for fact in facts]
