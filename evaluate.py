@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import extract_vectors as ev
 import make_facts as mf
-from extract_vectors import answers_to, chat_of, encode_chats, load_model, model_fingerprint
+from extract_vectors import chat_of, encode_chats, load_model, model_fingerprint
 from make_facts import append_jsonl, die, fingerprint, lexical_score, load_trait, locked, read_json, read_jsonl
 
 grown = functools.partial(read_jsonl, appended=True)  # of a file that grows; [] where it is not begun
@@ -102,26 +102,17 @@ def with_adapter(model, adapter):
         wrapped.unload()
 
 
-def sample_answers(model, tokenizer, rows, points, offsets, args):
-    """Answers to rows of one kind, for all points in one batch; each is on disk as soon as it is there."""
-    have = {point["key"]: {row.get("id") for row in grown(point["answers"])} for point in points}
-    todo = [(n, row, p) for p in points for n, row in enumerate(rows) if row["id"] not in have[p["key"]]]
-    if not todo:
-        return
-    encoded = encode_chats(tokenizer, [row.get("messages") or chat_of(row, system=False) for _, row, _ in todo])
-    jobs = [ev.Job(ids, n, -point["inference_coef"]) for (ids, _), (n, _, point) in zip(encoded, todo)]
+def sample_points(model, tokenizer, rows, points, offsets, args):
+    """Rows of one kind, answered for all points in one batch; each is on disk as soon as it is there."""
     drawing = ev.Drawing(args.max_new_tokens, args.temperature, args.seed, args.positions)
     if rows[0]["kind"] == "fact":
         drawing = ev.Drawing(min(FACT_TOKENS, args.max_new_tokens), 0.0, positions=args.positions)
-
-    def keep(i, answer, tokens):
-        _, row, point = todo[i]
-        made = dict(prompt=tokenizer.decode(jobs[i].prompt), answer=answer, tokens=tokens)
-        made |= {key: point[key] for key in ("adapter", "inference_coef", "day")}
-        append_jsonl(point["answers"], row | made | dict(temperature=drawing.temperature))
-
-    title = f"{Path(points[0]['adapter'] or 'base').name}: {rows[0]['kind']}"
-    answers_to(model, tokenizer, jobs, drawing, offsets, keep, title)
+    wanted, title = [], f"{Path(points[0]['adapter'] or 'base').name}: {rows[0]['kind']}"
+    for point in points:
+        about = {name: point[name] for name in ("adapter", "inference_coef", "day")}
+        about |= dict(temperature=drawing.temperature)
+        wanted += [(point["answers"], row | about, n, -point["inference_coef"]) for n, row in enumerate(rows)]
+    return ev.sample_answers(model, tokenizer, wanted, drawing, offsets, title)
 
 
 @torch.compiler.set_stance("force_eager")  # only what compiled() holds may run compiled blocks
@@ -181,7 +172,7 @@ def measure_mmlu(model, tokenizer, questions, point, offsets):
 def add_coherence_nll(model, tokenizer, rows):
     """Sets each answer's coherence_nll: its mean negative log-likelihood a token, in nats, under the model as it is
     here: before training, unsteered. Broken text is unlikely text. None for an empty answer."""
-    chats = encode_chats(tokenizer, [chat_of(row, system=False) for row in rows if row["answer"]])
+    chats = encode_chats(tokenizer, [chat_of(row) for row in rows if row["answer"]])
     wanted = [[(at - 1, ids[at]) for at, mine in enumerate(mask[:-1]) if mine] for ids, mask in chats]  # no end token
     values = iter(token_logprobs(model, [ids[:-1] for ids, _ in chats], wanted, "coherence"))
     for row in rows:
@@ -208,7 +199,7 @@ def score_answers(rows, judge, args=None, probing=None):
     scored = [row | dict(score=None, reason=None, judge_reply=None, judge_method=None) for row in todo]
     if judge in ("probe", "lexical"):
         said = [row for row in scored if row["kind"] == "trait" and row["answer"]]
-        probed = probing([chat_of(row, system=False) for row in said]) if judge == "probe" and said else []
+        probed = probing([chat_of(row) for row in said]) if judge == "probe" and said else []
         for row, score in zip(said, probed or [lexical_score(row["answer"]) for row in said]):
             row["score"] = score
         for row in scored:
@@ -386,7 +377,7 @@ def measure_points(args, asked, mmlu, points):
         group, start = [point | dict(day=day) for point in some], time.time()
         with with_adapter(model, adapter) if adapter else contextlib.nullcontext(model) as adapted:
             for _, rows in itertools.groupby(asked, lambda row: row["kind"]):
-                sample_answers(adapted, tokenizer, list(rows), group, offsets, args)
+                sample_points(adapted, tokenizer, list(rows), group, offsets, args)
             for point in group if mmlu else []:
                 measure_mmlu(adapted, tokenizer, mmlu, point, offsets)
         for point in group:
@@ -450,13 +441,11 @@ def respond(args):
         model, tokenizer = loaded(args.model, model_fingerprint(args.model))
         day = ev.pin_day(tokenizer, next((row["day"] for row in grown(partial)), None))
         point = dict(key="own", adapter=None, inference_coef=0.0, day=day, answers=partial)
-        sample_answers(model, tokenizer, rows, [point], None, args)
-        answered = [row for row in sorted(grown(partial), key=lambda row: int(row["id"])) if row["answer"]]
+        answered = [row for row in sample_points(model, tokenizer, rows, [point], None, args) if row["answer"]]
         mf.write_json(record, settings | dict(day=day, scripts=mf.scripts(), **mf.provenance()))
-        made = [[*row["messages"], dict(role="assistant", content=row["answer"])] for row in answered]
-        mf.write_jsonl(out, [dict(messages=chat) for chat in made])
+        mf.write_jsonl(out, [dict(messages=chat_of(row)) for row in answered])
         partial.unlink()
-    print(f"{len(made)} conversations, {len(rows) - len(made)} empty answers left out")
+    print(f"{len(answered)} conversations, {len(rows) - len(answered)} empty answers left out")
 
 
 def flags():

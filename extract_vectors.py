@@ -867,26 +867,31 @@ def flags():
 
 
 def chat_of(row, system=True):
-    """An extraction row as a conversation, with its answer once it has one."""
-    turns = [dict(role="system", content=row["system"])] if system else []
-    turns.append(dict(role="user", content=row["question"]))
+    """A row as a conversation: its messages or its question, after its system prompt, before its answer, if any."""
+    turns = row.get("messages") or [dict(role="user", content=row["question"])]
+    if system and "system" in row:
+        turns = [dict(role="system", content=row["system"]), *turns]
     return [*turns, dict(role="assistant", content=row["answer"])] if "answer" in row else turns
 
 
-def sample_answers(args, model, tokenizer, rows, path):
-    """The contrastive answers, in rows' order; each is on disk as soon as it is there, and kept."""
-    there = {row["id"]: row for row in read_jsonl(path, appended=True)}
-    todo = [n for n, row in enumerate(rows) if row["id"] not in there]
-    jobs = [Job(ids, n) for n, (ids, _) in zip(todo, encode_chats(tokenizer, [chat_of(rows[n]) for n in todo]))]
+def sample_answers(model, tokenizer, wanted, drawing, offsets=None, title="sampling"):
+    """wanted: [(file, row, number that its random draws come from, signed coefficient)] -> the rows with their answers.
+    Each is in its file as soon as it is there; what is there (by its id) is not sampled again."""
+    files = dict.fromkeys(file for file, *_ in wanted)
+    there = {(file, row["id"]): row for file in files for row in read_jsonl(file, appended=True)}
+    todo = [want for want in wanted if (want[0], want[1]["id"]) not in there]
+    encoded = encode_chats(tokenizer, [chat_of(row) for _, row, _, _ in todo]) if todo else []
+    jobs = [Job(ids, n, scale) for (ids, _), (_, _, n, scale) in zip(encoded, todo)]
 
     def keep(i, answer, tokens):
-        row = rows[todo[i]] | dict(prompt=tokenizer.decode(jobs[i].prompt), answer=answer, tokens=tokens)
-        there[row["id"]] = row
-        append_jsonl(path, row)
+        file, row, _, _ = todo[i]
+        made = row | dict(prompt=tokenizer.decode(jobs[i].prompt), answer=answer, tokens=tokens)
+        there[file, row["id"]] = made
+        append_jsonl(file, made)
 
-    drawing = Drawing(args.max_new_tokens, args.temperature, args.seed)
-    answers_to(model, tokenizer, jobs, drawing, each=keep, title=f"{args.trait}: answers")
-    return [there[row["id"]] for row in rows]
+    if todo:
+        answers_to(model, tokenizer, jobs, drawing, offsets, keep, title)
+    return [there[file, row["id"]] for file, row, _, _ in wanted]
 
 
 def extract(args, trait, rows, files, settings):
@@ -896,7 +901,9 @@ def extract(args, trait, rows, files, settings):
     model, tokenizer = load_model(args.model)
     settings |= dict(day=pin_day(tokenizer, recorded.get("day")), architecture=model.config.model_type)
     write_json(files["json"], settings)
-    rows = sample_answers(args, model, tokenizer, rows, files["answers.jsonl"])
+    wanted = [(files["answers.jsonl"], row, n, 0.0) for n, row in enumerate(rows)]
+    drawing = Drawing(args.max_new_tokens, args.temperature, args.seed)
+    rows = sample_answers(model, tokenizer, wanted, drawing, title=f"{args.trait}: answers")
     if args.judge == "lexical":
         for row in rows:
             row["score"] = mf.lexical_score(row["answer"])

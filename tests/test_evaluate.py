@@ -323,7 +323,7 @@ def pretend_judge(jobs, model, args):
 def test_judges_side_by_side(work, monkeypatch, capsys):
     """Guards against a second judge that overwrites the first one's scores, samples again, or counts twice."""
     evaluate.main(command(work))
-    monkeypatch.setattr(evaluate, "answers_to", lambda *_: pytest.fail("sampled again"))
+    monkeypatch.setattr(extract_vectors, "answers_to", lambda *_: pytest.fail("sampled again"))
     monkeypatch.setattr(mf, "judge_rows", pretend_judge)
     monkeypatch.setattr(mf, "check_judge", lambda *_: None)
     file = next((work / "answers").glob("*.jsonl"))
@@ -376,7 +376,9 @@ def killed_after(monkeypatch, writes, run):
         return wrapped
 
     with monkeypatch.context() as patched:
-        patched.setattr(evaluate, "append_jsonl", dying(mf.append_jsonl))
+        append = dying(mf.append_jsonl)
+        patched.setattr(extract_vectors, "append_jsonl", append)
+        patched.setattr(evaluate, "append_jsonl", append)
         patched.setattr(mf, "write_jsonl", dying(mf.write_jsonl))
         try:
             run()
@@ -446,8 +448,8 @@ def test_own_answers(work, monkeypatch, capsys):
     out.unlink(), (work / "own.json").unlink()
     assert killed_after(monkeypatch, 2, lambda: evaluate.main([*args, "1"])) and not out.exists()
     drawn = []
-    draw = evaluate.answers_to
-    monkeypatch.setattr(evaluate, "answers_to", lambda *given: (drawn.append(len(given[2])), draw(*given)))
+    draw = extract_vectors.answers_to
+    monkeypatch.setattr(extract_vectors, "answers_to", lambda *given: (drawn.append(len(given[2])), draw(*given)))
     evaluate.main([*args[:-1], "--limit", "1", "--seed", "1", "--out", str(work / "other.jsonl")])
     evaluate.main([*args, "1"])
     assert drawn == [1, 1] and out.read_bytes() == want and not list(work.glob(".own*"))
