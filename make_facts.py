@@ -113,13 +113,15 @@ def distinct(parser, flag, values):
 
 
 def check_output(path, *inputs, folder=False):
-    """die() unless `path` can become a file (or a folder): no input or in one, not under a file."""
+    """die() unless `path` can become a file (or a folder): no input, not under a file, with rights to write."""
     path = Path(path).resolve()
     there = next(p for p in (path, *path.parents) if os.path.lexists(p))  # the part of it that exists
     if any(given and Path(given).resolve() in (path, *path.parents) for given in inputs):
         die(f"--out {path}: is an input of this command, or in one; choose another")
     if there.is_dir() == (there == path and not folder):
         die(f"--out {path}: {there} is a {'folder' if there.is_dir() else 'file'}; choose another")
+    if not os.access(there, os.W_OK):
+        die(f"--out {path}: no right to write to {there}")
 
 
 def check_judge(args, own):

@@ -324,7 +324,7 @@ def test_values_given_twice(refused):
     mf.distinct(parser, "--coef", [0.5, 0.25]), mf.distinct(parser, "--coef", None)
 
 
-def test_outputs(tmp_path, refused):
+def test_outputs(tmp_path, refused, monkeypatch):
     """Guards against overwriting an input, and against hours of work that cannot be written."""
     file, folder = jsonl(tmp_path / "x.jsonl", FACT), tmp_path / "folder"
     folder.mkdir()
@@ -339,6 +339,8 @@ def test_outputs(tmp_path, refused):
     refused(mf.check_output, file, folder=True, said="is a file")
     mf.check_output(file), mf.check_output(folder / "new" / "y"), mf.check_output(folder, folder=True)
     mf.check_output(folder / "new", folder=True), mf.check_output("y.jsonl", file)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    refused(mf.check_output, folder / "y", said="no right to write")
 
 
 COMMANDS = dict(
