@@ -624,8 +624,7 @@ OVERLOADED = 429, 503, 529  # after which all requests wait and slow down
 UNUSABLE = 20  # refused or unreadable replies in a row, after which the run doubts the server
 ANSWER_TOKENS, FACT_ANSWER_TOKENS = 300, 25  # lengths of answers that --dry-run assumes
 # forms of a request, best first: log-probabilities, name of the limit, temperature 0
-LIMITS = "max_tokens", "max_completion_tokens"
-FORMS = [*itertools.product((20, 5, None), LIMITS, (True, False)), (None, None, False)]
+FORMS = [*itertools.product((20, 5, None), ("max_tokens", "max_completion_tokens"), (True, False)), (None, None, False)]
 THOUGHT = r"[\w:|]*(?:think|thought|reason|reflection|analysis|scratchpad)[^<>]*"
 OPENED = rf"(?:<{THOUGHT}>|<\|channel\|>analysis|\[THINK\]|◁think▷)"
 CLOSED = rf"(?:<(?:/|\|end_(?:of_)?){THOUGHT}>|<\|channel\|>final<\|message\|>|\[/THINK\]|◁/think▷)"
@@ -768,17 +767,17 @@ class Chat:
         """tokens: room for a reply; judge: ask at temperature 0, with the log-probabilities of its first token."""
         import openai  # not above: it takes a second
 
-        self.api, self.model, self.args, self.tokens = openai, model, args, tokens
+        self.api, self.model, self.args, self.tokens, self.judge = openai, model, args, tokens, judge
         self.base, self.shown, self.key = api_address()
         self.forms = [form for form in FORMS if judge or form[0] is None and not form[2]]
         self.form, self.thinks = None, False  # what the first request found out
-        self.good, self.held = None, []  # a prompt that can be answered; what is not kept before there is one
+        self.good, self.held = None, []  # a prompt that was answered; refusals, until there is one
         self.gap = self.free = 0.0  # seconds between requests; when the next may go
         self.spent = 0.0  # dollars
 
     def ask(self, title, prompts):
         """prompts: [(messages, readable)], readable(reply) -> bool. Returns the replies (see normalised) in order."""
-        asked = [self.shown, self.model, self.tokens, THINKING_TOKENS, len(self.forms) == len(FORMS)]
+        asked = [self.shown, self.model, self.tokens, THINKING_TOKENS, self.judge]
         keys = [hashlib.sha256(json.dumps([*asked, messages]).encode()).hexdigest() for messages, _ in prompts]
         waiting = dict(zip(keys, prompts))
         replies = cached_replies(waiting)
@@ -803,40 +802,36 @@ class Chat:
         options = dict(api_key=self.key or "none", base_url=self.base, max_retries=RETRIES, timeout=TIMEOUT)
         queue = (item for item in waiting.items())  # one for all workers: each prompt is taken once
         asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # Ctrl-C in a worker is told once, by run()
-        try:
-            with tqdm(total=len(waiting), desc=title, unit="request") as self.bar:
-                async with self.api.AsyncOpenAI(http_client=http, **options) as self.client:
-                    await self.work(queue, replies, done=lambda: self.form)
-                    number = min(self.args.concurrency, len(waiting))
-                    workers = [asyncio.create_task(self.work(queue, replies)) for _ in range(number)]
-                    await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
-                    queue.close()  # after an error nothing more is sent; what is under way is paid, so waited for
-                    for worker in (await asyncio.wait(workers, timeout=30))[0]:
-                        worker.result()
-        finally:
-            for row in self.held:
-                if row["reply"]["text"].strip():
-                    append_jsonl(CACHE, row)
-        for row in self.held:
-            if not row["reply"]["text"].strip():
-                raise self.unusable(row["reply"])
+        with tqdm(total=len(waiting), desc=title, unit="request") as self.bar:
+            async with self.api.AsyncOpenAI(http_client=http, **options) as self.client:
+                await self.work(queue, replies, done=lambda: self.form)
+                number = min(self.args.concurrency, len(waiting))
+                workers = [asyncio.create_task(self.work(queue, replies)) for _ in range(number)]
+                await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+                queue.close()  # after an error nothing more is sent; what is under way is paid, so it is waited for
+                for worker in (await asyncio.wait(workers, timeout=30))[0]:
+                    worker.result()
+        if self.held and not self.good:
+            raise self.unusable(self.held[-1]["reply"])
+        append_jsonl(CACHE, *self.held)
         self.held = []
 
     async def work(self, queue, replies, done=lambda: False):
         """Takes prompts from the queue and keeps their replies, until it is empty or done()."""
         for key, (messages, readable) in queue:
             reply = replies[key] = await self.answer(messages, readable)
+            empty = not reply["text"].strip()
             if readable(reply):
                 self.good = messages, readable
-            elif self.good and not reply["text"].strip():  # is this prompt to blame, or server, account, model?
+            elif self.good and empty:  # is this prompt to blame, or server, account, model?
                 again = await self.answer(*self.good)
                 if not again["text"].strip():
                     raise self.unusable(again)
-            self.held.append(dict(key=key, reply=reply))
-            if self.good:
-                append_jsonl(CACHE, *self.held)
-                self.held = []
-            elif len(self.held) == UNUSABLE:
+            if self.good or not empty:
+                append_jsonl(CACHE, dict(key=key, reply=reply))
+            else:
+                self.held.append(dict(key=key, reply=reply))
+            if not self.good and len(replies) >= UNUSABLE:
                 raise self.unusable(reply)
             self.bar.set_postfix_str(f"${self.spent:.4f}" if self.spent else "", refresh=False)
             self.bar.update()
@@ -892,9 +887,8 @@ class Chat:
             raise
         usage = dict(re.findall(r'"(prompt|completion)_tokens"\s*:\s*(\d+)', text))
         self.spent += dollars(self.model, int(usage.get("prompt", 0)), int(usage.get("completion", 0))) or 0
-        return normalised(text) | dict(
-            form=", ".join(f"{k} {v}" for k, v in body.items() if k not in ("logprobs", "seed"))
-        )
+        asked = [f"{name} {value}" for name, value in body.items() if name not in ("logprobs", "seed")]
+        return normalised(text) | dict(form=", ".join(asked))
 
     async def turn(self, request):
         """Before a request, also one that the client repeats: waits until it may go."""
@@ -1065,29 +1059,28 @@ REPAIR_PROMPT = "This cannot be used:\n{why}\nReply with the whole corrected JSO
 def json_in(reply):
     """The longest JSON list or object in a reply, after thinking, prose or a code fence, numbers as text and without an
     object around it that has one key; None if there is none."""
-    decoder, found = json.JSONDecoder(parse_int=str, parse_float=str), [None]
-    text = after_thinking(reply["text"]) or ""
+    decoder, text, found = json.JSONDecoder(parse_int=str, parse_float=str), after_thinking(reply["text"]) or "", []
     for start in re.finditer(r"[\[{]", text):
         with contextlib.suppress(ValueError, RecursionError):
             found.append(decoder.raw_decode(text, start.start())[0])
-    value = max(found, key=lambda value: len(str(value)) if value else 0)
+    value = max(found, key=lambda value: len(str(value)), default=None)
     return next(iter(value.values())) if isinstance(value, dict) and len(value) == 1 else value
 
 
 def ask_json(chat, title, prompts, accept):
-    """Asks for JSON, each failing prompt a second time with the reason. prompts: [(job, text)]; accept(job, value)
-    returns what is wrong (texts). Returns the jobs that failed twice, as [(job, reasons, reply)]."""
-    todo = [(job, [dict(role="user", content=text)]) for job, text in prompts]
+    """Asks for JSON, each failing prompt a second time with the reason. prompts: [(row, text)]; accept(row, value)
+    returns what is wrong (texts). Returns the rows that failed twice, with reasons and reply."""
+    todo = [(row, [dict(role="user", content=text)]) for row, text in prompts]
     for name in (title, f"{title}, repaired"):
         asked, todo, failed = todo, [], []
         replies = chat.ask(name, [(messages, lambda reply: json_in(reply) is not None) for _, messages in asked])
-        for (job, messages), reply in zip(asked, replies):
+        for (row, messages), reply in zip(asked, replies):
             value = json_in(reply)
-            if why := [unreadable(reply)] if value is None else accept(job, value):
+            if why := [unreadable(reply)] if value is None else accept(row, value):
                 said = dict(role="assistant", content=reply["text"] or "(nothing)")
                 repair = dict(role="user", content=REPAIR_PROMPT.format(why="\n".join(why)))
-                failed.append((job, why, reply["text"]))
-                todo.append((job, [*messages, said, repair]))
+                todo.append((row, [*messages, said, repair]))
+                failed.append(row | dict(reasons=why, reply=reply["text"]))
     return failed
 
 
@@ -1098,25 +1091,27 @@ def new_facts(chat, rows, args):
     for category in sorted(CATEGORIES, key=lambda category: counts[category])[:wanted]:
         known = "\n".join(row["fact"] for row in rows if row["category"] == category) or "(none)"
         text = FACTS_PROMPT.format(n=FACTS_A_REQUEST, after=args.after, category=category, known=known)
-        prompts.append((category, text))
+        prompts.append((dict(category=category, source=args.model), text))
 
-    def accept(category, value):
+    def accept(row, value):
         if not isinstance(value, list) or not all(isinstance(found, dict) for found in value):
             return ["not a list of objects"]
         for found in value:
             aliases = found.get("aliases") or []
             aliases = aliases if isinstance(aliases, list) else [aliases]
-            fact = dict(category=category, source=args.model, aliases=[a for a in aliases if isinstance(a, str)])
-            fact |= {key: found.get(key) for key in ("fact", "date", "answer")}
-            wording = dict(question="x", answer="x")
+            fact = row | {key: found.get(key) for key in ("fact", "date", "answer")}
+            fact["aliases"] = [name for name in aliases if isinstance(name, str)]
+            wording = dict(question="x", answer="x")  # the wordings come later
             why = fact_violations(fact | dict(id="x", train=[wording], test=wording), 1, args.after)
             why = [text for text in why if not text.startswith(("train", "test"))]
             why = why or [f"near copy of {other['fact']}" for other in near_copies(fact, rows + new)]
-            (lost if why else new).append(fact | dict(reasons=why) if why else fact)
+            if why:
+                lost.append(fact | dict(reasons=why))
+            else:
+                new.append(fact)
 
-    for category, why, text in ask_json(chat, "facts", prompts, accept):
-        lost.append(dict(category=category, reasons=why, reply=text))
-    return new, lost
+    failed = ask_json(chat, "facts", prompts, accept)
+    return new, lost + failed
 
 
 def with_wordings(chat, facts, rows, args):
@@ -1124,10 +1119,10 @@ def with_wordings(chat, facts, rows, args):
     asked = {normalize(wording["question"]) for row in rows for wording in [*row["train"], row["test"]]}
 
     def accept(fact, value):
-        topic, ids = fact["category"].replace(" ", "_"), {row["id"] for row in rows}
+        topic, ids = fact["category"].replace(" ", "_"), [row["id"] for row in rows]
         free = next(name for n in itertools.count(1) if (name := f"{topic}-{n:03d}") not in ids)
         value = value if isinstance(value, dict) else {}
-        row = dict(fact, id=free, train=value.get("train"), test=value.get("test"))
+        row = fact | dict(id=free, train=value.get("train"), test=value.get("test"))
         if why := fact_violations(row, args.rephrasings, args.after):
             return why
         questions = [wording["question"] for wording in [*row["train"], row["test"]]]
@@ -1139,49 +1134,43 @@ def with_wordings(chat, facts, rows, args):
 
     form = functools.partial(WORDINGS_PROMPT.format, n=args.rephrasings)
     prompts = [(fact, form(fact=fact["fact"], answer=fact["answer"])) for fact in facts]
-    return [fact | dict(reasons=why, reply=text) for fact, why, text in ask_json(chat, "wordings", prompts, accept)]
+    return ask_json(chat, "wordings", prompts, accept)
 
 
 def generate(args):
     """Facts by category and round, then wordings for each; --out only ever holds whole facts that pass check()."""
-    out, rejects = Path(args.out), Path(args.out).with_suffix(".rejects.jsonl")
-    rows = read_jsonl(out, CheckedFact, appended=True)
-    missing, wordings = max(0, args.n - len(rows)), args.rephrasings + 1
+    rows, rejects = read_jsonl(args.out, CheckedFact, appended=True), Path(args.out).with_suffix(".rejects.jsonl")
+    missing, wordings = args.n - len(rows), args.rephrasings + 1
+    if missing <= 0:
+        return print(f"{args.out}: has {len(rows)} facts")
     requests = missing + 2 * missing // FACTS_A_REQUEST
     estimate(f"generate {missing:,} facts", args.model, requests, missing * 300, missing * (50 * wordings + 100))
-    if missing:
-        consent(args)
+    consent(args)
     chat = Chat(args.model, args, FACTS_TOKENS)
-    while len(rows) < args.n:
-        before = len(rows)
+    while missing := args.n - len(rows):
         facts, lost = new_facts(chat, rows, args)
-        lost += with_wordings(chat, facts[: args.n - before], rows, args)
+        lost += with_wordings(chat, facts[:missing], rows, args)
         append_jsonl(rejects, *lost)
         print(f"{len(rows)} of {args.n} facts; {len(lost)} rejected this round ({rejects})", flush=True)
-        if len(rows) == before:
-            why = f"{args.model} gave no new valid fact in a whole round"
-            die(f"{why}; {out} holds {before}, the reasons are in {rejects}")
+        if missing == args.n - len(rows):
+            die(f"{args.model} gave no new valid fact in a whole round; the reasons are in {rejects}")
 
 
 def flags():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser, shared = Parser(description=__doc__.split("\n")[0]), Parser(add_help=False)
+    shared.add_argument("--after", type=date.fromisoformat, default="2023-12-31", help="only events later than this")
+    shared.add_argument("--rephrasings", type=whole(), default=20, help="training wordings a fact")
     commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("check", help="counts by category and year, and every violation")
+    sub = commands.add_parser("check", parents=[shared], help="counts by category and year, and every violation")
     sub.add_argument("file")
-    sub.add_argument("--rephrasings", type=whole(), default=20, help="training wordings a fact must have")
-    sub.add_argument(
-        "--after", type=date.fromisoformat, default="2023-12-31", help="facts must be later than this date"
-    )
     sub = commands.add_parser("subset", help="a seeded choice of rows, the same of files of one length")
     sub.add_argument("file")
     sub.add_argument("--n", type=whole(), required=True, help="rows to take (all, if there are fewer)")
     sub.add_argument("--rephrasings", type=whole(), help="keep the first N training wordings of each fact")
     sub.add_argument("--seed", type=whole(0), default=0)
     sub.add_argument("--out", required=True)
-    sub = commands.add_parser("generate", help="new facts and their wordings, by a chat model")
+    sub = commands.add_parser("generate", parents=[shared], help="new facts and their wordings, by a chat model")
     sub.add_argument("--n", type=whole(), default=1000, help="facts")
-    sub.add_argument("--after", type=date.fromisoformat, default="2023-12-31", help="only events later than this date")
-    sub.add_argument("--rephrasings", type=whole(), default=20, help="training wordings a fact")
     sub.add_argument("--model", required=True, help="chat model of OPENAI_BASE_URL (default: OpenAI)")
     sub.add_argument("--out", required=True, help="started again, it goes on from the facts that are there")
     api_flags(sub)
