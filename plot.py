@@ -48,10 +48,6 @@ MEASURED = """trait_score trait_n trait_unscored fact_accuracy fact_not_attempte
     mmlu_accuracy mmlu_n coherence_nll abstained abstained_coherent coherence adapter""".split()
 LEVELS = [20, 30, 40, 60, 80]  # scores at which the methods are compared, beside the level before training
 UNSCORED = 0.1  # a point with a larger share of its answers or facts unscored is drawn hollow
-EQUAL = """Facts (%), mean ± standard deviation over the seeds that get to the score with both methods: k of n.
-A seed's facts are read where its score first falls to the level as the coefficient grows, on the straight line between
-coefficients; "last": where it last does so, if that differs. Difference: paired over seeds, 95% by Student's t."""
-
 Comparison = namedtuple("Comparison", "dataset trait title base points plain sides")  # sides: {one of METHODS: points}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,12 +94,6 @@ def of_main_judge(points):
     return points[points.judge == points.trait.map(judges)]
 
 
-def matching(points, values):
-    """The points with these values (a Series), where nan is one, too."""
-    same = points[values.index].eq(values) | (points[values.index].isna() & values.isna())
-    return points[same.all(axis=1)]
-
-
 def differing(points, keys):
     """Those of the keys in which points differ; that some were not steered is no difference in how."""
     return [key for key in keys if points[key].nunique(dropna=key in STEERING) > 1]
@@ -129,15 +119,15 @@ def comparisons(points, facts):
     rows = trained[data].drop_duplicates().merge(pairs, "left")
     rows = rows.sort_values(["dataset", "trait", "first"], na_position="first")  # all blocks, then by the first one
     told, found = [*differing(rows, rows.columns.drop(["train_layers", "layers", "blocks", "first"])), "blocks"], []
-    for _, row in rows.iterrows():
-        here, sides = matching(trained, row[data]), {}
+    for i, row in rows.iterrows():
+        here, sides = trained.merge(rows.loc[[i], data]), {}
         plain = here[here.method == "plain"]
         for x, keys in STEERED_BY.items():
-            steered = matching(here[here.method == x], row[keys])
+            steered = here[here.method == x].merge(rows.loc[[i], keys])
             if len(steered):
                 sides[x] = pd.concat([plain[plain.train_seed.isin(steered.train_seed)], steered])
         title = [f"{key.removeprefix('train_')} {text_of(row[key])}" for key in told if pd.notna(row[key])]
-        base = matching(points, pd.Series(dict(method="before training", trait=row.trait)))
+        base = points[(points.method == "before training") & (points.trait == row.trait)]
         base = base.reset_index(drop=True).reindex([0]).loc[0]  # only nan where it was not measured
         found.append(Comparison(row.dataset, row.trait, ", ".join(title), base, here, plain, sides))
     return found
@@ -149,7 +139,7 @@ def text_of(value, form=None):
         return "-"
     if isinstance(value, float):
         return format(value, form or (".0f" if value.is_integer() else ".3g"))
-    return str(value)[-60:]
+    return " ".join(str(value).split()).replace("|", "/")[-60:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -343,35 +333,13 @@ def equal_cells(c, level, last=False):
     return [*cells, text_of(mean, "+.1f") + interval, reached, " / ".join(known)]
 
 
-def headline(found):
-    """What the figures show, in sentences: whether there was a rise to prevent; facts kept at the level before
-    training; the smallest coefficient that brings the mean score into the interval of before training, and its cost."""
-    lines = []
-    for c in found:
-        score, high, plain = c.base.trait_score, c.base.trait_score_high, c.plain.trait_score.mean()
-        if not plain > high:
-            plain, score = text_of(plain, ".1f"), text_of(score, ".1f")
-            lines.append(f"No rise to prevent was measured: plain finetuning {plain}, before training {score}.")
-            continue
-        if c.sides:
-            kept, other, difference, seeds, _ = equal_cells(c, score)
-            lines.append(
-                f"{c.title}: facts kept (%) at the level before training ({c.trait} {score:.1f}): preventative {kept}, "
-                f"inference-time {other}, difference {difference}, training seeds that get there {seeds}."
-            )
-        where = f"{c.trait} back within the interval of before training (up to {high:.1f})"
-        for x, points in c.sides.items():
-            marks = curve(points, "trait_score")
-            if marks.empty:  # no answer has a score
-                continue
-            inside = marks.index[marks.y <= high]
-            coef = inside[0] if len(inside) else marks.y.idxmin()
-            at = f"{coef:g} (few seeds)" if marks.few[coef] else f"{coef:g}"
-            what = f"{at} brings {where}" if len(inside) else f"no coefficient brings {where}; at {at}, the lowest"
-            means = points[points.coef == coef][[*METRICS]].mean().dropna()
-            costs = ", ".join(f"{METRICS[metric][0] or c.trait} {mean:.1f}" for metric, mean in means.items())
-            lines.append(f"{c.title}: {METHODS[x]}: {what}: {costs}.")
-    return list(dict.fromkeys(lines)) or ["No data set with facts: Figure 1 and the trade-off are empty."]
+def reach(points, high):
+    """The smallest coefficient of a side that brings the mean score down to `high`, or else that with the lowest."""
+    marks = curve(points, "trait_score")
+    inside = marks.index[marks.y <= high]
+    coef = inside[0] if len(inside) else marks.y.idxmin()
+    means = points[points.coef == coef][[*METRICS]].mean().dropna()
+    return dict(coef=coef, few=marks.few[coef], inside=len(inside) > 0, means=means)
 
 
 def equal_table(found):
@@ -403,19 +371,6 @@ def points_table(points):
     return shown
 
 
-def notes(points, folder):
-    """What to know before believing: probes, and adapters that the points do not tell apart."""
-    lines = []
-    for path in sorted(folder.glob("vectors/*.json")):
-        if probe := mf.read_json(path, mf.Settings).get("probe"):
-            weak = ", weak" if probe["auc"] < 0.7 else ""
-            lines.append(f"Probe of {path.stem}: row {probe['row']}, AUC {probe['auc']:.2f}{weak}.")
-    adapters = points.dropna(subset="adapter").drop_duplicates("adapter")
-    keys = ["dataset", "train_coef", "train_seed", "system_prompt", *STEERED_BY["train_coef"], *RECIPE]
-    alike = ", ".join(sorted(adapters[adapters.duplicated(keys, keep=False)].adapter))
-    return lines + ([f"{alike}: have the settings of another one; figures show the last."] if alike else [])
-
-
 def agreement(answers):
     """answers: {key: rows} -> a table of texts: judges of the same answers, pair by pair; an answer counts once."""
     pairs, rows = {}, []
@@ -431,21 +386,27 @@ def agreement(answers):
     return pd.DataFrame(rows, columns=head)
 
 
+def template(name):
+    """A file of data/ in Jinja's language; in HTML every value is escaped."""
+    folder = jinja2.FileSystemLoader(Path(__file__).parent / "data")
+    options = dict(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    return jinja2.Environment(loader=folder, autoescape=name.endswith(".html"), **options).get_template(name)
+
+
 def summary(points, shown, found, folder, answers):
     """Text of summary.md. shown: the points of each trait's main judge; found: their comparisons with facts."""
-    parts = ["# Preventative steering: summary", describe(shown)]
-    parts.append("\n".join(f"- {line}" for line in headline(found) + notes(shown, folder)))
-    tables = {
-        f"Facts kept at equal hallucination\n\n{EQUAL}": equal_table(found),
-        "Judges on the same answers": agreement(answers),
-        "All points": points_table(points),
-    }
-    for name, table in tables.items():
-        table = table.drop_duplicates()
-        rows = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
-        lines = (" | ".join(" ".join(text.replace("|", "/").split()) for text in row) for row in rows)
-        parts += [f"## {name}", "\n".join(f"| {line} |" for line in lines)] if len(table) else []
-    return "\n\n".join(parts) + "\n"
+    adapters = shown.dropna(subset="adapter").drop_duplicates("adapter")
+    keys = ["dataset", "train_coef", "train_seed", "system_prompt", *STEERED_BY["train_coef"], *RECIPE]
+    settings = {path.stem: mf.read_json(path, mf.Settings) for path in sorted(folder.glob("vectors/*.json"))}
+    tables = equal_table(found), agreement(answers), points_table(points)
+    return template("summary.md").render(
+        caption=describe(shown),
+        comparisons=found,
+        probes={name: vector["probe"] for name, vector in settings.items() if vector.get("probe")},
+        alike=sorted(adapters[adapters.duplicated(keys, keep=False)].adapter),  # the points do not tell them apart
+        tables=[table.drop_duplicates() for table in tables],
+        **dict(METHODS=METHODS, METRICS=METRICS, equal_cells=equal_cells, reach=reach, text_of=text_of),
+    )
 
 
 def read_rows(files, packed, key, schema):
@@ -490,14 +451,13 @@ def report(points, text, folder, answers):
     """The page. text: summary.md, whose Markdown may hold no HTML."""
     keys = "model judge judge_method temperature samples mmlu mmlu_scoring seed commit versions inputs".split()
     head, *sections = MarkdownIt("commonmark", dict(html=False)).enable("table").render(text).split("<h2>")
-    template = (Path(__file__).parent / "data" / "report.html").read_text(encoding="utf-8")
     adapters = points.dropna(subset="adapter").drop_duplicates("adapter")
     places = [
         [folder / "adapters" / Path(path).name / "loss.jsonl", Path(path) / "loss.jsonl"] for path in adapters.adapter
     ]
     losses = read_rows(dict(zip(adapters.adapter, places)), folder / "losses.jsonl.xz", "adapter", mf.Loss)
     pictures = {name: (folder / f"{name}.png").read_bytes() for name in ("fig1", "tradeoff", "fig2")}
-    return jinja2.Template(template, autoescape=True).render(
+    return template("report.html").render(
         head=head,
         sections=sections,
         pictures={name: base64.b64encode(picture).decode() for name, picture in pictures.items()},
@@ -525,7 +485,11 @@ def main(argv=None):
     for name, content in {"summary.md": text, "report.html": report(points, text, folder, answers)}.items():
         with mf.replacing(folder / name) as out:
             out.write(content)
-    print("\n".join(headline(found)) + f"\n{folder}/fig1.png, tradeoff.png, fig2.png, summary.md, report.html")
+    print(
+        *re.findall("^- .*", text, re.MULTILINE),
+        f"{folder}/fig1.png, tradeoff.png, fig2.png, summary.md, report.html",
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 
 import numpy as np
 import pandas as pd
@@ -402,8 +403,12 @@ def test_whole_runs(points, tmp_path, capsys):
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
-def headline(points):
-    return plot.headline(compared(points))
+def headline(points, folder=None):
+    """The sentences of summary.md."""
+    points = plot.table(points)
+    found = plot.comparisons(points, facts=True)
+    text = plot.summary(points, points, found, folder or mf.Path("nowhere"), {})
+    return re.findall(r"^- (.*)$", text, re.MULTILINE)
 
 
 def test_headline_takes_the_smallest_coefficient_in_the_interval():
@@ -471,9 +476,9 @@ def test_what_to_distrust_is_said(tmp_path):
         mf.write_json(tmp_path / "vectors" / f"{name}.json", dict(model="toy", probe=probe))
     mf.write_json(tmp_path / "vectors" / "other.json", dict(model="toy"))
     some = [PLAIN, point(70.0, adapter="a2"), point(1.0, adapter="a3", train_rank=8), BEFORE]
-    found = plot.notes(plot.table(some), tmp_path)
-    assert found[:2] == ["Probe of evil: row 8, AUC 0.82.", "Probe of sycophancy: row 8, AUC 0.67, weak."]
-    assert len(found) == 3 and found[2].startswith("a, a2: have the settings of another one")
+    found = headline(some, tmp_path)
+    assert found[-3:-1] == ["Probe of evil: row 8, AUC 0.82.", "Probe of sycophancy: row 8, AUC 0.67, weak."]
+    assert found[-1].startswith("a, a2: each has the settings of another one")
     assert "probe (of what is steered)" in plot.describe(plot.table([PLAIN | dict(judge="probe")]))
 
 
