@@ -343,7 +343,7 @@ class Made:
     def changes(self, command):
         """What has changed since the command was done. Of one that was not, what is there counts with redo only."""
         if command.makes not in self.done:
-            return [f"{command.makes} (not recorded)"] * self.redo
+            return [f"{command.makes} (not recorded)"] if self.redo else []
         old, now = self.done[command.makes], self.reads(command)
         paths = [path for path in now if old.reads.get(path, now[path]) != now[path]]
         return paths + [f"the command of {command.makes}"] * (old.words != command.words)
@@ -356,7 +356,8 @@ class Made:
             there, old = self.there(command), self.done.get(command.makes)
             why = [path for path in self.changes(command) if self.redo or not path.endswith(".py")]
             why += [makes for makes in found if {makes, f"{makes}.pt"} & set(command.words)]
-            if why or command not in self.others and (not old or len(there) < old.there):
+            missing = command not in self.others and (not old or len(there) < old.there)
+            if why or missing:
                 found[command.makes] = why if there else []  # figures are drawn, and what was lost is made
         return found
 
@@ -459,9 +460,9 @@ NUMBERS = """train_coef train_seed train_epochs train_lr train_batch_size train_
     fact_unscored fact_not_attempted fact_wrong mmlu_accuracy mmlu_n probe_auc""".split()
 Point = schema(
     **dict(key=Text, model=Text, judge=Text, inference_coef=Number, inputs=(dict[str, str | None], {})),
-    **{key: (str | None, None) for key in TEXTS},
-    **{key: (float | None, None) for key in NUMBERS},
-    **{key: (some(float, 2, 2) | None, None) for key in ("trait_ci", "fact_ci", "mmlu_ci")},
+    **dict.fromkeys(TEXTS, (str | None, None)),
+    **dict.fromkeys(NUMBERS, (float | None, None)),
+    **dict.fromkeys(("trait_ci", "fact_ci", "mmlu_ci"), (some(float, 2, 2) | None, None)),
 )
 Loss = schema(step=int, loss=Number)
 Scores = dict[str, schema(score=(float | None, None))]
