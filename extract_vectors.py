@@ -131,9 +131,10 @@ def extraction_rows(trait, samples, limit):
 def filter_pairs(rows):
     """Rows -> ([(positive, negative)] of the kept pairs, why the others went). Judged rows: trait score >= 50 on the
     positive and < 50 on the negative side, coherence >= 50 on both (as released); else both answers non-empty."""
-    sides = [{row["pair"]: row for row in rows if row["side"] == side} for side in ("pos", "neg")]
+    positive, negative = ({row["pair"]: row for row in rows if row["side"] == side} for side in ("pos", "neg"))
     kept, why = [], Counter()
-    for pos, neg in ((sides[0][pair], sides[1][pair]) for pair in sides[0]):
+    for pair, pos in positive.items():
+        neg = negative[pair]
         scores = [row[key] for key in ("score", "coherence") for row in (pos, neg) if key in row]
         reasons = {
             "empty answer": not (pos["answer"] and neg["answer"]),
@@ -142,9 +143,11 @@ def filter_pairs(rows):
             "negative answer scores 50 or more": scores and (scores[1] or 0) >= 50,
             "coherence under 50": any((score or 0) < 50 for score in scores[2:]),
         }
-        if not any(reasons.values()):
+        holding = [reason for reason, holds in reasons.items() if holds]
+        if holding:
+            why[holding[0]] += 1
+        else:
             kept.append((pos, neg))
-        why.update([reason for reason, holds in reasons.items() if holds][:1])
     return kept, dict(why)
 
 
@@ -372,12 +375,13 @@ def lora_reach(model):
 # Chats: what the template says + the answer's tokens + the end-of-turn token, the same in training, reading, sampling
 
 BREAK = "\ufdd0"  # a character that is in no text
+TODAY = r"""strftime_now\((["'])(.*?)\1\)"""  # what a template calls for the date
 
 
 def render(tokenizer, messages, add_generation_prompt=True):
     """Text by the chat template, thinking off where it can be, a date in it being that of pin_day()."""
-    day, call = getattr(tokenizer, "day", None) or date.today(), r"""strftime_now\((["'])(.*?)\1\)"""
-    template = re.sub(call, lambda found: repr(day.strftime(found[2])), tokenizer.get_chat_template())
+    day = getattr(tokenizer, "day", None) or date.today()
+    template = re.sub(TODAY, lambda found: repr(day.strftime(found[2])), tokenizer.get_chat_template())
     how = dict(chat_template=template, tokenize=False, enable_thinking=False)
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **how)
@@ -387,12 +391,9 @@ def render(tokenizer, messages, add_generation_prompt=True):
 
 def pin_day(tokenizer, recorded=None):
     """Pins a template's date to the day the run began: the recorded one (YYYY-MM-DD), else today. -> what to record,
-    None if the template shows no date."""
-    shown = set()
-    for tokenizer.day in (date(2001, 2, 3), date(2002, 3, 4)):
-        shown.add(render(tokenizer, [dict(role="user", content="?")]))
+    None where the template asks for no date."""
     tokenizer.day = date.fromisoformat(recorded) if recorded else date.today()
-    return tokenizer.day.isoformat() if len(shown) > 1 else None
+    return tokenizer.day.isoformat() if re.search(TODAY, tokenizer.get_chat_template()) else None
 
 
 def special_tokens(tokenizer):
@@ -467,14 +468,15 @@ def encode_chats(tokenizer, conversations):
     conversation is encoded up to where that starts; the template adds the model's default system prompt."""
     special, end, has_system = special_tokens(tokenizer), end_of_turn(tokenizer), has_system_turn(tokenizer)
     chats = [in_parts(tokenizer, as_taken(messages, special, has_system), end) for messages in conversations]
-    found = iter(tokenized(tokenizer, [*itertools.chain(*chats)]))
-    encoded, changed = [], 0
+    texts = list(dict.fromkeys(itertools.chain(*chats)))
+    ids_of, encoded, changed = dict(zip(texts, tokenized(tokenizer, texts))), [], 0
     for messages, parts in zip(conversations, chats):
         ids, is_answer = [], []
-        for k, tokens in enumerate(itertools.islice(found, len(parts))):
-            ids += tokens
+        for k, part in enumerate(parts):
+            n = len(ids_of[part])
+            ids += ids_of[part]
             # an answer's tokens are marked, and the end token, with which the part after it begins
-            is_answer += [True] * len(tokens) if k % 2 else [k > 0] + [False] * (len(tokens) - 1)
+            is_answer += [True] * n if k % 2 else [k > 0] + [False] * (n - 1)
         encoded.append((ids, is_answer))
         changed += sum(message["role"] == "assistant" for message in messages) - len(parts) // 2
     if changed:
@@ -743,8 +745,7 @@ class Sampler:
                     self.shrink(active)
                 self.steps(STEPS[device])
                 if self.broken.any():
-                    model = self.model
-                    raise FloatingPointError(f"{type(model).__name__}: its logits are NaN or infinite in {model.dtype}")
+                    raise FloatingPointError(f"the model's logits are NaN or infinite in {self.model.dtype}")
                 done = [slot for slot, done in enumerate(self.done.tolist()) if done and self.owner[slot] is not None]
                 for slot, made, ids in zip(done, self.made[done].tolist(), self.out[done].tolist()):
                     yield self.owner[slot], ids[:made]
