@@ -87,13 +87,13 @@ def with_adapter(model, adapter):
     """While open, the model has the LoRA adapter in it, in the model's dtype; afterwards it is as it was. die() unless
     the weights are exactly those that the adapter's config puts into this model: PEFT only warns."""
     weights = {name: tensor.to(model.dtype) for name, tensor in load_file(Path(adapter) / WEIGHTS).items()}
-    config, light = LoraConfig.from_pretrained(adapter, inference_mode=True), dict(low_cpu_mem_usage=True)
+    config = LoraConfig.from_pretrained(adapter, inference_mode=True)
     try:
-        wrapped = PeftModel(model, config, autocast_adapter_dtype=False, **light)
+        wrapped = PeftModel(model, config, low_cpu_mem_usage=True)
     except ValueError as error:
         die(f"--adapter {adapter}: does not fit the model ({error})")
     try:
-        found = set_peft_model_state_dict(wrapped, weights, ignore_mismatched_sizes=True, **light)
+        found = set_peft_model_state_dict(wrapped, weights, ignore_mismatched_sizes=True, low_cpu_mem_usage=True)
         missing = [name for name in found.missing_keys if "lora_" in name]
         if misfits := missing + found.unexpected_keys:
             die(f"--adapter {adapter}: does not fit the model: only one of them has {misfits[0]}, or in another shape")
