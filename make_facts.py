@@ -282,18 +282,17 @@ def same_settings(path, settings):
     name -> fingerprint): die(), nothing is overwritten. Scripts that have been edited since are named, no more."""
     if not Path(path).exists():
         return False
-    there, remedy, changed = read_json(path, Row), "choose another --out, or bash run_all.sh --redo", []
-    for name, content in settings.get("inputs", {}).items():
-        if there.get("inputs", {}).get(name) != content:
-            changed.append(f"--{name}: content has changed since".replace("_", "-"))
+    there, remedy = read_json(path, Row), "choose another --out, or bash run_all.sh --redo"
+    inputs = settings.get("inputs", {}).items() - there.get("inputs", {}).items()
+    changed = [f"--{name.replace('_', '-')}: content has changed since" for name, _ in sorted(inputs)]
     for name, value in settings.items():
         if name not in ("inputs", "scripts") and there.get(name) != value:
             changed.append(f"--{name.replace('_', '-')} {there.get(name)!r} there, {value!r} here")
     if changed:
         die(f"{path}: made with other settings or inputs ({'; '.join(changed)}); {remedy}")
-    now = scripts()
-    if edited := [name for name, content in there.get("scripts", {}).items() if now.get(name) != content]:
-        print(f"{path}: made before {', '.join(edited)} was edited; made anew by: {remedy}", flush=True)
+    if edited := there.get("scripts", {}).items() - scripts().items():
+        names = ", ".join(sorted(name for name, _ in edited))
+        print(f"{path}: made before {names} was edited; made anew by: {remedy}", flush=True)
     return True
 
 
