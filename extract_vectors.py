@@ -105,11 +105,12 @@ def load_vector(path, model, model_name):
 
 def same_model(path, verb, record, model_name):
     """die() unless what lies at path was made with this model: by fingerprint; by name where none was recorded."""
-    made, names = record.get("inputs", {}).get("model"), [Path(name).name for name in (record["model"], model_name)]
-    if made != model_fingerprint(model_name) if made else names[0] != names[1]:
+    made, name = record.get("inputs", {}).get("model"), Path(model_name).name
+    same = made == model_fingerprint(model_name) if made else Path(record["model"]).name == name
+    if not same:
         die(f"{path}: {verb} {record['model']}, which is not {model_name} (weights, settings, tokenizer)")
     if not made:
-        print(f"{path}: no fingerprint of its model is recorded; it has the same name, {names[0]}")
+        print(f"{path}: no fingerprint of its model is recorded; it has the same name, {name}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,10 +341,8 @@ def check_model(model, tokenizer, name):
             step = sampler.logits()
             sampler.close()
             fixed = unmoved(model, steer, offsets, torch.tensor(1.0, device=model.device), inputs)
-    except torch.cuda.OutOfMemoryError:
-        raise
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # any model may come here
-        die(f"{kind}its code does not take what this project passes to it ({type(error).__name__}: {error})")
+        die(f"{kind}{type(error).__name__}: {error}")
     for part, key, width in windows:
         setattr(part, key, width)
     joins, steps = "conversations joined in one row differ from each alone", "a cached step differs from the whole pass"
@@ -368,7 +367,8 @@ def lora_reach(model):
     names = ", ".join(sorted({re.sub(r"^\d+\.", "", name) for name in missed}))
     if sum(missed.values()) > sum(reached.values()):
         die(f"{model.config.model_type}: LoRA reaches linear layers only, and most weights are none: {names}")
-    print(f"LoRA on all {len(linear)} linear layers of the blocks{names and f', none on {names}'}", flush=True)
+    none = f", none on {names}" if names else ""
+    print(f"LoRA on all {len(linear)} linear layers of the blocks{none}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -505,13 +505,12 @@ def check_chats(tokenizer, name, most):
 def spoken(tokenizer, ids, prompt):
     """Generated ids -> (the answer as it is stored, whether a thought was cut off: all before </think>, or after an
     open <think>)."""
-    text, thinking = tokenizer.decode(ids), tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
-    if not thinking and "<think>" not in text and "</think>" not in text:
-        return tokenizer.decode(ids, skip_special_tokens=True).strip(), False
-    _, closed, after = text.rpartition("</think>")
-    said = after if closed else "" if thinking else text.partition("<think>")[0]
-    ids = tokenizer(said, add_special_tokens=False)["input_ids"]
-    return tokenizer.decode(ids, skip_special_tokens=True).strip(), True
+    begun = tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
+    text = "<think>" * begun + tokenizer.decode(ids)
+    said = re.sub("^.*</think>|<think>.*", "", text, flags=re.DOTALL)
+    if said != text:
+        ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+    return tokenizer.decode(ids, skip_special_tokens=True).strip(), said != text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -802,8 +801,9 @@ class Sampler:
                     mine.copy_(before)
                 with torch.cuda.graph(self.graph):
                     self.step()
+        one_step = self.graph.replay if self.graph else self.step
         for _ in range(count):
-            self.graph.replay() if self.graph else self.step()
+            one_step()
 
     def shrink(self, keep):
         """Keeps only the slots in `keep`, in that order."""
