@@ -48,6 +48,8 @@ MEASURED = """trait_score trait_n trait_unscored fact_accuracy fact_not_attempte
     mmlu_accuracy mmlu_n coherence_nll abstained abstained_coherent coherence adapter""".split()
 LEVELS = [20, 30, 40, 60, 80]  # scores at which the methods are compared, beside the level before training
 UNSCORED = 0.1  # a point with a larger share of its answers or facts unscored is drawn hollow
+DATA = jinja2.FileSystemLoader(Path(__file__).parent / "data")
+TEMPLATES = jinja2.Environment(loader=DATA, autoescape=jinja2.select_autoescape(), trim_blocks=True, lstrip_blocks=True)
 Comparison = namedtuple("Comparison", "dataset trait title base points plain sides")  # sides: {one of METHODS: points}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,11 +96,6 @@ def of_main_judge(points):
     return points[points.judge == points.trait.map(judges)]
 
 
-def differing(points, keys):
-    """Those of the keys in which points differ; that some were not steered is no difference in how."""
-    return [key for key in keys if points[key].nunique(dropna=key in STEERING) > 1]
-
-
 def hollow(points):
     """Of each point, or of a sum: whether too many answers to the trait's questions, or about facts, have no score."""
     traits = points.trait_unscored > UNSCORED * (points.trait_unscored + points.trait_n)
@@ -118,7 +115,9 @@ def comparisons(points, facts):
     pairs["first"] = pairs.blocks.str.extract(r"(\d+)").astype(float)
     rows = trained[data].drop_duplicates().merge(pairs, "left")
     rows = rows.sort_values(["dataset", "trait", "first"], na_position="first")  # all blocks, then by the first one
-    told, found = [*differing(rows, rows.columns.drop(["train_layers", "layers", "blocks", "first"])), "blocks"], []
+    groups, found = rows.groupby(["dataset", "trait"]), []
+    differ = [key for key in [*STEERING, *RECIPE] if groups[key].nunique(dropna=key in STEERING).max() > 1]
+    told = [key for key in differ if key not in ("train_layers", "layers")] + ["blocks"]
     for i, row in rows.iterrows():
         here, sides = trained.merge(rows.loc[[i], data]), {}
         plain = here[here.method == "plain"]
@@ -126,7 +125,8 @@ def comparisons(points, facts):
             steered = here[here.method == x].merge(rows.loc[[i], keys])
             if len(steered):
                 sides[x] = pd.concat([plain[plain.train_seed.isin(steered.train_seed)], steered])
-        title = [f"{key.removeprefix('train_')} {text_of(row[key])}" for key in told if pd.notna(row[key])]
+        title = [f"{row.dataset} ({row.trait})"] if len(groups) > 1 else []
+        title += [f"{key.removeprefix('train_')} {text_of(row[key])}" for key in told if pd.notna(row[key])]
         base = points[(points.method == "before training") & (points.trait == row.trait)]
         base = base.reset_index(drop=True).reindex([0]).loc[0]  # only nan where it was not measured
         found.append(Comparison(row.dataset, row.trait, ", ".join(title), base, here, plain, sides))
@@ -198,9 +198,8 @@ def draw(axis, points, base, metrics, score=None):
             axis.scatter(marks.index, marks.y, sizes, facecolors=faces, edgecolors=color, marker=marker, zorder=3)
     axis.set(ylim=(-3, 103), yticks=range(0, 101, 20))
     order = sorted(ends, key=ends.get)
-    for below, above in list(pairwise(order)) * 50:
-        lack = max(0.0, 8 - (ends[above] - ends[below]))
-        ends[below], ends[above] = ends[below] - lack / 2, ends[above] + lack / 2
+    for below, above in pairwise(order):
+        ends[above] = max(ends[above], ends[below] + 8)
     for metric in order if score else []:
         name, color, _ = METRICS[metric]
         axis.text(1.03, ends[metric], name or score, transform=axis.get_yaxis_transform(), va="center", color=color)
@@ -342,25 +341,11 @@ def reach(points, high):
     return dict(coef=coef, few=marks.few[coef], inside=len(inside) > 0, means=means)
 
 
-def equal_table(found):
-    """Facts kept at equal hallucination -> a table of texts; the first level is that before training."""
-    rows = []
-    for c in (c for c in found if c.sides):
-        base = c.base.trait_score
-        levels = [level for level in LEVELS if not level <= base]
-        for level in [base, *levels] if base >= 0 else levels:
-            name = f"{level:.3g} (before training)" if level == base else f"{level}"
-            both = zip(equal_cells(c, level), equal_cells(c, level, last=True))
-            rows.append([c.title, name, *(one if one == last else f"{one} (last {last})" for one, last in both)])
-    names = ["blocks", "score", "preventative", "inference-time", "difference [95%]", "seeds"]
-    return pd.DataFrame(rows, columns=[*names, "general knowledge, preventative / inference-time"])
-
-
 def points_table(points):
     """All points, one row each -> a table of texts."""
     for key in ("vector", "train_vector"):  # a trait's own is no difference
         points = points.assign(**{key: points[key].map(lambda path: str(Path(path).parent), na_action="ignore")})
-    differ = differing(points, WHICH)
+    differ = [key for key in WHICH if points[key].nunique(dropna=key in STEERING) > 1]
     points = points.sort_values([*differ, "key"], na_position="first")
     shown = points[[*differ, *MEASURED]].map(text_of)
     for metric in ("trait_score", "fact_accuracy", "mmlu_accuracy"):
@@ -372,7 +357,7 @@ def points_table(points):
 
 
 def agreement(answers):
-    """answers: {key: rows} -> a table of texts: judges of the same answers, pair by pair; an answer counts once."""
+    """answers: {key: rows} -> rows of texts: judges of the same answers, pair by pair; an answer counts once."""
     pairs, rows = {}, []
     for row in chain.from_iterable(answers.values()):
         given = {judge: of["score"] for judge, of in row.get("scores", {}).items() if pd.notna(of.get("score"))}
@@ -382,30 +367,21 @@ def agreement(answers):
         both = pd.DataFrame(scores)
         rho, difference = both.corr("spearman").loc[0, 1], (both[1] - both[0]).mean()
         rows.append([trait, judges, str(len(both)), text_of(rho, ".2f"), f"{difference:+.1f}"])
-    head = ["trait", "judges", "answers", "Spearman's rho", "mean difference (second - first)"]
-    return pd.DataFrame(rows, columns=head)
-
-
-def template(name):
-    """A file of data/ in Jinja's language; in HTML every value is escaped."""
-    folder = jinja2.FileSystemLoader(Path(__file__).parent / "data")
-    options = dict(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    return jinja2.Environment(loader=folder, autoescape=name.endswith(".html"), **options).get_template(name)
+    return rows
 
 
 def summary(points, shown, found, folder, answers):
     """Text of summary.md. shown: the points of each trait's main judge; found: their comparisons with facts."""
     adapters = shown.dropna(subset="adapter").drop_duplicates("adapter")
     keys = ["dataset", "train_coef", "train_seed", "system_prompt", *STEERED_BY["train_coef"], *RECIPE]
-    settings = {path.stem: mf.read_json(path, mf.Settings) for path in sorted(folder.glob("vectors/*.json"))}
-    tables = equal_table(found), agreement(answers), points_table(points)
-    return template("summary.md").render(
+    return TEMPLATES.get_template("summary.md").render(
         caption=describe(shown),
         comparisons=found,
-        probes={name: vector["probe"] for name, vector in settings.items() if vector.get("probe")},
+        vectors={path.stem: mf.read_json(path, mf.Settings) for path in sorted(folder.glob("vectors/*.json"))},
         alike=sorted(adapters[adapters.duplicated(keys, keep=False)].adapter),  # the points do not tell them apart
-        tables=[table.drop_duplicates() for table in tables],
-        **dict(METHODS=METHODS, METRICS=METRICS, equal_cells=equal_cells, reach=reach, text_of=text_of),
+        judges=agreement(answers),
+        points=points_table(points).drop_duplicates(),
+        **dict(METHODS=METHODS, METRICS=METRICS, LEVELS=LEVELS, equal_cells=equal_cells, reach=reach, text_of=text_of),
     )
 
 
@@ -424,12 +400,6 @@ def read_rows(files, packed, key, schema):
         file = next(filter(Path.is_file, places), None)
         found[name] = mf.read_jsonl(file, schema, appended=True) if file else rest.get(Path(name).name, [])
     return found
-
-
-def read_answers(points, folder):
-    """-> {key: rows}, a key once; rows: [] where its answers are not there."""
-    files = {key: [folder / "answers" / f"{key}.jsonl"] for key in points.key}
-    return read_rows(files, folder / "answers.jsonl.xz", "key", mf.Answer)
 
 
 def browser_data(points, answers, most=30_000_000):
@@ -452,12 +422,12 @@ def report(points, text, folder, answers):
     keys = "model judge judge_method temperature samples mmlu mmlu_scoring seed commit versions inputs".split()
     head, *sections = MarkdownIt("commonmark", dict(html=False)).enable("table").render(text).split("<h2>")
     adapters = points.dropna(subset="adapter").drop_duplicates("adapter")
-    places = [
-        [folder / "adapters" / Path(path).name / "loss.jsonl", Path(path) / "loss.jsonl"] for path in adapters.adapter
-    ]
-    losses = read_rows(dict(zip(adapters.adapter, places)), folder / "losses.jsonl.xz", "adapter", mf.Loss)
+    places = {
+        str(p): [folder / "adapters" / p.name / "loss.jsonl", p / "loss.jsonl"] for p in adapters.adapter.map(Path)
+    }
+    losses = read_rows(places, folder / "losses.jsonl.xz", "adapter", mf.Loss)
     pictures = {name: (folder / f"{name}.png").read_bytes() for name in ("fig1", "tradeoff", "fig2")}
-    return template("report.html").render(
+    return TEMPLATES.get_template("report.html").render(
         head=head,
         sections=sections,
         pictures={name: base64.b64encode(picture).decode() for name, picture in pictures.items()},
@@ -474,7 +444,9 @@ def main(argv=None):
     parser.add_argument("points", type=Path, help="points.jsonl of evaluate.py")
     args = parser.parse_args(argv)
     points, folder = read_points(args.points), args.points.parent
-    shown, answers = of_main_judge(points), read_answers(points, folder)
+    places = {key: [folder / "answers" / f"{key}.jsonl"] for key in points.key}
+    answers = read_rows(places, folder / "answers.jsonl.xz", "key", mf.Answer)
+    shown = of_main_judge(points)
     found = comparisons(shown, facts=True)
     text = summary(points, shown, found, folder, answers)  # before anything is written
     plt.switch_backend("Agg")
@@ -485,11 +457,8 @@ def main(argv=None):
     for name, content in {"summary.md": text, "report.html": report(points, text, folder, answers)}.items():
         with mf.replacing(folder / name) as out:
             out.write(content)
-    print(
-        *re.findall("^- .*", text, re.MULTILINE),
-        f"{folder}/fig1.png, tradeoff.png, fig2.png, summary.md, report.html",
-        sep="\n",
-    )
+    seen = re.findall("^- .*", text, re.MULTILINE)
+    print(*seen, f"{folder}/fig1.png, tradeoff.png, fig2.png, summary.md, report.html", sep="\n")
 
 
 if __name__ == "__main__":

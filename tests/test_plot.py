@@ -44,6 +44,7 @@ def point(score, facts=90.0, mmlu=50.0, **changed):
     return made | changed
 
 
+NOWHERE = mf.Path("nowhere")
 BEFORE = point(20.0, 1.0, adapter=None, dataset=None, train_coef=None, train_layers=None, train_seed=None)
 PLAIN = point(80.0)
 
@@ -91,6 +92,11 @@ def compared(points, facts=True):
     return plot.comparisons(plot.table(points), facts)
 
 
+def summary(points, folder=NOWHERE):
+    points = plot.table(points)
+    return plot.summary(points, points, plot.comparisons(points, facts=True), folder, {})
+
+
 def texts_of(axis):
     return {text.get_text(): text for text in axis.texts}
 
@@ -129,7 +135,7 @@ def test_no_sweep_mixes_settings():
     assert [side for side in sides if side[0] == "train_coef"] == [
         *(("train_coef", f"vector -, positions {used}, blocks all", 32, 80) for used in ("response", "all")),
         *(("train_coef", f"vector first.pt, positions {used}, blocks all", 33, 80) for used in ("response", "all")),
-        ("train_coef", "rank 8, vector -, blocks all", 34, 78),
+        ("train_coef", "vector -, rank 8, blocks all", 34, 78),
         ("train_coef", "vector -, positions response, blocks 11", 31, 80),
     ]
     assert {side[:1] + side[2:] for side in sides if side[0] == "inference_coef"} == {
@@ -243,7 +249,8 @@ def both_sides(left=LEFT, right=RIGHT):
 
 def equal(points):
     """The table as {score: [cells]}."""
-    return {score: cells for _, score, *cells in plot.equal_table(compared(points)).itertuples(index=False)}
+    rows = re.findall(r"^\| (.*) \|$", summary(points).split("## All points")[0], re.MULTILINE)
+    return {score: cells for _, score, *cells in (row.split(" | ") for row in rows[2:])}
 
 
 def test_equal_hallucination_is_paired_over_the_same_seeds():
@@ -323,7 +330,7 @@ def test_own_data_sets_and_traits_are_drawn(drawn):
     for figure in (plot.figure1, plot.tradeoff, plot.figure2):
         figure(compared(some, facts=figure != plot.figure2), None)
     first, second, third = (figure.axes for figure, *_ in drawn)
-    own, given = "dataset mine, trait pirate, blocks all", "dataset facts, trait hallucination, blocks all"
+    own, given = "mine (pirate), blocks all", "facts (hallucination), blocks all"
     assert [axis.get_ylabel() for axis in first[::2]] == [given, own]
     assert [axis.get_xlabel() for axis in second] == ["hallucination score", "pirate score"]
     assert drawn[1][1] == "Facts kept against hallucination and pirate (thin lines: one seed)"
@@ -403,12 +410,9 @@ def test_whole_runs(points, tmp_path, capsys):
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
-def headline(points, folder=None):
+def headline(points, folder=NOWHERE):
     """The sentences of summary.md."""
-    points = plot.table(points)
-    found = plot.comparisons(points, facts=True)
-    text = plot.summary(points, points, found, folder or mf.Path("nowhere"), {})
-    return re.findall(r"^- (.*)$", text, re.MULTILINE)
+    return re.findall(r"^- (.*)$", summary(points, folder), re.MULTILINE)
 
 
 def test_headline_takes_the_smallest_coefficient_in_the_interval():
@@ -497,8 +501,8 @@ def test_judges_are_compared_on_the_same_answers():
 
     rows = [row(i, a, b) for i, (a, b) in enumerate([(10, 1), (20, 3), (30, 2), (40, 4)])] + [row(9, None, 5.0)]
     rows.append(dict(id="f", scores=dict(probe=dict(score=0.0), gpt=dict(score=0.0))))
-    assert plot.agreement(dict(key=rows)).to_numpy().tolist() == [
+    assert plot.agreement(dict(key=rows)) == [
         ["facts", "gpt, probe", "1", "-", "+0.0"],
         ["hallucination", "gpt, probe", "4", "0.80", "+22.5"],
     ]
-    assert plot.agreement(dict(key=[dict(id="x", scores=dict(probe=dict(score=1.0)))])).empty
+    assert plot.agreement(dict(key=[dict(id="x", scores=dict(probe=dict(score=1.0)))])) == []

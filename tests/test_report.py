@@ -149,12 +149,17 @@ def test_a_large_report_cuts_answers():
     assert "raw.limit" in (mf.Path(plot.__file__).parent / "data" / "report.html").read_text()
 
 
+def answers_of(points, folder):
+    places = {p["key"]: [folder / "answers" / f"{p['key']}.jsonl"] for p in points}
+    return plot.read_rows(places, folder / "answers.jsonl.xz", "key", mf.Answer)
+
+
 def test_an_answer_counts_once(tmp_path):
     """Guards against answers that are read twice: from the folder and packed, or for two judges' points."""
     mf.write_jsonl(tmp_path / "answers" / "k1.jsonl", answers(1, ["gpt"]))
     pack(tmp_path / "answers.jsonl.xz", [dict(key="k1") | row for row in answers(1, ["gpt"])])
     some = [point(1, "a", 0.0), point(1, "a", 0.0, judge="gpt"), point(2, "b", 0.0)]
-    found = plot.read_answers(plot.table(some), tmp_path)
+    found = answers_of(some, tmp_path)
     assert {key: len(rows) for key, rows in found.items()} == dict(k1=4, k2=0)
 
 
@@ -162,10 +167,9 @@ def test_packed_answers_are_whole(tmp_path, capsys):
     """Guards against packed answers that are cut off and read as if they were all, or end in a traceback."""
     pack(tmp_path / "answers.jsonl.xz", [dict(key="k1") | row for row in answers(1, [])])
     whole = (tmp_path / "answers.jsonl.xz").read_bytes()
-    points = plot.table([point(1, "a", 0.0)])
-    assert len(plot.read_answers(points, tmp_path)["k1"]) == 4
+    assert len(answers_of([point(1, "a", 0.0)], tmp_path)["k1"]) == 4
     for broken in (whole[:-20], b"no archive"):
         (tmp_path / "answers.jsonl.xz").write_bytes(broken)
         with pytest.raises(SystemExit):
-            plot.read_answers(points, tmp_path)
+            answers_of([point(1, "a", 0.0)], tmp_path)
         assert "cannot be unpacked" in capsys.readouterr().err
