@@ -213,6 +213,19 @@ def test_out_of_memory_halves_the_batch(toy, tokenizer, monkeypatch):
     assert seen[:3] == [4, 2, 1] and set(seen[3:]) <= {1} and None not in answers
 
 
+def test_out_of_memory_while_prompts_are_read(toy, tokenizer, monkeypatch):
+    """Guards against a traceback where memory runs out before it is known how many answers fit."""
+    real, left = ev.prefill, [torch.cuda.OutOfMemoryError("no memory")]
+
+    def short_of_memory(*given):
+        if left:
+            raise left.pop()
+        return real(*given)
+
+    monkeypatch.setattr(ev, "prefill", short_of_memory)
+    assert None not in sample(toy, tokenizer, chats(tokenizer), max_new_tokens=3, temperature=0)
+
+
 def test_loss_mask(tokenizer):
     """Guards against training on prompts, on the template's newline, or not on the end token; several turns, empty
     answer."""
