@@ -621,7 +621,7 @@ RETRIES, TIMEOUT = 6, 300.0  # of the client: what may pass is tried 6 times mor
 BACKOFF = 1.0  # seconds that all requests pause after a first 429; doubled each time that one is repeated in vain
 REPLY_TOKENS, FACTS_TOKENS, THINKING_TOKENS = 16, 6000, 4000  # room for a score, for new facts, for thinking before
 OVERLOADED = 429, 503, 529  # after which all requests wait and slow down
-UNUSABLE = 20  # refused or unreadable replies in a row, after which the run doubts the server
+UNUSABLE = 20  # refused or unreadable replies at the beginning, after which the run stops
 ANSWER_TOKENS, FACT_ANSWER_TOKENS = 300, 25  # lengths of answers that --dry-run assumes
 # forms of a request, best first: log-probabilities, name of the limit, temperature 0
 FORMS = [*itertools.product((20, 5, None), ("max_tokens", "max_completion_tokens"), (True, False)), (None, None, False)]
@@ -663,18 +663,15 @@ def estimate_judging(title, judge, times, jobs):
     raise SystemExit(0)
 
 
-def agreed():
-    print("Send them? [y/N] ", end="", flush=True)
-    return sys.stdin.readline().strip().lower() == "y"
-
-
 def consent(args):
     """After an estimate: --dry-run stops here, a terminal is asked, anything else needs --yes."""
     if args.dry_run:
         raise SystemExit(0)
-    if not args.yes and not (sys.stdin.isatty() and agreed()):
+    if not args.yes and sys.stdin.isatty():
+        print("Send them? [y/N] ", end="", flush=True)
+        args.yes = sys.stdin.readline().strip().lower() == "y"  # one command asks once
+    if not args.yes:
         die("nothing was sent; say --yes to send without being asked")
-    args.yes = True  # one command asks once
 
 
 def api_address():
@@ -719,8 +716,6 @@ def normalised(body):
         thoughts = [part for part in parts if re.search("think|reason", part.get("type", ""))]
         said = "".join(part.get("text", "") for part in parts if part not in thoughts)
         thoughts += [name for name, value in message.items() if value and re.search("think|reason", name)]
-        if choice.get("error"):
-            return None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
     top = None  # unless it was asked for, and given in the API's form
@@ -771,7 +766,7 @@ class Chat:
         self.base, self.shown, self.key = api_address()
         self.forms = [form for form in FORMS if judge or form[0] is None and not form[2]]
         self.form, self.thinks = None, False  # what the first request found out
-        self.good, self.held = None, []  # a prompt that was answered; refusals, until there is one
+        self.good, self.held = None, []  # a prompt that was answered; replies without text, until there is one
         self.gap = self.free = 0.0  # seconds between requests; when the next may go
         self.spent = 0.0  # dollars
 
@@ -804,7 +799,7 @@ class Chat:
         asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # Ctrl-C in a worker is told once, by run()
         with tqdm(total=len(waiting), desc=title, unit="request") as self.bar:
             async with self.api.AsyncOpenAI(http_client=http, **options) as self.client:
-                await self.work(queue, replies, done=lambda: self.form)
+                await self.work([next(queue)], replies)  # finds out the form
                 number = min(self.args.concurrency, len(waiting))
                 workers = [asyncio.create_task(self.work(queue, replies)) for _ in range(number)]
                 await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
@@ -816,18 +811,17 @@ class Chat:
         append_jsonl(CACHE, *self.held)
         self.held = []
 
-    async def work(self, queue, replies, done=lambda: False):
-        """Takes prompts from the queue and keeps their replies, until it is empty or done()."""
+    async def work(self, queue, replies):
+        """Takes prompts from the queue and keeps their replies."""
         for key, (messages, readable) in queue:
             reply = replies[key] = await self.answer(messages, readable)
-            empty = not reply["text"].strip()
             if readable(reply):
                 self.good = messages, readable
-            elif self.good and empty:  # is this prompt to blame, or server, account, model?
+            elif self.good and "refused" in reply:  # is this prompt to blame, or server, account, model?
                 again = await self.answer(*self.good)
-                if not again["text"].strip():
+                if "refused" in again:
                     raise self.unusable(again)
-            if self.good or not empty:
+            if self.good or reply["text"].strip():
                 append_jsonl(CACHE, dict(key=key, reply=reply))
             else:
                 self.held.append(dict(key=key, reply=reply))
@@ -835,8 +829,6 @@ class Chat:
                 raise self.unusable(reply)
             self.bar.set_postfix_str(f"${self.spent:.4f}" if self.spent else "", refresh=False)
             self.bar.update()
-            if done():
-                return
 
     def unusable(self, reply):
         return self.api.OpenAIError(f"no reply can be used: {unreadable(reply)}")
@@ -897,13 +889,12 @@ class Chat:
         self.free = time.monotonic() + self.gap
 
     async def heard(self, response):
-        """After a request, before the client looks at the status. What is no completion, though sent as one, gets the
-        status that it means: the number in it, 400 for words of a server, 500 for what is cut off or empty."""
+        """After a request, before the client looks at the status. What is sent as a completion, and is none, gets the
+        status that it means: the number in it, 500 for a completion that is broken, 400 for anything else."""
         await response.aread()
         if response.status_code == 200 and not normalised(response.text):
             code = re.search(r'"code"\s*:\s*"?([45]\d\d)\b', response.text)
-            said = re.match(r'\s*<|.*"(error"|(message|detail)"\s*:\s*")', response.text, re.S)
-            response.status_code = int(code[1]) if code else 400 if said else 500
+            response.status_code = int(code[1]) if code else 500 if '"choices"' in response.text else 400
         self.gap *= 0.9
         if response.status_code in OVERLOADED:
             pause = BACKOFF * 2 ** int(response.request.headers["x-stainless-retry-count"])
@@ -992,14 +983,13 @@ def score_of(reply, verdict=False):
     it, and nothing else."""
     if "refused" in reply:
         return None, reply["refused"], None
-    tops = first_tokens(reply, verdict)
-    values = {token: value_of(token, verdict) for token in tops}
-    values = {token: value for token, value in values.items() if value is not None}
-    mass = sum(tops[token] for token in values)
+    tops = [(value_of(token, verdict), p) for token, p in first_tokens(reply, verdict).items()]
+    wanted = [(value, p) for value, p in tops if value is not None]
+    mass = sum(p for _, p in wanted)
     if mass >= 0.25 - 1e-9:
-        mean = sum(tops[token] * value for token, value in values.items()) / mass
+        mean = sum(value * p for value, p in wanted) / mass
         return 100.0 * (mean > 50) if verdict else mean, None, "logprobs"
-    if max(tops, key=tops.get, default="") in values:
+    if wanted and max(p for _, p in wanted) == max(p for _, p in tops):
         return None, f"the wanted tokens hold {mass:.2f} of the mass; said {reply['text'][:40]!r}", "logprobs"
     if reply["top"] and not tops and re.fullmatch(r"\s*\d\s*", reply["text"]):
         return None, "one digit, perhaps of a longer number", None

@@ -205,8 +205,7 @@ with make_facts.locked(f"{OUT}/.done/run_all.sh"):
         make_facts.estimate = lambda title, model, *counts: asked.append(counts)
         any([run([*words, "--dry-run"]) for words in judged]) and sys.exit(2)
         estimate("both figures", JUDGE, *map(sum, zip(*asked)))
-        if dry_run or not make_facts.agreed():
-            raise SystemExit(0 if dry_run else 2)
+        make_facts.consent(SimpleNamespace(dry_run=dry_run, yes=False))
     try:
         for title, stage in zip(("Data", "Vectors and own answers", "Finetuning", "Evaluation", "Figures"), STAGES):
             print(f"\n== {title}   [{time.time() - START:.0f} s]", flush=True)

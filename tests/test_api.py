@@ -565,10 +565,12 @@ def test_a_judge_that_never_answers_is_noticed(server, name, rows, capsys):
 
 
 def test_unfinished_thinking_is_unscored(server):
-    """Guards against a number out of thinking that did not end."""
+    """Guards against a number out of thinking that did not end, and a run that ends because some of it did not."""
     server.reply = lambda word, n, body: THINKERS["prose"]
     row = judge("ab")[0]
     assert row["score"] is None and "thinking did not end" in row["reason"]
+    server.reply = lambda word, n, body: said("<think>2</think>85") if word == "n0" and n == 1 else THINKERS["hidden"]
+    assert [row["score"] for row in judge([f"n{i}" for i in range(30)])] == [85] + [None] * 29
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -617,7 +619,7 @@ def test_a_row_that_breaks_the_server(server, monkeypatch, how):
     server.reply = reply
     rows = judge("abcxdefg")
     assert [row["score"] is None for row in rows] == [word == "x" for word in "abcxdefg"]
-    assert ("onnection" if how == "cut" else "cannot handle this") in rows[3]["reason"]
+    assert {"500": "cannot handle this", "cut": "onnection", "choice": "cut off"}[how] in rows[3]["reason"]
 
 
 @pytest.mark.parametrize("up", [10, 37], ids=["many rows left", "few"])
@@ -670,7 +672,7 @@ def test_an_account_that_is_refused(server, answered, refused, capsys):
     server.reply = lambda word, n, body: fine if len(server.seen) <= answered else refused
     words = [f"n{i}" for i in range(200)]
     assert refused[1]["error"]["message"] in stops(capsys, words, concurrency=4)
-    assert len(server.seen) <= answered + 65
+    assert len(server.seen) <= answered + 80
     server.reply = lambda word, n, body: fine
     rows = judge(words)
     assert [row["score"] for row in rows] == [pytest.approx(85.5)] * 200
@@ -728,7 +730,7 @@ def test_a_fatal_error_in_the_middle_loses_nothing(server, status, code, capsys)
         error(500),
         (503, PAGE, {"content-type": "text/html"}),
         error(529),
-        (200, b'{"id": "x", "choi', {}),
+        (200, b'{"id": "x", "choices": [', {}),
         (200, b'{"id"', {"content-length": "999"}),
         (200, dict(id="x", object="chat.completion", created=0, model="m", choices=[]), {}),
         (200, dict(error=dict(message="upstream", code=502)), {}),
