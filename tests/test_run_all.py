@@ -596,7 +596,8 @@ def real(project, tokenizer):
     tokenizer.save_pretrained(project.folder / "model")
     (project.folder / "model" / "weights").unlink()
     (project.folder.parent / "bin" / "python").unlink()
-    (project.folder / "data" / "report.html").write_text((ROOT / "data" / "report.html").read_text())
+    for template in ("report.html", "summary.md"):
+        shutil.copy(ROOT / "data" / template, project.folder / "data")
     return project
 
 
