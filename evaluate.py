@@ -351,8 +351,6 @@ def measure(args):
     if args.dry_run:
         times = len(args.adapter or [None]) * len(args.inference_coef)
         mf.estimate_judging(f"judging {args.trait}", args.judge, times, judge_jobs(asked))
-    if asked:
-        mf.check_judge(args, "probe")
     mmlu = read_mmlu(args.mmlu)[: args.limit] if args.mmlu else []
     points = points_of(args, mmlu)
     with locked(*(point["answers"] for point in points)):
@@ -364,6 +362,8 @@ def measure(args):
 
 def measure_points(args, asked, mmlu, points):
     """An adapter's points are sampled in one batch, then judged one by one by the model before training."""
+    if asked:
+        mf.check_judge(args, "probe")
     model, tokenizer = loaded(args.model, model_fingerprint(args.model))
     vector = ev.load_vector(args.vector, model, args.model) if args.vector else None
     offsets = ev.offsets_of(vector, args.layers) if any(args.inference_coef) else None

@@ -56,7 +56,8 @@ def test_memory(run, smollm, tmp_path):
         args = bench.flags().parse_args(["--shape", "tiny", "--tokenizer", str(smollm), "--memory", "22.5"])
         commands = bench.memory_commands(bench.Bench(args, tmp_path, "memory 22.5"))
     for script, flags in commands.values():
-        script.flags().parse_args(list(map(str, flags)))
+        parse = script.parse if script is bench.finetune else script.flags().parse_args
+        parse(list(map(str, flags)))
     about = dict(gpu="X", shape="tiny", run="now")
     runs = {22.5: dict(about=about, a=dict(cap=22.5, gib=20.04)), 38.0: dict(about=about, a=dict(error="Out"))}
     assert "| a | 20.0 | Out |" in bench.memory_table(runs)
