@@ -107,8 +107,10 @@ def comparisons(points, facts):
     beside each other, with their seeds' plain finetuning at coefficient 0. What was measured twice counts once."""
     trained, data = points.dropna(subset="adapter"), ["dataset", "trait", *RECIPE]
     trained = trained[(trained.groupby(["dataset", "trait"]).fact_accuracy.transform("count") > 0) == facts]
-    once = [*data, "method", *STEERING, "system_prompt", "coef", "train_seed"]
-    trained = trained.drop_duplicates(once, keep="last").sort_values("coef")
+    if trained.empty:
+        return []
+    once = ["coef", *data, "method", *STEERING, "system_prompt", "train_seed"]
+    trained = trained.groupby(once, dropna=False, as_index=False).last()  # sorted by the coefficient
     left, right = (trained[trained.method == x][[*data, *keys]].drop_duplicates() for x, keys in STEERED_BY.items())
     pairs = left.merge(right, "outer", left_on=[*data, "train_layers"], right_on=[*data, "layers"])
     pairs["blocks"] = pairs.train_layers.fillna(pairs.layers).astype(str)
@@ -223,22 +225,22 @@ def describe(points):
 
 def finish(figure, title, found, path):
     """Title above, caption below; saves .png and .svg."""
-    width = round(10 * figure.get_figwidth())  # characters of the title in a line
+    figure.set_layout_engine("constrained")
+    width = figure.get_figwidth()
     caption = describe(pd.concat([c.points for c in found])) if found else "no such points"
-    figure.suptitle(textwrap.fill(title, width), x=0.01, ha="left", fontsize=13)
-    figure.supxlabel(textwrap.fill(caption, 2 * width), x=0.01, ha="left", fontsize=7, color="dimgray")
+    figure.suptitle(textwrap.fill(title, int(10 * width)), x=0.01, ha="left", fontsize=13)
+    figure.supxlabel(textwrap.fill(caption, int(17 * width)), x=0.01, ha="left", fontsize=7, color="dimgray")
     for kind in ("png", "svg"):
         with mf.replacing(path.with_suffix(f".{kind}"), "wb") as out:
             figure.savefig(out, format=kind, dpi=180)
     plt.close(figure)
 
 
-def grid(cells, metrics, width, height):
-    """cells: {(name of the row, of the column): (points, base, name of the score)} -> figure of curves."""
+def grid(cells, metrics, size):
+    """cells: {(name of the row, of the column): (points, base, name of the score)}; size: inches of one -> figure."""
     rows, columns = ([*dict.fromkeys(names)] for names in zip(*cells)) if cells else ([""], [""])
-    size = (1.2 + width * len(columns), 0.8 + height * len(rows))
-    share = dict(sharex="col", sharey=True, squeeze=False, layout="constrained")
-    figure, axes = plt.subplots(len(rows), len(columns), figsize=size, **share)
+    size = (1.2 + size[0] * len(columns), 0.8 + size[1] * len(rows))
+    figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False, sharex="col", sharey=True)
     for (row, column), axis in zip(product(rows, columns), axes.flat):
         if (row, column) in cells:
             points, base, score = cells[row, column]
@@ -257,15 +259,15 @@ def figure1(found, path):
     for c in found:
         for x in reversed(METHODS):
             cells[c.title, METHODS[x]] = c.sides.get(x, c.plain), c.base, c.trait
-    figure = grid(cells, METRICS, 4, 3)
-    finish(figure, "Learning new facts: score or accuracy in % (dotted: before training)", found, path)
+    title = "Learning new facts: score or accuracy in % (dotted: before training)"
+    finish(grid(cells, METRICS, (4, 3)), title, found, path)
 
 
 def tradeoff(found, path):
     """Facts kept against the trait's score, a panel for each comparison: a thin line a seed, the mean over seeds thick;
     what was not steered is black."""
     n = max(1, len(found))
-    figure, axes = plt.subplots(n, figsize=(6.7, 0.8 + 4.8 * n), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(n, figsize=(6.7, 0.8 + 4.8 * n), squeeze=False)
     for axis, c in zip(axes.flat, found):
         for x, points in c.sides.items():
             color, style = STYLES[x]
@@ -298,9 +300,8 @@ def figure2(found, path):
         if key not in cells or len(points) > len(cells[key][0]):
             cells[key] = points, c.base, "trait score"
             blocks |= {f"blocks {layers}" for layers in points.train_layers.dropna()}
-    figure = grid(cells, ["trait_score", "mmlu_accuracy"], 2.7, 2.2)
-    title = ", ".join(["Preventative steering on other data sets", *sorted(blocks)])
-    finish(figure, f"{title} (dotted: before training)", found, path)
+    title = ", ".join(["Preventative steering on other data sets", *sorted(blocks)]) + " (dotted: before training)"
+    finish(grid(cells, ["trait_score", "mmlu_accuracy"], (2.7, 2.2)), title, found, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -417,8 +418,8 @@ def browser_data(points, answers, most=30_000_000):
     return dict(points=made, questions=questions, answers=found, limit=limit)
 
 
-def report(points, text, folder, answers):
-    """The page. text: summary.md, whose Markdown may hold no HTML."""
+def report(points, text, figures, folder, answers):
+    """The page. text: summary.md, whose Markdown may hold no HTML; figures: those that show something."""
     keys = "model judge judge_method temperature samples mmlu mmlu_scoring seed commit versions inputs".split()
     head, *sections = MarkdownIt("commonmark", dict(html=False)).enable("table").render(text).split("<h2>")
     adapters = points.dropna(subset="adapter").drop_duplicates("adapter")
@@ -426,7 +427,7 @@ def report(points, text, folder, answers):
         str(p): [folder / "adapters" / p.name / "loss.jsonl", p / "loss.jsonl"] for p in adapters.adapter.map(Path)
     }
     losses = read_rows(places, folder / "losses.jsonl.xz", "adapter", mf.Loss)
-    pictures = {name: (folder / f"{name}.png").read_bytes() for name in ("fig1", "tradeoff", "fig2")}
+    pictures = {name: (folder / f"{name}.png").read_bytes() for name in figures}
     return TEMPLATES.get_template("report.html").render(
         head=head,
         sections=sections,
@@ -447,14 +448,15 @@ def main(argv=None):
     places = {key: [folder / "answers" / f"{key}.jsonl"] for key in points.key}
     answers = read_rows(places, folder / "answers.jsonl.xz", "key", mf.Answer)
     shown = of_main_judge(points)
-    found = comparisons(shown, facts=True)
+    found, others = comparisons(shown, facts=True), comparisons(shown, facts=False)
     text = summary(points, shown, found, folder, answers)  # before anything is written
     plt.switch_backend("Agg")
     plt.rcParams.update({"axes.grid": True, "axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.2})
     figure1(found, folder / "fig1")
     tradeoff(found, folder / "tradeoff")
-    figure2(comparisons(shown, facts=False), folder / "fig2")
-    for name, content in {"summary.md": text, "report.html": report(points, text, folder, answers)}.items():
+    figure2(others, folder / "fig2")
+    page = report(points, text, ["fig1", "tradeoff"] * bool(found) + ["fig2"] * bool(others), folder, answers)
+    for name, content in {"summary.md": text, "report.html": page}.items():
         with mf.replacing(folder / name) as out:
             out.write(content)
     seen = re.findall("^- .*", text, re.MULTILINE)
