@@ -132,12 +132,13 @@ def test_no_sweep_mixes_settings():
     """Guards against means over other layers, positions, vectors or recipes, a prompted or doubly steered model, and
     against plain finetuning that is missing or of other seeds."""
     sides = [(x, c.title, *sorted(side.trait_score)) for c in compared(MIXED) for x, side in c.sides.items()]
-    assert [side for side in sides if side[0] == "train_coef"] == [
-        *(("train_coef", f"vector -, positions {used}, blocks all", 32, 80) for used in ("response", "all")),
-        *(("train_coef", f"vector first.pt, positions {used}, blocks all", 33, 80) for used in ("response", "all")),
-        ("train_coef", "vector -, rank 8, blocks all", 34, 78),
+    assert sorted(side for side in sides if side[0] == "train_coef") == [
+        *(("train_coef", f"vector -, positions {used}, blocks all", 32, 80) for used in ("all", "response")),
         ("train_coef", "vector -, positions response, blocks 11", 31, 80),
+        ("train_coef", "vector -, rank 8, blocks all", 34, 78),
+        *(("train_coef", f"vector first.pt, positions {used}, blocks all", 33, 80) for used in ("all", "response")),
     ]
+    assert [title.split()[-1] for _, title, *_ in sides[-3:]] == ["6-20", "11", "11"]  # all blocks come first
     assert {side[:1] + side[2:] for side in sides if side[0] == "inference_coef"} == {
         *(("inference_coef", score, 80) for score in (41, 42, 43, 44)),
     }
