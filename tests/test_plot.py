@@ -133,8 +133,9 @@ def test_no_sweep_mixes_settings():
     against plain finetuning that is missing or of other seeds."""
     sides = [(x, c.title, *sorted(side.trait_score)) for c in compared(MIXED) for x, side in c.sides.items()]
     assert sorted(side for side in sides if side[0] == "train_coef") == [
-        *(("train_coef", f"vector -, positions {used}, blocks all", 32, 80) for used in ("all", "response")),
+        ("train_coef", "vector -, positions all, blocks all", 32, 80),
         ("train_coef", "vector -, positions response, blocks 11", 31, 80),
+        ("train_coef", "vector -, positions response, blocks all", 32, 80),
         ("train_coef", "vector -, rank 8, blocks all", 34, 78),
         *(("train_coef", f"vector first.pt, positions {used}, blocks all", 33, 80) for used in ("all", "response")),
     ]
