@@ -764,22 +764,22 @@ class Chat:
 
         self.api, self.model, self.args, self.tokens, self.judge = openai, model, args, tokens, judge
         self.base, self.shown, self.key = api_address()
-        self.forms = [form for form in FORMS if judge or form[0] is None and not form[2]]
-        self.form, self.thinks = None, False  # what the first request found out
+        self.forms = [form for form in FORMS if judge or form[0] is None and not form[2]]  # one, once it is known
+        self.thinks = False  # before it answers
         self.good, self.held = None, []  # a prompt that was answered; replies without text, until there is one
         self.gap = self.free = 0.0  # seconds between requests; when the next may go
         self.spent = 0.0  # dollars
 
     def ask(self, title, prompts):
-        """prompts: [(messages, readable)], readable(reply) -> bool. Returns the replies (see normalised) in order."""
+        """prompts: [(messages, read)], read(reply) -> None if it cannot be read. Returns replies, see normalised()."""
         asked = [self.shown, self.model, self.tokens, THINKING_TOKENS, self.judge]
         keys = [hashlib.sha256(json.dumps([*asked, messages]).encode()).hexdigest() for messages, _ in prompts]
         waiting = dict(zip(keys, prompts))
         replies = cached_replies(waiting)
         for key, reply in replies.items():
-            messages, readable = waiting.pop(key)
-            if readable(reply):
-                self.good = messages, readable
+            messages, read = waiting.pop(key)
+            if read(reply) is not None:
+                self.good = messages, read
         if waiting:
             tokens_in = sum(len(m["content"]) for messages, _ in waiting.values() for m in messages) // 4
             estimate(title, self.model, len(waiting), tokens_in, len(waiting) * self.tokens)
@@ -813,10 +813,10 @@ class Chat:
 
     async def work(self, queue, replies):
         """Takes prompts from the queue and keeps their replies."""
-        for key, (messages, readable) in queue:
-            reply = replies[key] = await self.answer(messages, readable)
-            if readable(reply):
-                self.good = messages, readable
+        for key, (messages, read) in queue:
+            reply = replies[key] = await self.answer(messages, read)
+            if read(reply) is not None:
+                self.good = messages, read
             elif self.good and "refused" in reply:  # is this prompt to blame, or server, account, model?
                 again = await self.answer(*self.good)
                 if "refused" in again:
@@ -833,31 +833,31 @@ class Chat:
     def unusable(self, reply):
         return self.api.OpenAIError(f"no reply can be used: {unreadable(reply)}")
 
-    async def answer(self, messages, readable):
+    async def answer(self, messages, read):
         """Asks; and again, without log-probabilities or with room to think, where that may make the reply readable."""
-        form, had_room = self.form, self.thinks
-        reply = await (self.send(form, messages) if form else self.agree(messages))
-        form = form or self.form
-        while not readable(reply) and "refused" not in reply:
+        had_room = self.thinks
+        reply = await self.agree(messages)
+        while read(reply) is None and "refused" not in reply:
+            text_form = (None, *self.forms[0][1:])
             if reply["thinks"] and not had_room:
                 self.thinks = had_room = True
-                self.form = (None, *self.form[1:])  # the first token of one who thinks first tells nothing
-            elif not form[0]:
+                self.forms = [text_form]  # the first token of one who thinks first tells nothing
+            elif "logprobs" not in reply["form"]:
                 break
-            form = (None, *form[1:])
-            reply = await self.send(form, messages) | dict(top=None)
+            reply = await self.send(text_form, messages) | dict(top=None)
         return reply
 
     async def agree(self, messages):
-        """Finds the form that the server takes, by a request that is needed anyway -> its reply. A request that is
-        refused in the two barest forms, too, says nothing about the form."""
-        for form in self.forms:
+        """Asks in the form that was agreed on; a first request in one after the other, best first, until the server
+        takes it. What is refused in the two barest forms, too, says nothing about the form."""
+        forms = self.forms
+        for form in forms:
             reply = await self.send(form, messages)
             if "refused" not in reply:
-                self.form = form
+                self.forms = [form]
                 break
-            if form is self.forms[0]:
-                barest = [await self.send(bare, messages) for bare in self.forms[-2:]]
+            if form is forms[0] and len(forms) > 1:
+                barest = [await self.send(bare, messages) for bare in forms[-2:]]
                 if all("refused" in other for other in barest):
                     break
         return reply
@@ -977,12 +977,12 @@ def first_tokens(reply, verdict):
 
 
 def score_of(reply, verdict=False):
-    """Reply -> (score, why there is none, method: logprobs, text, or None for what cannot be read). METHOD of the
-    persona vectors release: probability-weighted mean over the first tokens that are integers 0..100, None if they
-    hold under 0.25 of the mass. verdict: YES is 100, NO is 0. Where the first token is no such thing, the text must be
-    it, and nothing else."""
+    """Reply -> (score or None, why there is none, method); None if it cannot be read. METHOD of the persona vectors
+    release: probability-weighted mean over the first tokens that are integers 0..100, none if they hold under 0.25 of
+    the mass. verdict: YES is 100, NO is 0. Where the first token is no such thing, the text must be it, and nothing
+    else; but not one digit where log-probabilities were asked for: it may be the beginning of a number."""
     if "refused" in reply:
-        return None, reply["refused"], None
+        return None
     tops = [(value_of(token, verdict), p) for token, p in first_tokens(reply, verdict).items()]
     wanted = [(value, p) for value, p in tops if value is not None]
     mass = sum(p for _, p in wanted)
@@ -991,28 +991,24 @@ def score_of(reply, verdict=False):
         return 100.0 * (mean > 50) if verdict else mean, None, "logprobs"
     if wanted and max(p for _, p in wanted) == max(p for _, p in tops):
         return None, f"the wanted tokens hold {mass:.2f} of the mass; said {reply['text'][:40]!r}", "logprobs"
-    if reply["top"] and not tops and re.fullmatch(r"\s*\d\s*", reply["text"]):
-        return None, "one digit, perhaps of a longer number", None
     score = value_of(whole_reply(reply), verdict)
-    if score is not None:
+    if score is not None and not (reply["top"] and re.fullmatch(r"\s*\d\s*", reply["text"])):
         return score, None, "text"
-    if "REFUSAL" in reply["text"].upper():
-        return None, "REFUSAL", "text"
-    return None, unreadable(reply), None
+    return (None, "REFUSAL", "text") if "REFUSAL" in reply["text"].upper() else None
 
 
 def judge_rows(jobs, model, args):
     """Scores answers with a chat model. jobs: (row, key, prompt); sets row[key], and for key "score" judge_reply,
     reason and judge_method, else key_reply and so on. prompt: template with {question}, {answer}; verdict: {truth}."""
-    prompts, verdicts = [], ["{truth}" in prompt for _, _, prompt in jobs]
-    for (row, _, prompt), verdict in zip(jobs, verdicts):
+    prompts = []
+    for row, _, prompt in jobs:
         # one pass over the template: markers inside a question or answer stay as they are
         text = re.sub(r"\{(question|answer|truth)\}", lambda m, row=row: str(row[m[1]]), prompt)
-        readable = lambda reply, verdict=verdict: score_of(reply, verdict)[2] is not None
-        prompts.append(([dict(role="user", content=text)], readable))
+        read = functools.partial(score_of, verdict="{truth}" in prompt)
+        prompts.append(([dict(role="user", content=text)], read))
     replies = Chat(model, args, REPLY_TOKENS, judge=True).ask("judge", prompts)
-    for (row, key, _), verdict, reply in zip(jobs, verdicts, replies):
-        score, reason, method = score_of(reply, verdict)
+    for (row, key, _), (_, read), reply in zip(jobs, prompts, replies):
+        score, reason, method = read(reply) or (None, unreadable(reply), None)
         method = f"{method} ({reply['form']})" if method else None
         names = [f"{key}_{name}" for name in ("reply", "reason", "method")]
         names = ("judge_reply", "reason", "judge_method") if key == "score" else names
@@ -1063,7 +1059,7 @@ def ask_json(chat, title, prompts, accept):
     todo = [(row, [dict(role="user", content=text)]) for row, text in prompts]
     for name in (title, f"{title}, repaired"):
         asked, todo, failed = todo, [], []
-        replies = chat.ask(name, [(messages, lambda reply: json_in(reply) is not None) for _, messages in asked])
+        replies = chat.ask(name, [(messages, json_in) for _, messages in asked])
         for (row, messages), reply in zip(asked, replies):
             value = json_in(reply)
             if why := [unreadable(reply)] if value is None else accept(row, value):
