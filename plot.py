@@ -5,8 +5,9 @@
 Figure 1: data sets with facts, inference-time (left) and preventative steering (right), a row for a choice of blocks.
 The trade-off: facts against hallucination, a thin line for each training seed. Figure 2: preventative steering on the
 other data sets (rows) against traits (columns). report.html is one page without network: figures, tables, answers.
-Answers and losses come from answers/ and adapters/, or packed from answers.jsonl.xz (rows with the point's key) and
-losses.jsonl.xz (with the adapter's name). Of several judges figures show that with most points. Loads no torch.
+Wording and layout of summary.md and report.html are templates in data/. Answers and losses come from answers/ and
+adapters/, or packed from answers.jsonl.xz (rows with the point's key) and losses.jsonl.xz (with the adapter's name). Of
+several judges figures show that with most points. Loads no torch.
 """
 
 import base64
@@ -113,6 +114,7 @@ def comparisons(points, facts):
     trained = trained.groupby(once, dropna=False, as_index=False).last()  # sorted by the coefficient
     left, right = (trained[trained.method == x][[*data, *keys]].drop_duplicates() for x, keys in STEERED_BY.items())
     pairs = left.merge(right, "outer", left_on=[*data, "train_layers"], right_on=[*data, "layers"])
+    # a row: one setting of each method with the same blocks; nan where a method was not tried on them
     pairs["blocks"] = pairs.train_layers.fillna(pairs.layers).astype(str)
     pairs["first"] = pairs.blocks.str.extract(r"(\d+)").astype(float)
     rows = trained[data].drop_duplicates().merge(pairs, "left")
@@ -156,9 +158,8 @@ def t_interval(values):
 
 
 def curve(points, metric):
-    """A side -> table by coefficient: y, the mean over training seeds (which answer the same questions); low, high:
-    Student's t, or one seed's own interval over questions; hollow; few: at most half of the seeds were measured there,
-    so it is no mean over the seeds."""
+    """A method's points -> table by coefficient: y, the mean over training seeds; low, high: Student's t, or one seed's
+    own interval over questions; hollow; few: at most half of the seeds were measured, so it is no mean over them."""
     at = points.dropna(subset=metric).groupby("coef")
     y, low, high = t_interval(at[metric])
     n = at.size()
@@ -334,7 +335,7 @@ def equal_cells(c, level, last=False):
 
 
 def reach(points, high):
-    """The smallest coefficient of a side that brings the mean score down to `high`, or else that with the lowest."""
+    """The smallest coefficient that brings a method's mean score down to `high`, or else that with the lowest."""
     marks = curve(points, "trait_score")
     inside = marks.index[marks.y <= high]
     coef = inside[0] if len(inside) else marks.y.idxmin()
