@@ -727,8 +727,9 @@ def normalised(body):
     cut, full = not re.search("stop|eos|end", end, re.I), re.search("len|max", end, re.I)
     thinks = bool(thoughts or re.search(OPENED, said, re.I) or full and not said.strip())
     reply = dict(text=said, top=top, cut=cut, thinks=thinks)
-    if refused := message.get("refusal") or cut and not full and not said and end:
-        reply["refused"] = str(refused)[:300]
+    filtered = cut and not full and not said
+    if message.get("refusal") or filtered:
+        reply["refused"] = str(message.get("refusal") or end)[:300]
     return json.loads(clean(json.dumps(reply, ensure_ascii=False)))
 
 
@@ -844,7 +845,7 @@ class Chat:
                 self.forms = [text_form]  # the first token of one who thinks first tells nothing
             elif "logprobs" not in reply["form"]:
                 break
-            reply = await self.send(text_form, messages) | dict(top=None)
+            reply = await self.send(text_form, messages)
         return reply
 
     async def agree(self, messages):
@@ -894,7 +895,8 @@ class Chat:
         await response.aread()
         if response.status_code == 200 and not normalised(response.text):
             code = re.search(r'"code"\s*:\s*"?([45]\d\d)\b', response.text)
-            response.status_code = int(code[1]) if code else 500 if '"choices"' in response.text else 400
+            meant = 500 if '"choices"' in response.text else 400
+            response.status_code = int(code[1]) if code else meant
         self.gap *= 0.9
         if response.status_code in OVERLOADED:
             pause = BACKOFF * 2 ** int(response.request.headers["x-stainless-retry-count"])
@@ -949,11 +951,12 @@ def whole_reply(reply):
 
 
 def value_of(word, verdict):
-    """ "85" -> 85.0; of a verdict "Yes" -> 100.0, "NO" -> 0.0; None for anything else. 0.85: of 1 or of 100?"""
+    """A number 0 to 100 as text, or of a verdict yes or no -> 0.0 to 100.0; None for anything else."""
     if verdict:
         return dict(yes=100.0, no=0.0).get(word.lower())
     number = float(word) if re.fullmatch(r"\d{1,3}(\.\d+)?", word) else math.inf
-    return None if number > 100 or "." in word and 0 < number <= 1 else number
+    of_one = "." in word and 0 < number <= 1  # 0.85: of 1 or of 100?
+    return None if number > 100 or of_one else number
 
 
 def unreadable(reply):
@@ -988,13 +991,16 @@ def score_of(reply, verdict=False):
     mass = sum(p for _, p in wanted)
     if mass >= 0.25 - 1e-9:
         mean = sum(value * p for value, p in wanted) / mass
-        return 100.0 * (mean > 50) if verdict else mean, None, "logprobs"
+        return (100.0 * (mean > 50) if verdict else mean), None, "logprobs"
     if wanted and max(p for _, p in wanted) == max(p for _, p in tops):
         return None, f"the wanted tokens hold {mass:.2f} of the mass; said {reply['text'][:40]!r}", "logprobs"
     score = value_of(whole_reply(reply), verdict)
-    if score is not None and not (reply["top"] and re.fullmatch(r"\s*\d\s*", reply["text"])):
+    half = reply["top"] and "logprobs" in reply["form"] and re.fullmatch(r"\s*\d\s*", reply["text"])
+    if score is not None and not half:
         return score, None, "text"
-    return (None, "REFUSAL", "text") if "REFUSAL" in reply["text"].upper() else None
+    if "REFUSAL" in reply["text"].upper():
+        return None, "REFUSAL", "text"
+    return None
 
 
 def judge_rows(jobs, model, args):
@@ -1062,7 +1068,8 @@ def ask_json(chat, title, prompts, accept):
         replies = chat.ask(name, [(messages, json_in) for _, messages in asked])
         for (row, messages), reply in zip(asked, replies):
             value = json_in(reply)
-            if why := [unreadable(reply)] if value is None else accept(row, value):
+            why = [unreadable(reply)] if value is None else accept(row, value)
+            if why:
                 said = dict(role="assistant", content=reply["text"] or "(nothing)")
                 repair = dict(role="user", content=REPAIR_PROMPT.format(why="\n".join(why)))
                 todo.append((row, [*messages, said, repair]))
@@ -1106,17 +1113,21 @@ def with_wordings(chat, facts, rows, args):
 
     def accept(fact, value):
         topic, ids = fact["category"].replace(" ", "_"), [row["id"] for row in rows]
-        free = next(name for n in itertools.count(1) if (name := f"{topic}-{n:03d}") not in ids)
+        names = (f"{topic}-{number:03d}" for number in itertools.count(1))
+        free = next(name for name in names if name not in ids)
         value = value if isinstance(value, dict) else {}
         row = fact | dict(id=free, train=value.get("train"), test=value.get("test"))
-        if why := fact_violations(row, args.rephrasings, args.after):
+        why = fact_violations(row, args.rephrasings, args.after)
+        if why:
             return why
         questions = [wording["question"] for wording in [*row["train"], row["test"]]]
-        if why := [f"another fact asks the same: {text}" for text in questions if normalize(text) in asked]:
+        why = [f"another fact asks the same: {text}" for text in questions if normalize(text) in asked]
+        if why:
             return why
         asked.update(map(normalize, questions))
         rows.append(row)
         append_jsonl(args.out, row)
+        return []
 
     form = functools.partial(WORDINGS_PROMPT.format, n=args.rephrasings)
     prompts = [(fact, form(fact=fact["fact"], answer=fact["answer"])) for fact in facts]
