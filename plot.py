@@ -243,13 +243,10 @@ def grid(cells, metrics, size):
     size = (1.2 + size[0] * len(columns), 0.8 + size[1] * len(rows))
     figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False, sharex="col", sharey=True)
     for (row, column), axis in zip(product(rows, columns), axes.flat):
+        axis.set(title=column if row == rows[0] else "", ylabel=row if column == columns[0] else "")
         if (row, column) in cells:
             points, base, score = cells[row, column]
             draw(axis, points, base, metrics, score if column == columns[-1] else None)
-    for axis, column in zip(axes[0], columns):
-        axis.set_title(column)
-    for axis, row in zip(axes[:, 0], rows):
-        axis.set_ylabel(row)
     plt.setp(axes[-1], xlabel="steering coefficient")
     return figure
 
@@ -322,10 +319,9 @@ def equal_cells(c, level, last=False):
     facts, general = (swept[key].reindex(columns=[*METHODS]) for key in ("facts", "general"))
     cells, known = [], []
     for x in METHODS:
-        seeds = there if there.any() else facts[x].notna()  # no pair: what it keeps by itself
-        own = facts[x][seeds]
+        own = facts[x][there if there.any() else facts[x].notna()]  # no pair: what it keeps by itself
         cells.append(text_of(own.mean(), ".1f") + (f" ± {own.std():.1f}" if own.count() > 1 else ""))
-        known.append(text_of(general[x][seeds].mean(skipna=False), ".1f"))
+        known.append(text_of(general[x][own.index].mean(skipna=False), ".1f"))
     difference = (facts.train_coef - facts.inference_coef).dropna()
     mean, low, high = t_interval(difference)
     interval = f" [{low:.1f}, {high:.1f}]" if len(difference) > 1 else ""
@@ -409,14 +405,14 @@ def browser_data(points, answers, most=30_000_000):
     questions, found, limit = {}, [], most // max(1, sum(map(len, answers.values())))
     for number, rows in enumerate(answers.values()):
         for row in rows:
-            questions[re.sub(r"-s\d+$", "", row["id"])] = row.get("trait") or "facts", row["question"], row.get("truth")
+            key = re.sub(r"-s\d+$", "", row["id"])  # without the sample's number
+            questions[key] = [key, row.get("trait") or "facts", row["question"], row.get("truth")]
             scores = row.get("scores", {}).items()
             said = {judge: of["score"] if pd.notna(of.get("score")) else of.get("reason") for judge, of in scores}
             found.append([number, row["id"], row["answer"][:limit], row.get("coherence_nll"), said])
     made = points.drop_duplicates("key")[WHICH].astype(object)
     made = made.where(made.notna(), None).to_dict("records")
-    questions = [[key, *question] for key, question in questions.items()]
-    return dict(points=made, questions=questions, answers=found, limit=limit)
+    return dict(points=made, questions=[*questions.values()], answers=found, limit=limit)
 
 
 def report(points, text, figures, folder, answers):
