@@ -924,7 +924,7 @@ ABSTAINS = re.compile(
     re.I | re.X,
 )
 LABEL = r"(?:(?:the|my|final|overall) )*(?:score|rating|answer|verdict|judge?ment|result)\s*(?:is)?\s*[:=]?\s*"
-WORD = r"(yes|no|\d{1,3}(?:\.\d+)?)\s*(?:%|/\s*100|(?:out )?of 100)?"
+WORD = r"(?:(yes|no)|(\d{1,3}(?:\.\d+)?)\s*(?:%|/\s*100|(?:out )?of 100)?)"
 # what makes a first token a part of something: 8 of 87, 8/10 or 0.85, 70 of 70-80, YES of YES/NO; but not 85 of 85/100
 GOES_ON = r"\w|\s*(?:[-–—.,]|to|or|and|(?:/|(?:out )?of)(?!\s*100\b))\s*(?:\d|yes\b|no\b)"
 
@@ -947,7 +947,8 @@ def whole_reply(reply):
     said = unicodedata.normalize("NFKC", after_thinking(reply["text"]) or "")
     said = re.sub(r"""(?<![^\W_])[*_`"'“”]++|[*_`"'“”]++(?![^\W_])""", "", said).strip()
     found = re.fullmatch(rf"(?:{LABEL})?{WORD}\.?", said, re.I)
-    return found[1] if found and not (reply["cut"] and said[-1].isalnum()) else ""  # cut: perhaps half of it
+    half = reply["cut"] and said[-1:].isalnum()
+    return found[found.lastindex] if found and not half else ""
 
 
 def value_of(word, verdict):
