@@ -347,6 +347,7 @@ def new_points(points, out):
 
 def measure(args):
     """Measures the points of a command that are not in --out yet."""
+    mf.check_judge(args, "probe")
     asked = read_questions(args)
     if args.dry_run:
         times = len(args.adapter or [None]) * len(args.inference_coef)
@@ -363,7 +364,7 @@ def measure(args):
 def measure_points(args, asked, mmlu, points):
     """An adapter's points are sampled in one batch, then judged one by one by the model before training."""
     if asked:
-        mf.check_judge(args, "probe")
+        mf.check_asking(args)
     model, tokenizer = loaded(args.model, model_fingerprint(args.model))
     vector = ev.load_vector(args.vector, model, args.model) if args.vector else None
     offsets = ev.offsets_of(vector, args.layers) if any(args.inference_coef) else None

@@ -897,7 +897,7 @@ def sample_answers(model, tokenizer, wanted, drawing, offsets=None, title="sampl
 
 def extract(args, trait, rows, files, settings):
     """Samples, filters, reads and saves. What is on disk already is not sampled again; the .pt comes last and whole."""
-    mf.check_judge(args, "none")
+    mf.check_asking(args)
     start, recorded = time.time(), read_json(files["json"]) if files["answers.jsonl"].exists() else {}
     model, tokenizer = load_model(args.model)
     settings |= dict(day=pin_day(tokenizer, recorded.get("day")), architecture=model.config.model_type)
@@ -938,6 +938,7 @@ def extract(args, trait, rows, files, settings):
 
 def main(argv=None):
     args = flags().parse_args(argv)
+    mf.check_judge(args, "none")
     trait = load_trait(args.trait, args.trait_file, mf.ExtractionTrait)
     rows = extraction_rows(trait, args.samples, args.limit)
     if len({row["q"] for row in rows}) < 2 or len(rows) < 6:  # two of even and one of odd questions

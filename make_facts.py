@@ -125,16 +125,19 @@ def check_output(path, *inputs, folder=False):
 
 
 def check_judge(args, own):
-    """die() unless --judge is `own`, lexical for hallucination, or a chat model that can be asked and may be paid."""
+    """die() unless --judge is `own`, lexical for hallucination, or what may be a chat model."""
     if args.judge == "lexical" and args.trait not in (None, "hallucination"):
         die(f"--judge lexical knows hallucination only, not {args.trait}")
-    if args.judge in ("lexical", own):
-        return
-    if args.judge in ("", "none", "probe"):
+    if args.judge in ("", "none", "probe") and args.judge != own:
         die(f"--judge {args.judge}: give {own}, lexical, or the name of a chat model")
-    api_address()
-    if not args.yes and not sys.stdin.isatty():
-        die("nothing was sent; say --yes to send without being asked")
+
+
+def check_asking(args):
+    """die() if --judge is a chat model that cannot be asked, or may not be paid."""
+    if args.judge not in ("none", "probe", "lexical"):
+        api_address()
+        if not args.yes and not sys.stdin.isatty():
+            die("nothing was sent; say --yes to send without being asked")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

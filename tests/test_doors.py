@@ -574,18 +574,19 @@ def test_judges(refused, monkeypatch):
     args = argparse.Namespace(judge="m", trait="evil", yes=True)
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
-    refused(mf.check_judge, args, "probe", said="set OPENAI_API_KEY")
+    refused(mf.check_asking, args, said="set OPENAI_API_KEY")
     monkeypatch.setenv("OPENAI_API_KEY", "key")
-    mf.check_judge(args, "probe")
+    mf.check_asking(args)
+    refused(mf.check_asking, argparse.Namespace(**vars(args) | dict(yes=False)), said="say --yes")
     for wrong, said in (
         (dict(judge="none"), "--judge none: give probe"),
         (dict(judge=""), "--judge : give probe"),
         (dict(judge="lexical"), "hallucination only"),
-        (dict(yes=False), "say --yes"),
     ):
         refused(mf.check_judge, argparse.Namespace(**vars(args) | wrong), "probe", said=said)
     for right in (dict(judge="probe"), dict(judge="lexical", trait=None), dict(judge="org/model-4.1:free")):
         mf.check_judge(argparse.Namespace(**vars(args) | right), "probe")
+    mf.check_asking(argparse.Namespace(judge="probe", yes=False))
 
 
 @pytest.fixture

@@ -325,7 +325,7 @@ def test_judges_side_by_side(work, monkeypatch, capsys):
     evaluate.main(command(work))
     monkeypatch.setattr(extract_vectors, "answers_to", lambda *_: pytest.fail("sampled again"))
     monkeypatch.setattr(mf, "judge_rows", pretend_judge)
-    monkeypatch.setattr(mf, "check_judge", lambda *_: None)
+    monkeypatch.setattr(mf, "check_asking", lambda *_: None)
     file = next((work / "answers").glob("*.jsonl"))
     first = [row["scores"]["lexical"] for row in mf.read_jsonl(file)]
     evaluate.main(["--rejudge", str(file), "--judge", "chatty"])
