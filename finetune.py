@@ -275,13 +275,14 @@ class Trainer:
             self.pool = torch.cuda.graph_pool_handle()
 
     def filled(self, row):
-        """The shape a row is filled up to: eight sizes an octave, so that shapes are few."""
+        """The shape a row is filled up to: eight sizes an octave, so that shapes are few. All have room for the same
+        number of conversations, real and filling: a size that changes by itself would be compiled for by itself."""
         shape, size = shape_of(row), self.args.batch_size
         if not self.captures or not row:
             return shape
         up = lambda n, multiple: -(-n // multiple) * multiple
         tokens = up(shape.tokens, max(FILL, 1 << (shape.tokens.bit_length() - 4)))
-        return Shape(tokens, up(shape.answers, tokens // 8), self.longest, size + tokens // self.longest + 1)
+        return Shape(tokens, up(shape.answers, tokens // 8), self.longest, 3 * size)
 
     def bytes(self, row):
         """What a row needs, about."""

@@ -908,7 +908,7 @@ def two_gpus(bench):
                 subprocess.run(list(map(str, command)), check=True, env=one, stdout=subprocess.DEVNULL)
                 told = json.loads(times.read_text())
                 later = told["steps"][len(told["steps"]) // 2 : -1] or told["steps"]  # the last batch is a partial one
-                step[n], adapter = statistics.mean(later), out.with_name(out.name + "-0.1")
+                step[n], adapter = statistics.median(later), out.with_name(out.name + "-0.1")
                 losses[n] = {row["step"]: row["loss"] for row in read_jsonl(adapter / "loss.jsonl")}
                 weights[n] = load_file(adapter / "adapter_model.safetensors")
                 whole = dict(whole_seconds=told["seconds"], steps=len(told["steps"]) + 1)
@@ -938,7 +938,8 @@ def two_gpus_table(found):
         else:
             text.append(f"| {kind} | {found.get(f'{kind}, two GPUs', {}).get('error', 'not measured')} | | | | |")
     about = found["about"]
-    return "\n".join([*text, f"\n{about['gpu']}, {about['shape']}, {about['run']}; a partial last batch included."])
+    text.append(f"\n{about['gpu']}, {about['shape']}, {about['run']}; a partial last batch included.")
+    return "\n".join(text + [about["note"]] * ("note" in about))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

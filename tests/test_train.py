@@ -218,7 +218,7 @@ def test_shapes_are_few(trainer, monkeypatch):
                 fitting.append(made.bytes(row) <= made.budget)
                 assert len(row) == 1 or fitting[-1]
                 made.run(row, 1)
-        assert len(made.graphs) <= finetune.GRAPHS
+        assert len(made.graphs) <= finetune.GRAPHS and len({shape.conversations for shape in made.graphs}) == 1
         real = sum(lengths)
         assert real <= sum(ran) < 1.15 * real and len(replayed) > 0.9 * sum(fitting)
     assert finetune.GRAPHS <= 32
