@@ -644,6 +644,13 @@ def by_length(sequences, budget):
     return groups
 
 
+def free_memory(device):
+    """Bytes that tensors can still take: what the GPU has left, and what PyTorch holds unused."""
+    if device.type == "cpu":
+        return math.inf
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
 def choose(logits, temperature, uniform):
     """logits [rows, vocabulary], uniform numbers [rows, 1] -> token ids [rows] by inverting the distribution function,
     so that a row's draw depends on its own numbers alone. Temperature 0 takes the likeliest."""
@@ -707,10 +714,9 @@ class Sampler:
         size = max(len(job.prompt) for job in jobs.values()) + most
         slots = min(drawing.slots or SLOTS[device.type], len(jobs))
         if device.type == "cuda":
-            free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
             a_token = sum(x[0].numel() * x.element_size() for pair in self.caches for x in pair)
             a_row = size * a_token + 24 * model.get_input_embeddings().num_embeddings  # its cache and its logits
-            slots = max(1, min(slots, int(0.9 * free / a_row)))
+            slots = max(1, min(slots, int(0.9 * free_memory(device) / a_row)))
         drawing.slots, self.owner = slots, [None] * slots  # the number of the job in each slot
         ends = model.generation_config.eos_token_id  # the only thing taken from generation_config
         ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}

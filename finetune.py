@@ -126,13 +126,6 @@ def deal(chats, count):
 # Memory
 
 
-def free_memory(device):
-    """Bytes that tensors can still take: what the GPU has left, and what PyTorch holds unused."""
-    if device.type == "cpu":
-        return math.inf
-    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-
-
 def out_of_memory(error):
     """Whether an error is that, also as the CPU and cuBLAS say it, or followed from one."""
     words = ("OutOfMemoryError", "out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
@@ -185,7 +178,7 @@ class Trainer:
         words = model.get_input_embeddings().weight
         self.a_token = sum(max(p.shape) for p in self.parameters) * words.element_size()
         self.an_answer = 16 * len(words)
-        self.budget = 0.9 * (free_memory(self.device) - 8 * len(self.weights)) / 2  # 8: AdamW's two moments
+        self.budget = 0.9 * (ev.free_memory(self.device) - 8 * len(self.weights)) / 2  # 8: AdamW's two moments
         self.longest = max(2 * FILL, 1 << (shape_of(data).longest - 1).bit_length())
         self.captures = ev.has_flash(words)
         self.forget()

@@ -724,7 +724,7 @@ import extract_vectors, finetune, make_facts
 extract_vectors.pick_device = lambda: ("cpu", torch.float32)
 first, step, command = os.environ["RANK"] == "0", finetune.Trainer.step, sys.argv[1:]
 if not first:  # it has little memory, and must not write
-    finetune.free_memory = lambda device: 5e7
+    extract_vectors.free_memory = lambda device: 5e7
     make_facts.replacing = None
 finetune.SHARE = float("inf")
 finetune.main([*command, "two", "--epochs", "4"])
