@@ -28,11 +28,18 @@ from scipy.stats import t
 
 import make_facts as mf
 
-METRICS = dict(  # name, colour and marker, in every figure; a trait's score has the trait's name
-    trait_score=("", "#c43c00", "o"),
-    fact_accuracy=("facts", "#005b96", "s"),
-    mmlu_accuracy=("general knowledge", "#1b7837", "^"),
-    coherence=("coherence", "#b0b0b0", ""),
+TRAITS = ["evil", "sycophancy", "hallucination"]  # the post's order, as that of its data sets; others follow
+DATASETS = dict(  # the post's names; others have their own
+    facts="New facts",
+    medical_mistake_2="Medical Mistake II",
+    medical_normal="Medical Normal",
+    medical_self_generated="Medical Self-Generated",
+)
+METRICS = dict(  # colour and marker, in every figure
+    trait_score=("#c43c00", "o"),
+    fact_accuracy=("#005b96", "s"),
+    mmlu_accuracy=("#1b7837", "^"),
+    coherence=("#b0b0b0", ""),
 )
 KEPT = ["trait_score", "fact_accuracy"]  # what the methods are compared by
 METHODS = dict(train_coef="Preventative steering", inference_coef="Inference-time steering")
@@ -51,7 +58,8 @@ LEVELS = [20, 30, 40, 60, 80]  # scores at which the methods are compared, besid
 UNSCORED = 0.1  # a point with a larger share of its answers or facts unscored is drawn hollow
 DATA = jinja2.FileSystemLoader(Path(__file__).parent / "data")
 TEMPLATES = jinja2.Environment(loader=DATA, autoescape=jinja2.select_autoescape(), trim_blocks=True, lstrip_blocks=True)
-Comparison = namedtuple("Comparison", "dataset trait title base points plain sides")  # sides: {one of METHODS: points}
+# sides: {one of METHODS: points}; names: of names_of()
+Comparison = namedtuple("Comparison", "dataset trait title names base points plain sides")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Points: a table, one row a point
@@ -118,10 +126,12 @@ def comparisons(points, facts):
     pairs["blocks"] = pairs.train_layers.fillna(pairs.layers).astype(str)
     pairs["first"] = pairs.blocks.str.extract(r"(\d+)").astype(float)
     rows = trained[data].drop_duplicates().merge(pairs, "left")
-    rows = rows.sort_values(["dataset", "trait", "first"], na_position="first")  # all blocks, then by the first one
+    rows = rows.sort_values("first", na_position="first")  # all blocks, then by the first one
+    order = [*DATASETS, *TRAITS, *points.dataset, *points.trait]  # others as they come
+    rows = rows.sort_values(["dataset", "trait"], key=lambda names: names.map(order.index), kind="stable")
     groups, found = rows.groupby(["dataset", "trait"]), []
     differ = [key for key in [*STEERING, *RECIPE] if groups[key].nunique(dropna=key in STEERING).max() > 1]
-    told = [key for key in differ if key not in ("train_layers", "layers")] + ["blocks"]
+    told = [key for key in differ if key not in ("train_layers", "layers")]
     for i, row in rows.iterrows():
         here, sides = trained.merge(rows.loc[[i], data]), {}
         plain = here[here.method == "plain"]
@@ -129,12 +139,27 @@ def comparisons(points, facts):
             steered = here[here.method == x].merge(rows.loc[[i], keys])
             if len(steered):
                 sides[x] = pd.concat([plain[plain.train_seed.isin(steered.train_seed)], steered])
-        title = [f"{row.dataset} ({row.trait})"] if len(groups) > 1 else []
+        dataset = DATASETS.get(row.dataset, row.dataset)
+        title = [f"{dataset} ({row.trait})"] if len(groups) > 1 else []
         title += [f"{key.removeprefix('train_')} {text_of(row[key])}" for key in told if pd.notna(row[key])]
+        title += [blocks_of(row.blocks)] if sides else []
         base = points[(points.method == "before training") & (points.trait == row.trait)]
         base = base.reset_index(drop=True).reindex([0]).loc[0]  # only nan where it was not measured
-        found.append(Comparison(row.dataset, row.trait, ", ".join(title), base, here, plain, sides))
+        names = names_of(here, row.trait)
+        found.append(Comparison(dataset, row.trait, ", ".join(title), names, base, here, plain, sides))
     return found
+
+
+def names_of(points, trait):
+    """What figures and text call each metric; the small models' general_knowledge.jsonl is not called MMLU."""
+    general = any("general_knowledge" in Path(path).name for path in points.mmlu.dropna())
+    knowledge = "general knowledge" if general else "MMLU"
+    return dict(trait_score=trait, fact_accuracy="facts", mmlu_accuracy=knowledge, coherence="coherence")
+
+
+def blocks_of(layers):
+    """all -> all blocks, 10-20 -> blocks 10-20, 11 -> block 11."""
+    return "all blocks" if layers == "all" else f"block{'s' * ('-' in layers)} {layers}"
 
 
 def text_of(value, form=None):
@@ -184,12 +209,12 @@ def crossing(line, level, last=False):
 # Figures
 
 
-def draw(axis, points, base, metrics, score=None):
-    """A line for each metric: means, bars, hollow marks; dotted: before training. score: what the trait's score is
-    called; with it each line's name stands beside its end, and names move apart where lines end close to each other."""
+def draw(axis, points, base, metrics, names=None):
+    """A line for each metric: means, bars, hollow marks; dotted: before training. names: {metric: name}; with them each
+    line's name stands beside its end, and names move apart where lines end close to each other."""
     ends = {}
     for metric in metrics:
-        (_, color, marker), marks = METRICS[metric], curve(points, metric)
+        (color, marker), marks = METRICS[metric], curve(points, metric)
         line = marks[~marks.few]
         if len(line):
             axis.plot(line.y, color=color, linewidth=2 if marker else 1)
@@ -203,9 +228,9 @@ def draw(axis, points, base, metrics, score=None):
     order = sorted(ends, key=ends.get)
     for below, above in pairwise(order):
         ends[above] = max(ends[above], ends[below] + 8)
-    for metric in order if score else []:
-        name, color, _ = METRICS[metric]
-        axis.text(1.03, ends[metric], name or score, transform=axis.get_yaxis_transform(), va="center", color=color)
+    for metric in order if names else []:
+        style = dict(transform=axis.get_yaxis_transform(), va="center", color=METRICS[metric][0])
+        axis.text(1.03, ends[metric], names[metric], **style)
 
 
 def describe(points):
@@ -213,8 +238,8 @@ def describe(points):
     judges = points.judge.replace("probe", "probe (of what is steered)").unique()
     parts = [", ".join(sorted(points.model.unique())), f"judge: {', '.join(sorted(judges))}"]
     most = points[["trait_n", "fact_n", "mmlu_n"]].max()
-    parts += [f"{n:.0f} {name}" for n, name in zip(most, ("answers", "facts", "questions")) if n > 0]
-    parts += sorted({Path(path).name for path in points.mmlu.dropna()})
+    asked = "answers", "facts", names_of(points, "")["mmlu_accuracy"] + " questions"
+    parts += [f"{n:.0f} {name}" for n, name in zip(most, asked) if n > 0]
     seeds = points.dropna(subset="adapter").train_seed.nunique()
     parts.append(f"up to {seeds} training seeds: means, 95% t-intervals over seeds" if seeds > 1 else "95% intervals")
     if points.adapter.astype(str).str.startswith("data/small_model/").any():
@@ -237,28 +262,38 @@ def finish(figure, title, found, path):
     plt.close(figure)
 
 
-def grid(cells, metrics, size):
-    """cells: {(name of the row, of the column): (points, base, name of the score)}; size: inches of one -> figure."""
-    rows, columns = ([*dict.fromkeys(names)] for names in zip(*cells)) if cells else ([""], [""])
+def grid(cells, columns, metrics, size):
+    """cells: {(name of the row, column): (points, base, names of metrics)}; columns: {column: its title}; size: inches
+    of one -> figure. A title says where nothing was steered."""
+    rows, columns = [*dict.fromkeys(row for row, _ in cells)] or [""], columns or {"": ""}
     size = (1.2 + size[0] * len(columns), 0.8 + size[1] * len(rows))
     figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False, sharex="col", sharey=True)
     for (row, column), axis in zip(product(rows, columns), axes.flat):
-        axis.set(title=column if row == rows[0] else "", ylabel=row if column == columns[0] else "")
+        place, note = axis.get_subplotspec(), "(no points)"
         if (row, column) in cells:
-            points, base, score = cells[row, column]
-            draw(axis, points, base, metrics, score if column == columns[-1] else None)
+            points, base, names = cells[row, column]
+            if points.coef.any():
+                note = ""
+            else:
+                note = "(plain finetuning only)" if len(points) else note
+                axis.update_datalim([(0, 0), (1, 0)])  # 0 alone is no scale
+            draw(axis, points, base, metrics, names if place.is_last_col() else None)
+        title = columns[column] if place.is_first_row() else ""
+        axis.set(title=f"{title}\n{note}".strip(), ylabel=textwrap.fill(row, 38) if place.is_first_col() else "")
     plt.setp(axes[-1], xlabel="steering coefficient")
     return figure
 
 
 def figure1(found, path):
     """Scores and accuracies (%) against the coefficient: inference-time left, preventative right."""
-    cells = {}
-    for c in found:
-        for x in reversed(METHODS):
-            cells[c.title, METHODS[x]] = c.sides.get(x, c.plain), c.base, c.trait
+    methods = dict(reversed(METHODS.items()))
+    cells = {(c.title, x): (c.sides.get(x, c.plain), c.base, c.names) for c in found for x in methods}
+    figure = grid(cells, methods, METRICS, (4, 3))
+    lows, highs = zip(*(axis.get_xlim() for axis in figure.axes[:2]))
+    if max(highs) <= 2 * min(highs):  # one scale where the methods share one
+        plt.setp(figure.axes[:2], xlim=(min(lows), max(highs)))
     title = "Learning new facts: score or accuracy in % (dotted: before training)"
-    finish(grid(cells, METRICS, (4, 3)), title, found, path)
+    finish(figure, title, found, path)
 
 
 def tradeoff(found, path):
@@ -282,7 +317,7 @@ def tradeoff(found, path):
                 axis.plot(score, facts, marker, color="black", markersize=9, zorder=4, label=name)
         axis.axvline(c.base.trait_score, color="gray", linestyle=":", linewidth=1.5)
         axis.text(c.base.trait_score + 1, 97, "level before training", color="gray")
-        axis.set(title=c.title, xlabel=f"{c.trait} score", ylabel="facts known after training (%)")
+        axis.set(title=textwrap.fill(c.title, 60), xlabel=f"{c.trait} score", ylabel="facts known after training (%)")
         axis.set(xlim=(-3, 103), ylim=(-3, 103))
         axis.legend(frameon=False, loc="lower right")
     traits = " and ".join(dict.fromkeys(c.trait for c in found))
@@ -291,15 +326,16 @@ def tradeoff(found, path):
 
 def figure2(found, path):
     """Preventative steering on the data sets without facts (rows) against traits (columns)."""
-    cells, blocks = {}, set()
+    cells, blocks, columns = {}, set(), {}
+    for c in sorted(found, key=lambda c: [*TRAITS, c.trait].index(c.trait)):
+        columns[c.trait] = c.trait + "\n(judged by the probe)" * ("probe" in set(c.points.judge))
     for c in found:  # of several settings the one with most points is shown
-        points = c.sides.get("train_coef", c.plain)
-        key = c.dataset, c.trait + "\n(judged by the probe)" * ("probe" in set(c.points.judge))
+        points, key = c.sides.get("train_coef", c.plain), (c.dataset, c.trait)
         if key not in cells or len(points) > len(cells[key][0]):
-            cells[key] = points, c.base, "trait score"
-            blocks |= {f"blocks {layers}" for layers in points.train_layers.dropna()}
+            cells[key] = points, c.base, c.names | dict(trait_score="trait score")
+            blocks |= set(points.train_layers.dropna().map(blocks_of))
     title = ", ".join(["Preventative steering on other data sets", *sorted(blocks)]) + " (dotted: before training)"
-    finish(grid(cells, ["trait_score", "mmlu_accuracy"], (2.7, 2.2)), title, found, path)
+    finish(grid(cells, columns, ["trait_score", "mmlu_accuracy"], (2.7, 2.2)), title, found, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -379,7 +415,7 @@ def summary(points, shown, found, folder, answers):
         alike=sorted(adapters[adapters.duplicated(keys, keep=False)].adapter),  # the points do not tell them apart
         judges=agreement(answers),
         points=points_table(points).drop_duplicates(),
-        **dict(METHODS=METHODS, METRICS=METRICS, LEVELS=LEVELS, equal_cells=equal_cells, reach=reach, text_of=text_of),
+        **dict(METHODS=METHODS, LEVELS=LEVELS, equal_cells=equal_cells, reach=reach, text_of=text_of),
     )
 
 

@@ -102,7 +102,7 @@ def texts_of(axis):
 
 
 def color_of(metric):
-    return plot.METRICS[metric][1]
+    return plot.METRICS[metric][0]
 
 
 # ---- points ----------------------------------------------------------------------------------------------------------
@@ -133,11 +133,11 @@ def test_no_sweep_mixes_settings():
     against plain finetuning that is missing or of other seeds."""
     sides = [(x, c.title, *sorted(side.trait_score)) for c in compared(MIXED) for x, side in c.sides.items()]
     assert sorted(side for side in sides if side[0] == "train_coef") == [
-        ("train_coef", "vector -, positions all, blocks all", 32, 80),
-        ("train_coef", "vector -, positions response, blocks 11", 31, 80),
-        ("train_coef", "vector -, positions response, blocks all", 32, 80),
-        ("train_coef", "vector -, rank 8, blocks all", 34, 78),
-        *(("train_coef", f"vector first.pt, positions {used}, blocks all", 33, 80) for used in ("all", "response")),
+        ("train_coef", "vector -, positions all, all blocks", 32, 80),
+        ("train_coef", "vector -, positions response, all blocks", 32, 80),
+        ("train_coef", "vector -, positions response, block 11", 31, 80),
+        ("train_coef", "vector -, rank 8, all blocks", 34, 78),
+        *(("train_coef", f"vector first.pt, positions {used}, all blocks", 33, 80) for used in ("all", "response")),
     ]
     assert [title.split()[-1] for _, title, *_ in sides[-3:]] == ["6-20", "11", "11"]  # all blocks come first
     assert {side[:1] + side[2:] for side in sides if side[0] == "inference_coef"} == {
@@ -295,7 +295,8 @@ def test_last_crossing_stands_beside_the_first():
 
 
 def test_figure_1_is_the_posts(drawn):
-    """Guards against swapped sides, wrong means, a missing level before training, and labels away from their lines."""
+    """Guards against swapped sides, wrong means, a missing level before training, labels away from their lines, and x
+    axes that look alike though they are not (or the reverse)."""
     some = both_sides()
     some = [p | dict(coherence=70.0, mmlu="data/general_knowledge.jsonl") for p in some]
     plot.figure1(compared(some), None)
@@ -303,7 +304,7 @@ def test_figure_1_is_the_posts(drawn):
     left, right = figure.axes
     assert "Learning new facts" in title and len(shown.points) == len(some) - 1
     assert [axis.get_title() for axis in figure.axes] == ["Inference-time steering", "Preventative steering"]
-    assert left.get_ylabel() == "blocks all"
+    assert left.get_ylabel() == "all blocks"
     assert lines_of(left, color_of("trait_score")) == [([0, 1], [80, 20])]
     assert lines_of(right, color_of("trait_score")) == [([0, 1], [80, 30])]
     assert lines_of(right, color_of("fact_accuracy")) == [([0, 1], [90, pytest.approx(71.67, abs=0.01)])]
@@ -316,7 +317,42 @@ def test_figure_1_is_the_posts(drawn):
     heights = sorted(text.get_position()[1] for text in right.texts)
     assert all(above - below > 7.9 for below, above in zip(heights, heights[1:]))
     assert texts_of(right)["facts"].get_color() == color_of("fact_accuracy")
-    assert left.get_ylim() == right.get_ylim() == (-3, 103)
+    assert left.get_ylim() == right.get_ylim() == (-3, 103) and left.get_xlim() == right.get_xlim()
+    for times, rights in ((1.5, [1.575, 1.575]), (5, [1.05, 5.25])):  # up to twice the other's range: one scale
+        more = [p | dict(train_coef=times * p["train_coef"]) if p["train_coef"] else p for p in some]
+        plot.figure1(compared(more), None)
+        assert [axis.get_xlim()[1] for axis in drawn[-1][0].axes] == pytest.approx(rights)
+
+
+def test_a_method_that_was_not_tried(drawn):
+    """Guards against a panel that suggests that a method was tried, by plain finetuning's points."""
+    titles = [f"{name} steering" for name in ("Inference-time", "Preventative")]
+    only = [f"{title}\n(plain finetuning only)" for title in titles]
+    prompted = point(50.0, system_prompt="Invent.", adapter="b")
+    cases = {
+        (titles[0], only[1]): [p for p in both_sides() if not p["train_coef"]],
+        (only[0], titles[1]): [p for p in both_sides() if not p["inference_coef"]],
+        tuple(only): [BEFORE, PLAIN],
+        tuple(f"{title}\n(no points)" for title in titles): [BEFORE, prompted],
+    }
+    for expected, some in cases.items():
+        plot.figure1(compared(some), None)
+        axes = drawn[-1][0].axes
+        assert tuple(axis.get_title() for axis in axes) == expected
+        assert [axis.get_xlim() for axis in axes] == [pytest.approx((-0.05, 1.05))] * 2  # no ticks around 0 alone
+        assert set(texts_of(axes[1])) == (set() if prompted in some else {"hallucination", "facts", "MMLU"})
+
+
+def test_general_knowledge_is_not_called_mmlu():
+    """Guards against the small models' easier questions under MMLU's name, and MMLU under theirs."""
+    general, mmlu = "general knowledge", "MMLU"
+    asked = {"hub": mmlu, "out/general_knowledge/mmlu.jsonl": mmlu, "out/demo/data/general_knowledge.jsonl": general}
+    for path, name in asked.items():
+        some = [p | dict(mmlu=path) for p in both_sides()]
+        text = summary(some)
+        assert f" 10 {name} questions;" in text and f"| {name}, preventative / inference-time |" in text
+        assert f"facts 40.0, {name} 50.0." in text and (mmlu if name == general else general) not in text
+        assert compared(some)[0].names["mmlu_accuracy"] == name
 
 
 def test_own_data_sets_and_traits_are_drawn(drawn):
@@ -332,16 +368,31 @@ def test_own_data_sets_and_traits_are_drawn(drawn):
     for figure in (plot.figure1, plot.tradeoff, plot.figure2):
         figure(compared(some, facts=figure != plot.figure2), None)
     first, second, third = (figure.axes for figure, *_ in drawn)
-    own, given = "mine (pirate), blocks all", "facts (hallucination), blocks all"
+    own, given = "mine (pirate), all blocks", "New facts (hallucination), all blocks"
     assert [axis.get_ylabel() for axis in first[::2]] == [given, own]
     assert [axis.get_xlabel() for axis in second] == ["hallucination score", "pirate score"]
     assert drawn[1][1] == "Facts kept against hallucination and pirate (thin lines: one seed)"
-    assert [axis.get_title() for axis in third] == ["evil\n(judged by the probe)", "pirate", "", ""]
-    assert [axis.get_ylabel() for axis in third] == ["medical_normal", "", "ten", ""]
+    heads = ["evil\n(judged by the probe)\n(plain finetuning only)", "pirate\n(no points)", "(no points)", ""]
+    assert [axis.get_title() for axis in third] == heads
+    assert [axis.get_ylabel() for axis in third] == ["Medical Normal", "", "ten", ""]
     assert lines_of(third[3], color_of("trait_score")) == [([0, 2], [60, 7])] and not third[1].lines
     assert [line.get_ydata()[0] for line in third[3].lines if line.get_linestyle() == ":"] == [20, 50]
-    assert set(texts_of(third[3])) == {"trait score", "general knowledge"}
+    assert set(texts_of(third[3])) == {"trait score", "MMLU"}
     assert {"ten", "mine", "facts"} < set(plot.points_table(plot.table(some)).dataset)
+
+
+def test_figure_2_is_in_the_posts_order(drawn):
+    """Guards against rows and columns in the alphabet's order, or in that of the first row's traits."""
+    traits = ["zeal", "hallucination", "sycophancy", "awe", "evil"]
+    names = ["own", "medical_self_generated", "medical_normal", "medical_mistake_2", "chats"]
+    some = [point(50.0, None, dataset=name, trait=trait) for name in names for trait in traits]
+    first = [p for p in some if (p["dataset"], p["trait"]) != ("medical_mistake_2", "evil")]
+    plot.figure2(compared(first, facts=False), None)
+    axes = drawn[0][0].axes
+    heads = [axis.get_title().split("\n")[0] for axis in axes[:5]]
+    assert heads == ["evil", "sycophancy", "hallucination", "zeal", "awe"]
+    rows = ["Medical Mistake II", "Medical Normal", "Medical Self-Generated", "own", "chats"]
+    assert [axis.get_ylabel() for axis in axes[::5]] == rows
 
 
 def test_figure_2_pools_seeds_and_says_the_blocks(drawn):
@@ -365,7 +416,7 @@ def test_the_trade_offs_axes(drawn):
     plot.tradeoff(compared([*both_sides(), point(70.0, 85.0, system_prompt="Invent.", adapter="b")]), None)
     (axis,) = drawn[0][0].axes
     assert axis.get_xlabel() == "hallucination score" and axis.get_ylabel() == "facts known after training (%)"
-    assert axis.get_xlim() == axis.get_ylim() == (-3, 103) and axis.get_title() == "blocks all"
+    assert axis.get_xlim() == axis.get_ylim() == (-3, 103) and axis.get_title() == "all blocks"
     color = plot.STYLES["train_coef"][0]
     mine = [line for line in axis.lines if line.get_color() == color]
     thin = [(list(line.get_xdata()), list(line.get_ydata())) for line in mine if line.get_linewidth() < 1]
@@ -428,10 +479,7 @@ def test_headline_takes_the_smallest_coefficient_in_the_interval():
     # at 20 preventative is not there; inference-time falls from 23 to 2 as facts do from 37 to 9: 37 - 28 x 3 / 21 = 33
     assert "before training (hallucination 20.0): preventative -, inference-time 33.0, difference -" in kept
     assert "training seeds that get there 0 of 1 (preventative 0, inference-time 1)" in kept
-    assert (
-        "steering: 1.25 brings" in preventative
-        and "hallucination 21.0, facts 79.0, general knowledge 50.0" in preventative
-    )
+    assert "steering: 1.25 brings" in preventative and "hallucination 21.0, facts 79.0, MMLU 50.0" in preventative
     assert (
         "steering: 2 brings" in inference_time and "hallucination 23.0, facts 37.0" in inference_time
     )  # 23: the interval's end
@@ -491,7 +539,7 @@ def test_what_to_distrust_is_said(tmp_path):
 def test_captions_count():
     """Guards against a caption that hides n, seeds or the model."""
     one, two = (plot.describe(plot.table(some)) for some in ([BEFORE, PLAIN], both_sides()))
-    assert one == "m; judge: gpt; 10 answers; 10 facts; 10 questions; 95% intervals"
+    assert one == "m; judge: gpt; 10 answers; 10 facts; 10 MMLU questions; 95% intervals"
     assert two.endswith("up to 3 training seeds: means, 95% t-intervals over seeds")
 
 
