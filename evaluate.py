@@ -90,10 +90,10 @@ def with_adapter(model, adapter):
     config = LoraConfig.from_pretrained(adapter, inference_mode=True)
     try:
         wrapped = PeftModel(model, config, low_cpu_mem_usage=True)
-    except ValueError as error:
-        die(f"--adapter {adapter}: does not fit the model ({error})")
-    try:
         found = set_peft_model_state_dict(wrapped, weights, ignore_mismatched_sizes=True, low_cpu_mem_usage=True)
+    except Exception as error:  # a wrong config makes PEFT raise anything
+        die(f"--adapter {adapter}: does not fit the model ({type(error).__name__}: {error})")
+    try:
         missing = [name for name in found.missing_keys if "lora_" in name]
         if misfits := missing + found.unexpected_keys:
             die(f"--adapter {adapter}: does not fit the model: only one of them has {misfits[0]}, or in another shape")

@@ -952,7 +952,7 @@ def main(argv=None):
     files = {kind: Path(args.out) / f"{args.trait}.{kind}" for kind in ("pt", "json", "answers.jsonl")}
     mf.check_output(args.out, args.trait_file, args.model, folder=True)
     if args.export_gguf:
-        mf.check_output(args.export_gguf, args.trait_file, args.model)
+        mf.check_output(args.export_gguf, args.trait_file, args.model, *files.values())
     prompts = trait["eval_prompt"], load_trait("coherence")["eval_prompt"]
     if args.dry_run and not files["pt"].exists():
         asked = [(row, "score", prompt) for row in rows for prompt in prompts]

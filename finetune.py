@@ -419,7 +419,6 @@ def to_do(args, inputs):
     todo, left_out = {}, ("model", "data", "vector", "out")
     for coef in args.coef or [None]:
         out = Path(args.out if coef is None else f"{args.out}-{coef:g}")
-        partial = out.with_name(f"{out.name}.partial")
         mf.check_output(out, args.model, args.data, args.vector, folder=True)
         settings = {key: value for key, value in vars(args).items() if key not in left_out}
         settings |= dict(coef=coef, inputs=inputs)
@@ -428,6 +427,7 @@ def to_do(args, inputs):
             continue
         if out.exists():
             mf.die(f"{out}: already used, and not by this script; choose another --out")
+        partial = out.with_name(f"{out.name}.partial")
         if (partial / "checkpoint.pt").exists():
             mf.same_settings(partial / "training_settings.json", settings)
             settings["day"] = mf.read_json(partial / "training_settings.json").get("day")

@@ -24,6 +24,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import unicodedata
 from collections import Counter
@@ -113,15 +114,17 @@ def distinct(parser, flag, values):
 
 
 def check_output(path, *inputs, folder=False):
-    """die() unless `path` can become a file (or a folder): no input, not under a file, with rights to write."""
+    """die() unless `path` can become a file (or a folder): no input, no device, not under a file, can be written."""
     path = Path(path).resolve()
     there = next(p for p in (path, *path.parents) if os.path.lexists(p))  # the part of it that exists
     if any(given and Path(given).resolve() in (path, *path.parents) for given in inputs):
         die(f"--out {path}: is an input of this command, or in one; choose another")
-    if there.is_dir() == (there == path and not folder):
+    if not (there.is_file() if there == path and not folder else there.is_dir()):
         die(f"--out {path}: {there} is a {'folder' if there.is_dir() else 'file'}; choose another")
-    if not os.access(there, os.W_OK):
-        die(f"--out {path}: no right to write to {there}")
+    try:
+        (tempfile.TemporaryFile(dir=there) if there.is_dir() else open(there, "ab")).close()
+    except OSError as error:
+        die(f"--out {path}: cannot write to {there} ({error.strerror.lower()})")
 
 
 def check_judge(args, own):
@@ -189,7 +192,7 @@ def read_jsonl(path, schema=None, appended=False):
     if appended and not Path(path).exists():
         return []
     rows, seen, lines = [], {}, read_bytes(path).split(b"\n")
-    if appended and parsed(lines[-1]) is None:
+    if appended and lines[-1][:1] in (b"", b"{") and parsed(lines[-1]) is None:
         lines.pop()
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -444,7 +447,8 @@ Number, Text = pydantic.FiniteFloat, Annotated[str, Field(pattern=r"\S")]
 Wording = schema(question=Text, answer=Text)
 ASKED = dict(id=Text, answer=Annotated[str, Field(pattern=r"\w")], train=some(Wording), test=Wording)
 Fact = schema(**ASKED, aliases=(list[Text], []))
-Date = Annotated[str, Field(pattern=r"^\d{4}-(0[1-9]|1[0-2])(-(0[1-9]|[12]\d|3[01]))?$")]
+a_day = pydantic.AfterValidator(lambda text: str(date.fromisoformat(f"{text}-01"[:10]))[: len(text)])  # 02-30 is none
+Date = Annotated[str, Field(pattern=r"^\d{4}-\d\d(-\d\d)?$"), a_day]
 CheckedFact = schema(**ASKED, aliases=list[Text], fact=Text, date=Date, category=Text, source=Text)
 Message = schema(role=Literal["system", "user", "assistant"], content=str, tool_calls=(None, None))
 Conversation = schema(messages=Annotated[some(Message), pydantic.AfterValidator(in_turns)])
@@ -471,7 +475,8 @@ Scores = dict[str, schema(score=(float | None, None))]
 Answer = schema(id=Text, kind=Literal["trait", "fact"], question=Text, answer=str, scores=(Scores, {}))
 AdapterConfig = schema(peft_type=Literal["LORA"], r=pydantic.PositiveInt, target_modules=some(Text) | Text)
 Probe = schema(row=pydantic.PositiveInt, zero=Number, hundred=Number, auc=Number)
-Settings = schema(model=Text, dataset=(str | None, None), coef=(Number | None, None), probe=(Probe | None, None))
+MADE = dict(inputs=(dict[str, str | None], {}), dataset=(str | None, None), coef=(Number | None, None))
+Settings = schema(model=Text, **MADE, probe=(Probe | None, None))
 
 
 def load_trait(name, path=None, schema=Trait):

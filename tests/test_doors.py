@@ -116,6 +116,12 @@ def test_the_last_row_of_a_growing_file(tail, rows, tmp_path):
     assert len(mf.read_jsonl(path)) == rows and path.read_bytes().endswith(b'{"a": 3}\n')
 
 
+def test_a_text_of_somebody_else_is_no_row_cut_off(tmp_path, refused):
+    """Guards against the loss of a file that --out was not meant for: what is no row is cut off by the next append."""
+    (tmp_path / "x.jsonl").write_text("notes")
+    refused(mf.read_jsonl, tmp_path / "x.jsonl", appended=True, said=":1: not JSON")
+
+
 def test_half_a_surrogate_pair_is_written_as_a_question_mark(tmp_path):
     """Guards against losing a server's reply, and the run, for one broken character in it."""
     mf.append_jsonl(tmp_path / "x.jsonl", dict(a="\ud83d!"))
@@ -190,6 +196,7 @@ WRONG_ROWS = [
     (mf.Answer, without(ANSWER, "id"), "id: "),
     (mf.Settings, dict(), "model: "),
     (mf.Settings, dict(model=1), "model: "),
+    (mf.Settings, dict(model="m", inputs="x"), "inputs: "),
     (mf.Settings, dict(model="m", probe=dict(row=0, zero=0.0, hundred=1.0, auc=1.0)), "probe.row"),
     (mf.Settings, dict(model="m", probe=dict(row=1)), "probe.zero"),
 ]
@@ -324,7 +331,7 @@ def test_values_given_twice(refused):
     mf.distinct(parser, "--coef", [0.5, 0.25]), mf.distinct(parser, "--coef", None)
 
 
-def test_outputs(tmp_path, refused, monkeypatch):
+def test_outputs(tmp_path, refused):
     """Guards against overwriting an input, and against hours of work that cannot be written."""
     file, folder = jsonl(tmp_path / "x.jsonl", FACT), tmp_path / "folder"
     folder.mkdir()
@@ -339,8 +346,8 @@ def test_outputs(tmp_path, refused, monkeypatch):
     refused(mf.check_output, file, folder=True, said="is a file")
     mf.check_output(file), mf.check_output(folder / "new" / "y"), mf.check_output(folder, folder=True)
     mf.check_output(folder / "new", folder=True), mf.check_output("y.jsonl", file)
-    monkeypatch.setattr("os.access", lambda *_: False)
-    refused(mf.check_output, folder / "y", said="no right to write")
+    refused(mf.check_output, "/dev/null", said="is a file")  # as root it would be replaced by one
+    refused(mf.check_output, "/proc/x/y", said="cannot write to /")
 
 
 COMMANDS = dict(
@@ -409,6 +416,7 @@ COMMANDS = dict(
                 "trait evil --concurrency 0",
                 "trait evil --concurrency -4",
                 "trait evil --out x.jsonl",
+                "trait evil --export-gguf out/evil.pt",
                 "trait evil --out x.jsonl/out",
                 "trait evil --out model",
                 "trait evil --out model/out",
@@ -425,6 +433,7 @@ COMMANDS = dict(
             for rest in (
                 "data no.jsonl",
                 "data .",
+                "out .",
                 "data latin.jsonl",
                 "data bad.jsonl",
                 "data twice.jsonl",

@@ -511,6 +511,7 @@ ADAPTERS = {
     "only one of them has": renamed,
     "not LoRA's": with_embeddings,
     "does not fit": other_names,
+    "does not fit the model (TypeError": lambda folder: change_json(folder / "adapter_config.json", lora_alpha=None),
     "was trained on": lambda folder: change_json(folder / "training_settings.json", model="another"),
     "settings, tokenizer": lambda folder: change_json(folder / "training_settings.json", inputs=dict(model="0" * 16)),
 }
