@@ -483,7 +483,7 @@ def test_headline_takes_the_smallest_coefficient_in_the_interval():
     assert (
         "steering: 2 brings" in inference_time and "hallucination 23.0, facts 37.0" in inference_time
     )  # 23: the interval's end
-    assert "no coefficient" in headline([BEFORE, PLAIN, inference[0]])[1]
+    assert ["no coefficient" in line for line in headline([BEFORE, PLAIN, inference[0]])] == [True]  # nothing of none
     assert headline([PLAIN, *train]) == ["No rise to prevent was measured: plain finetuning 80.0, before training -."]
     assert "No rise to prevent was measured: plain finetuning 22.0" in headline([BEFORE, point(22.0), *train])[0]
     assert "difference +25.0 [-165.6, 215.6]" in headline(both_sides())[0]
