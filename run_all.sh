@@ -81,8 +81,8 @@ def coefs(name):  # 0.50 -> 0.5, as finetune.py names adapters; 0 is plain finet
     return list(dict.fromkeys(f"{float(word):g}" for word in found if float(word)))
 def data(name):  # a data set's file: made here, or your own
     return name if name.endswith(".jsonl") else f"{OUT}/data/{name}.jsonl"
-for name in ("FACTS", "WORDINGS", "ROWS", "JOBS", "FIRST"):
-    words(name, r"\d{1,9}" if name == "FIRST" else r"[1-9]\d{0,8}", 1, 1)
+for name in ("FACTS", "WORDINGS", "ROWS", "JOBS", "FIRST", "SCORING"):
+    words(name, dict(FIRST=r"\d{1,9}", SCORING="letter|cloze").get(name, r"[1-9]\d{0,8}"), 1, 1)
 SEEDS, TRAITS, READY = words("SEEDS", r"0|[1-9]\d{0,8}", 1), words("TRAITS", least=1), words("ADAPTERS")
 LAYERS = words("LAYERS", r"all|[1-9]\d*(-[1-9]\d*)?", 1)
 if any(int(first) > int(last) for first, last in (word.split("-") for word in LAYERS if "-" in word)):
@@ -90,8 +90,9 @@ if any(int(first) > int(last) for first, last in (word.split("-") for word in LA
 SETS = {os.path.basename(data(word))[:-6]: data(word) for word in words("SETS")}
 "facts" not in SETS and len(SETS) == len(words("SETS")) or die(f"SETS={E['SETS']}: names are taken twice, or facts")
 OWN = [E["FACTS_FILE"], *(path for path in SETS.values() if path not in map(data, MADE))]
-for path in [*OWN, *(f"data/traits/{name}.json" for name in TRAITS), *(f"{name}/loss.jsonl" for name in READY)]:
-    os.path.isfile(path) or die(f"there is no {path}")
+READ = [*OWN, *(f"data/traits/{name}.json" for name in TRAITS), *(f"{name}/loss.jsonl" for name in READY), E["MMLU"]]
+for path in READ:
+    path in ("hub", data("general_knowledge")) or os.path.isfile(path) or die(f"there is no {path}")
 # 1. The plan: stages of commands that do not depend on each other; each makes a file, a folder or points
 STAGES = PREPARE, EXTRACT, TRAIN, EVALUATE, FIGURES = [], [], [], [], []
 def plan(stage, makes, *words, rows=None):

@@ -357,6 +357,8 @@ def test_what_was_deleted_is_made_again(project):
         (["demo"], dict(OUT="requirements.txt"), "is a file"),
         (["demo"], dict(FACTS_FILE="no.jsonl"), "no.jsonl"),
         (["demo"], dict(ADAPTERS="no/adapter"), "no/adapter"),
+        (["demo"], dict(MMLU="no.jsonl"), "no.jsonl"),
+        (["demo"], dict(SCORING="word"), "SCORING=word"),
         (["paper"], dict(OPENAI_API_KEY="sk-x"), "--yes"),
         (["demo"], dict(JUDGE="some-model"), "--yes"),
     ],
