@@ -625,8 +625,8 @@ def read_chats(path):
 PRICES_OF = "2025-04"  # of PRICES: dollars a million tokens in and out
 PRICES = {"gpt-4.1-mini": (0.4, 1.6), "gpt-4.1": (2, 8), "gpt-4o-mini": (0.15, 0.6), "gpt-4o": (2.5, 10)}
 CACHE = Path(os.environ.get("JUDGE_CACHE", "out/judge_cache.jsonl"))
-RETRIES, TIMEOUT = 6, 300.0  # of the client: what may pass is tried 6 times more; seconds for one reply
-BACKOFF = 1.0  # seconds that all requests pause after a first 429; doubled each time that one is repeated in vain
+RETRIES, TIMEOUT = 8, 300.0  # of the client: what may pass is tried 8 times more; seconds for one reply
+BACKOFF = 1.0  # seconds that all requests pause after a first 429; doubled, to 32, each time it is repeated in vain
 REPLY_TOKENS, FACTS_TOKENS, THINKING_TOKENS = 16, 6000, 4000  # room for a score, for new facts, for thinking before
 OVERLOADED = 429, 503, 529  # after which all requests wait and slow down
 UNUSABLE = 20  # refused or unreadable replies at the beginning, after which the run stops
@@ -682,13 +682,16 @@ def consent(args):
         die("nothing was sent; say --yes to send without being asked")
 
 
+Address = schema(url=pydantic.HttpUrl)
+
+
 def api_address():
     """-> (base URL, the same as it may be shown, key) from the environment; die() on what can be none."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     base = os.environ.get("OPENAI_BASE_URL", "").strip().rstrip("/") or "https://api.openai.com/v1"
     if not re.fullmatch(r"[!-~]*", key):
         die("OPENAI_API_KEY: holds a space, a line end or a letter that no key holds")
-    if not re.fullmatch(r"https?://([^\s/]*@)?(\[[\da-f:.]+\]|[^\s/:@?#]+)(:\d{1,5})?([/?]\S*)?", base, re.I):
+    if faults(dict(url=base), Address):
         die("OPENAI_BASE_URL: not an address such as http://localhost:8000/v1")
     if not key and not os.environ.get("OPENAI_BASE_URL"):
         die("set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own; --judge lexical needs neither")
@@ -721,8 +724,8 @@ def normalised(body):
         parts = message.get("content") or ""
         parts = [parts] if isinstance(parts, str) else parts
         parts = [dict(text=part) if isinstance(part, str) else part for part in parts]
-        thoughts = [part for part in parts if re.search("think|reason", part.get("type", ""))]
-        said = "".join(part.get("text", "") for part in parts if part not in thoughts)
+        thoughts = [part for part in parts if re.search("think|reason", part.get("type") or "")]
+        said = "".join(part.get("text") or "" for part in parts if part not in thoughts)
         thoughts += [name for name, value in message.items() if value and re.search("think|reason", name)]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
@@ -730,10 +733,10 @@ def normalised(body):
     with contextlib.suppress(LookupError, TypeError, OverflowError):
         first = choice["logprobs"]["content"][0]["top_logprobs"]
         top = [(str(token["token"]), math.exp(token["logprob"])) for token in first]
-    if thoughts or not all(math.isfinite(p) for _, p in top or []):
-        top = None
     cut, full = not re.search("stop|eos|end", end, re.I), re.search("len|max", end, re.I)
-    thinks = bool(thoughts or re.search(OPENED, said, re.I) or full and not said.strip())
+    thinks = bool(thoughts or re.search(f"{OPENED}|{CLOSED}", said, re.I) or full and not said.strip())
+    if thinks or not all(math.isfinite(p) for _, p in top or []):
+        top = None
     reply = dict(text=said, top=top, cut=cut, thinks=thinks)
     filtered = cut and not full and not said
     if message.get("refusal") or filtered:
@@ -741,7 +744,8 @@ def normalised(body):
     return json.loads(clean(json.dumps(reply, ensure_ascii=False)))
 
 
-Kept = schema(key=str, reply=schema(text=str, top=list | None, cut=bool, thinks=bool, form=str))
+Top = list[Annotated[tuple[str, Number], Field(strict=False)]]  # a tuple is a list in JSON
+Kept = schema(key=str, reply=schema(text=str, top=Top | None, cut=bool, thinks=bool, form=str))
 
 
 def cached_replies(keys):
@@ -830,6 +834,8 @@ class Chat:
                 again = await self.answer(*self.good)
                 if "refused" in again:
                     raise self.unusable(again)
+                if reply.get("failed"):  # the server may be up again by now
+                    reply = replies[key] = await self.answer(messages, read)
             if self.good or reply["text"].strip():
                 append_jsonl(CACHE, dict(key=key, reply=reply))
             else:
@@ -883,8 +889,9 @@ class Chat:
             text = (await create(model=self.model, messages=messages, **body)).text
         except self.api.APIError as error:
             status = getattr(error, "status_code", 599)  # 599: no reply at all
-            if status in (400, 403, 413, 422) or status >= 500 and self.good:
-                return dict(text="", top=None, cut=False, thinks=False, form="", refused=words(error))
+            failed = status >= 500 or status in (408, 409)
+            if status in (400, 403, 413, 422) or failed and self.good:
+                return dict(text="", top=None, cut=False, thinks=False, form="", refused=words(error), failed=failed)
             raise
         usage = dict(re.findall(r'"(prompt|completion)_tokens"\s*:\s*(\d+)', text))
         self.spent += dollars(self.model, int(usage.get("prompt", 0)), int(usage.get("completion", 0))) or 0
@@ -898,16 +905,16 @@ class Chat:
         self.free = time.monotonic() + self.gap
 
     async def heard(self, response):
-        """After a request, before the client looks at the status. What is sent as a completion, and is none, gets the
-        status that it means: the number in it, 500 for a completion that is broken, 400 for anything else."""
+        """After a request, before the client looks at the status. What is sent with success, and is no completion, gets
+        the status that it means: the number in it, 500 for a completion that is broken, 400 for anything else."""
         await response.aread()
-        if response.status_code == 200 and not normalised(response.text):
+        if response.is_success and not normalised(response.text):
             code = re.search(r'"code"\s*:\s*"?([45]\d\d)\b', response.text)
             meant = 500 if '"choices"' in response.text else 400
             response.status_code = int(code[1]) if code else meant
         self.gap *= 0.9
         if response.status_code in OVERLOADED:
-            pause = BACKOFF * 2 ** int(response.request.headers["x-stainless-retry-count"])
+            pause = BACKOFF * 2 ** min(5, int(response.request.headers["x-stainless-retry-count"]))
             self.free = max(self.free, time.monotonic() + pause)
             self.gap = min(max(2 * self.gap, BACKOFF / 20), 2 * BACKOFF)
             self.bar.set_postfix_str(f"rate limit, going on in {pause:.0f} s")
@@ -934,7 +941,7 @@ ABSTAINS = re.compile(
 LABEL = r"(?:(?:the|my|final|overall) )*(?:score|rating|answer|verdict|judge?ment|result)\s*(?:is)?\s*[:=]?\s*"
 WORD = r"(?:(yes|no)|(\d{1,3}(?:\.\d+)?)\s*(?:%|/\s*100|(?:out )?of 100)?)"
 # what makes a first token a part of something: 8 of 87, 8/10 or 0.85, 70 of 70-80, YES of YES/NO; but not 85 of 85/100
-GOES_ON = r"\w|\s*(?:[-–—.,]|to|or|and|(?:/|(?:out )?of)(?!\s*100\b))\s*(?:\d|yes\b|no\b)"
+GOES_ON = r"\w|\s*(?:[-‐-―−~～.,…]+|to|or|and|(?:/|(?:out )?of)(?!\s*100\b))\s*(?:\d|yes\b|no\b)"
 
 
 def lexical_score(answer):
@@ -998,16 +1005,17 @@ def score_of(reply, verdict=False):
     tops = [(value_of(token, verdict), p) for token, p in first_tokens(reply, verdict).items()]
     wanted = [(value, p) for value, p in tops if value is not None]
     mass = sum(p for _, p in wanted)
-    if mass >= 0.25 - 1e-9:
+    likeliest = mass > 0 and max(p for _, p in wanted) == max(p for _, p in tops)  # it is one of the wanted
+    score = value_of(whole_reply(reply), verdict)
+    if mass >= 0.25 - 1e-9 and (likeliest or score is None and not verdict):
         mean = sum(value * p for value, p in wanted) / mass
         return (100.0 * (mean > 50) if verdict else mean), None, "logprobs"
-    if wanted and max(p for _, p in wanted) == max(p for _, p in tops):
+    if likeliest:
         return None, f"the wanted tokens hold {mass:.2f} of the mass; said {reply['text'][:40]!r}", "logprobs"
-    score = value_of(whole_reply(reply), verdict)
     half = reply["top"] and "logprobs" in reply["form"] and re.fullmatch(r"\s*\d\s*", reply["text"])
     if score is not None and not half:
         return score, None, "text"
-    if "REFUSAL" in reply["text"].upper():
+    if "REFUSAL" in (after_thinking(reply["text"]) or "").upper():
         return None, "REFUSAL", "text"
     return None
 
@@ -1086,11 +1094,11 @@ def ask_json(chat, title, prompts, accept):
     return failed
 
 
-def new_facts(chat, rows, args):
-    """A round of facts for the categories with the fewest -> (facts without wordings, rejects with their reasons)."""
+def new_facts(chat, rows, args, everywhere):
+    """A round of facts for the categories with the fewest, or for all -> (facts without wordings, rejects)."""
     new, lost, prompts = [], [], []
     counts, wanted = Counter(row["category"] for row in rows), math.ceil(2 * (args.n - len(rows)) / FACTS_A_REQUEST)
-    for category in sorted(CATEGORIES, key=lambda category: counts[category])[:wanted]:
+    for category in sorted(CATEGORIES, key=lambda category: counts[category])[: None if everywhere else wanted]:
         known = "\n".join(row["fact"] for row in rows if row["category"] == category) or "(none)"
         text = FACTS_PROMPT.format(n=FACTS_A_REQUEST, after=args.after, category=category, known=known)
         prompts.append((dict(category=category, source=args.model), text))
@@ -1152,14 +1160,16 @@ def generate(args):
     requests = missing + 2 * missing // FACTS_A_REQUEST
     estimate(f"generate {missing:,} facts", args.model, requests, missing * 300, missing * (50 * wordings + 100))
     consent(args)
-    chat = Chat(args.model, args, FACTS_TOKENS)
+    chat, everywhere = Chat(args.model, args, FACTS_TOKENS), False
     while missing := args.n - len(rows):
-        facts, lost = new_facts(chat, rows, args)
+        facts, lost = new_facts(chat, rows, args, everywhere)
         lost += with_wordings(chat, facts[:missing], rows, args)
         append_jsonl(rejects, *lost)
         print(f"{len(rows)} of {args.n} facts; {len(lost)} rejected this round ({rejects})", flush=True)
-        if missing == args.n - len(rows):
+        barren = missing == args.n - len(rows)
+        if barren and everywhere:
             die(f"{args.model} gave no new valid fact in a whole round; the reasons are in {rejects}")
+        everywhere = barren  # the categories asked may be used up, others not
 
 
 def flags():

@@ -303,6 +303,8 @@ BEGINNINGS = {
     "YES/NO": ("YES", None),
     "Yes and no": ("Yes", None),
     "Yes.": ("Yes", 100),
+    "70...80": ("70", None),
+    "70\u221280": ("70", None),
 }
 
 
@@ -317,8 +319,18 @@ def test_a_first_token_that_is_not_the_whole(server):
 
     server.reply = reply
     names = [f"n{i}" for i in range(len(texts))]
-    got = [row["score"] for row in judge(names[:9]) + verdicts(names[9:])]
-    assert got == [None if score is None else pytest.approx(score, abs=1e-3) for _, score in BEGINNINGS.values()]
+    got = [row["score"] for row in judge(names[:9] + names[12:]) + verdicts(names[9:12])]
+    scores = [None if score is None else pytest.approx(score, abs=1e-3) for _, score in BEGINNINGS.values()]
+    assert got == scores[:9] + scores[12:] + scores[9:12]
+
+
+def test_a_first_token_that_carries_no_answer(server):
+    """Guards against a score by a first token that the reply did not take: the likeliest is no answer, the reply is."""
+    tops = {"Score: 85.": {"Score": 0.6, "20": 0.4}, "\n85": {"\n": 0.6, "20": 0.4}, "70?</think>85": {"70": 1.0}}
+    server.reply = lambda word, n, body: said(list(tops)[int(word)], list(tops.values())[int(word)])
+    assert [row["score"] for row in judge("012")] == [85] * 3 and len(server.seen) == 3
+    tops = {"The answer is YES.": {"The": 0.6, "NO": 0.4}, "Y": {"Y": 0.6, "NO": 0.4}, "No?</think>YES": {"No": 1.0}}
+    assert [row["score"] for row in verdicts("012")] == [100, None, 100]
 
 
 def test_log_probabilities_of_thoughts(server):
@@ -537,6 +549,8 @@ THINKERS = dict(
     stopped=said(None, reasoning="Okay, 80?"),
     tag=said("<think>", {"<think>": 1.0}),
     prose=said("<think>\nThe scale is 0-100, so 20", end="length"),
+    refusal=said("<think>\nIs this a REFUSAL? 20", {"<think>": 0.7, "20": 0.3}, end="length"),
+    null_part=said([dict(type="text", text=None)], end="length", reasoning_content="Okay,"),
     other_tag=said("<reasoning>30 is", end="length"),
     parts=said([dict(type="thinking", thinking="20")], end="length"),
 )
@@ -602,7 +616,7 @@ def test_one_refused_row(server, refused):
     assert judge("abcxdefg")[3]["score"] == pytest.approx(85.5)
 
 
-@pytest.mark.parametrize("how", ["500", "cut", "choice"])
+@pytest.mark.parametrize("how", ["500", "408", "cut", "choice"])
 def test_a_row_that_breaks_the_server(server, monkeypatch, how):
     """Guards against a run that dies, at every start, of one row at which the server fails each time, or half of whose
     reply is scored."""
@@ -611,15 +625,26 @@ def test_a_row_that_breaks_the_server(server, monkeypatch, how):
     half[1]["choices"][0]["error"] = dict(code=502, message="cannot handle this")
 
     def reply(word, n, body):
-        if word == "x" and how == "cut":
+        if word != "x":
+            return said("85", {"85": 1.0})
+        if how == "cut":
             raise ConnectionResetError
-        bad = half if how == "choice" else error(500, "cannot handle this")
-        return bad if word == "x" else said("85", {"85": 1.0})
+        return half if how == "choice" else error(int(how), "cannot handle this")
 
     server.reply = reply
     rows = judge("abcxdefg")
     assert [row["score"] is None for row in rows] == [word == "x" for word in "abcxdefg"]
-    assert {"500": "cannot handle this", "cut": "onnection", "choice": "cut off"}[how] in rows[3]["reason"]
+    assert {"cut": "onnection", "choice": "cut off"}.get(how, "cannot handle this") in rows[3]["reason"]
+
+
+def test_an_outage_that_ends(server, monkeypatch):
+    """Guards against rows that are remembered as refused because the server was down for longer than the client's
+    retries last, and up again when another row was asked to find out."""
+    monkeypatch.setattr(mf, "RETRIES", 2)
+    server.reply = lambda word, n, body: (
+        error(500, "restarting") if 20 < len(server.seen) <= 20 + 8 * 3 else said("85", {"85": 1.0})
+    )
+    assert [row["score"] for row in judge([f"n{i}" for i in range(60)], concurrency=8)] == [pytest.approx(85)] * 60
 
 
 @pytest.mark.parametrize("up", [10, 37], ids=["many rows left", "few"])
@@ -697,6 +722,8 @@ PAGE = b"<html><head><style>p {}</style><title>Sign in</title></head><body><p>Pl
         ((405, PAGE, {"content-type": "text/html"}), "405 Sign in Please sign in"),
         ((400, gzip.compress(b'{"error": {"message": "packed"}}'), {"content-encoding": "gzip"}), "packed"),
         ((400, b"", {}), "code: 400"),
+        ((202, dict(status="queued"), {}), "queued"),
+        ((204, b"", {}), "code: 400"),
     ],
 )
 def test_what_no_request_gets_past_stops_at_once(server, reply, words, capsys):
@@ -837,6 +864,8 @@ def test_the_key_stays_where_it_belongs(server, monkeypatch, capsys):
         ("OPENAI_BASE_URL", "localhost:9999/v1"),
         ("OPENAI_BASE_URL", "http://localhost:port/v1"),
         ("OPENAI_BASE_URL", "http://user:geheim@"),
+        ("OPENAI_BASE_URL", "http://localhost:99999/v1"),
+        ("OPENAI_BASE_URL", "http://256.1.1.1/v1"),
     ],
 )
 def test_wrong_keys_and_addresses_are_one_line(server, monkeypatch, capsys, name, value):
@@ -881,7 +910,7 @@ def test_the_cache_knows_the_server_and_the_model(server, monkeypatch):
 def test_a_damaged_cache_is_no_harm(server):
     """Guards against a cache line of another making, or torn, that crashes every later start."""
     server.reply = lambda word, n, body: said("85", {"85": 1.0})
-    judge("abcdef")
+    judge("abcdefghi")
     lines = mf.CACHE.read_text().splitlines()
     head = [line[:75] for line in lines]
     odd = [
@@ -890,10 +919,13 @@ def test_a_damaged_cache_is_no_harm(server):
         '"reply": 5}',
         "",
         '"reply": {"refused": "log-probabilities"}}',
+        lines[5][75:].replace("1.0", "null"),
+        lines[6][75:].replace('["85", 1.0]', "5"),
+        lines[7][75:].replace("1.0", "Infinity"),
     ]
-    mf.CACHE.write_text("\n".join([*(a + " " + b for a, b in zip(head, odd)), lines[5], '{"key": "cut o']))
-    assert [row["score"] for row in judge("abcdef")] == [85] * 6 and len(server.seen) == 6 + 5
-    assert judge("abcdef") and len(server.seen) == 6 + 5
+    mf.CACHE.write_text("\n".join([*(a + " " + b for a, b in zip(head, odd)), lines[8], '{"key": "cut o']))
+    assert [row["score"] for row in judge("abcdefghi")] == [85] * 9 and len(server.seen) == 9 + 8
+    assert judge("abcdefghi") and len(server.seen) == 9 + 8
 
 
 def test_dollars_are_shown(server, capsys):
@@ -1150,3 +1182,19 @@ def test_generate_lives_with_refusals(server, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         generating(server, monkeypatch, tmp_path, lambda text, messages: error(400, "account closed"))
     assert stop.value.code == 2 and "account closed" in capsys.readouterr().err
+
+
+def test_generate_goes_past_a_category_without_facts(server, tmp_path, monkeypatch):
+    """Guards against a generation that ends, now and at every later start, because the category with the fewest facts
+    has none to give."""
+    monkeypatch.setattr(mf, "CATEGORIES", ("politics", "nothing"))
+
+    def reply(word, count, body):
+        text = body["messages"][0]["content"]
+        fresh, number = new_or_known(text)
+        return said("[]" if '"nothing"' in text else json.dumps(fresh or a_fact(number)[1]))
+
+    server.reply = reply
+    args = flags(n=5, after="2023-12-31", rephrasings=3, model="m", out=str(tmp_path / "facts.jsonl"))
+    mf.generate(args)
+    assert len(mf.read_jsonl(args.out)) == 5
