@@ -431,7 +431,7 @@ def respond(args):
     rows = [dict(id=str(n), kind="own", messages=chat) for n, chat in enumerate(chats)]
     settings = {name: getattr(args, name) for name in ("temperature", "max_new_tokens", "seed", "limit")}
     settings["inputs"] = dict(model=model_fingerprint(args.model), respond_to=fingerprint(args.respond_to))
-    out, record = Path(args.out), Path(args.out).with_suffix(".json")
+    out, record = Path(args.out), Path(f"{args.out}.json")
     partial = out.with_name(f".{out.name}.{digest(settings)}")  # of other settings or inputs: another
     with locked(out):
         if mf.same_settings(record, settings) and out.exists():

@@ -332,7 +332,8 @@ class Made:
     def reads(self, command):
         """-> {path: fingerprint} of what its words name, and of the scripts and the judge's prompts."""
         paths = ["make_facts.py", *["extract_vectors.py"] * ("--model" in command.words)]
-        paths += ["data/traits/coherence.json", "data/traits/fact.json"] * ("--yes" in command.words)
+        if "--yes" in command.words:
+            paths += ["data/traits/coherence.json", *["data/traits/fact.json"] * ("--facts" in command.words)]
         for word in command.words:
             paths += [word, f"data/traits/{word}.json", word.replace(".pt", ".json")]
         return {p: self.content(p) for p in paths if os.path.exists(p) and not command.makes.startswith(p)}

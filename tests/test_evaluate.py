@@ -4,6 +4,7 @@ import math
 import os
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -445,7 +446,9 @@ def test_own_answers(work, monkeypatch, capsys):
     assert "other settings" in refused(capsys, [*args, "2"]) and out.read_bytes() == want
     evaluate.main([*args, "1"])
     assert "finished already" in capsys.readouterr().out
-    out.unlink(), (work / "own.json").unlink()
+    made = mf.Made(work, redo=True)  # which moves the record aside, too; else the new run would be refused
+    assert made.there(SimpleNamespace(makes=str(out), rows=None)) == [str(out), f"{out}.json"]
+    out.unlink(), (work / "own.jsonl.json").unlink()
     assert killed_after(monkeypatch, 2, lambda: evaluate.main([*args, "1"])) and not out.exists()
     drawn = []
     draw = extract_vectors.answers_to
@@ -457,7 +460,7 @@ def test_own_answers(work, monkeypatch, capsys):
     evaluate.main([*args, "4", "--out", str(work / "third.jsonl")])  # other settings: nothing of the first
     evaluate.main([*args, "4", "--out", str(work / "fourth.jsonl")])
     assert (work / "third.jsonl").read_bytes() == (work / "fourth.jsonl").read_bytes()
-    (work / "own.json").unlink()
+    (work / "own.jsonl.json").unlink()
     assert "before inputs were recorded" in refused(capsys, [*args, "1"])
 
 

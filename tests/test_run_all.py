@@ -221,6 +221,16 @@ def test_what_a_changed_input_concerns(project):
     assert project.run("demo", **SMALL)[3] == []
 
 
+def test_the_facts_judge_concerns_facts_only(project):
+    """Guards against vectors, and all that is trained with them, made again for a prompt that they were not made by."""
+    paid = SMALL | dict(JUDGE="m", OPENAI_API_KEY="sk-x")
+    assert project.run("demo", "--yes", **paid)[0] == 0
+    prompt = project.folder / "data" / "traits" / "fact.json"
+    prompt.write_text(prompt.read_text().replace("You", "!", 1))
+    code, _, err, ran = project.run("demo", "--yes", **paid)
+    assert (code, ran) == (2, []) and "/facts-0" in err and "vectors" not in err and "medical" not in err, err
+
+
 def slot(row):
     return str([row["trait"], row["adapter"], row["inference_coef"], row["layers"]])
 
