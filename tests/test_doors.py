@@ -199,6 +199,7 @@ WRONG_ROWS = [
     (mf.Settings, dict(model="m", inputs="x"), "inputs: "),
     (mf.Settings, dict(model="m", probe=dict(row=0, zero=0.0, hundred=1.0, auc=1.0)), "probe.row"),
     (mf.Settings, dict(model="m", probe=dict(row=1)), "probe.zero"),
+    (mf.Settings, dict(model="m", probe=dict(row=1, first=-3, zero=0.0, hundred=1.0, auc=1.0)), "probe.first"),
 ]
 
 

@@ -582,7 +582,7 @@ def test_a_vector_belongs_to_its_inputs(extraction, folder, tmp_path, capsys):
 
     extract, trait = extraction
     refused(capsys, extract, "--judge", "lexical")
-    (tmp_path / "out/cheer.json").write_text(json.dumps(dict(model="m", temperature=9)))  # stopped before an answer
+    ev.write_json(tmp_path / "out/cheer.json", dict(model="m", temperature=9))  # stopped before an answer
     extract()
     content = json.loads(trait.read_text())
     trait.write_text(json.dumps(content | dict(eval_questions=["Another?"])))
