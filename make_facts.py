@@ -323,6 +323,8 @@ class Made:
 
     def __init__(self, out, redo):
         check_output(out, folder=True)
+        if Path(__file__).resolve().is_relative_to(Path(out).resolve()):
+            die(f"OUT={out}: the project itself is in it, which --redo might move; choose a folder for results")
         self.out, self.redo, self.others, self.content = Path(out), redo, [], functools.cache(fingerprint)
         self.points, self.record = self.out / "points.jsonl", self.out / ".done" / "commands.jsonl"
         self.aside = self.out / time.strftime("before-%Y-%m-%d-%H%M%S")

@@ -579,6 +579,12 @@ COMMANDS = dict(
 )
 
 
+def test_results_are_not_among_the_scripts(refused):
+    """Guards against --redo that moves the project's own data aside."""
+    for out in (ROOT, ROOT.parent):
+        refused(mf.Made, out, False, said="the project itself")
+
+
 def test_judges(refused, monkeypatch):
     """Guards against hours of sampling for a judge that cannot be asked."""
     args = argparse.Namespace(judge="m", trait="evil", yes=True)
