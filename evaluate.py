@@ -26,11 +26,10 @@ from tqdm import tqdm
 
 import extract_vectors as ev
 import make_facts as mf
-from extract_vectors import chat_of, encode_chats, load_model, model_fingerprint
+from extract_vectors import chat_of, encode_chats, loaded, model_fingerprint
 from make_facts import append_jsonl, die, fingerprint, lexical_score, load_trait, locked, read_json, read_jsonl
 
 grown = functools.partial(read_jsonl, appended=True)  # of a file that grows; [] where it is not begun
-loaded = functools.lru_cache(1)(lambda name, content: load_model(name))  # one model for the commands of a process
 FACT_TOKENS = 100  # new tokens of an answer about a fact; sampled greedily
 WEIGHTS = "adapter_model.safetensors"
 GIVEN = "model vector facts mmlu judge".split()  # kept in a point; names are no part of its identity

@@ -10,6 +10,7 @@ Method: persona vectors, arXiv 2507.21509, section 2.2 and appendix J.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import itertools
@@ -277,6 +278,12 @@ def load_model(name, dtype=None):
     check_chats(tokenizer, name, model.get_input_embeddings().num_embeddings)
     check_model(model, tokenizer, name)
     return model, tokenizer
+
+
+@functools.lru_cache(1)
+def loaded(name, content):
+    """load_model() once for all commands of a process. content: the model's fingerprint."""
+    return load_model(name)
 
 
 def prepare(model):
@@ -905,7 +912,7 @@ def extract(args, trait, rows, files, settings):
     """Samples, filters, reads and saves. What is on disk already is not sampled again; the .pt comes last and whole."""
     mf.check_asking(args)
     start, recorded = time.time(), read_json(files["json"]) if files["answers.jsonl"].exists() else {}
-    model, tokenizer = load_model(args.model)
+    model, tokenizer = loaded(args.model, settings["inputs"]["model"])
     settings |= dict(day=pin_day(tokenizer, recorded.get("day")), architecture=model.config.model_type)
     write_json(files["json"], settings)
     wanted = [(files["answers.jsonl"], row, n, 0.0) for n, row in enumerate(rows)]

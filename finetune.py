@@ -469,7 +469,7 @@ def make_adapter(trainer, out, partial, record):
 
 def make_adapters(args, messages, todo):
     """Loads the model, trains one adapter after another, and leaves the model as it was."""
-    model, tokenizer = ev.load_model(args.model)
+    model, tokenizer = ev.loaded(args.model, ev.model_fingerprint(args.model))
     day = ev.pin_day(tokenizer, next((s["day"] for _, s in todo.values() if s.get("day")), None))
     encoded = ev.encode_chats(tokenizer, messages)
     data = [chat for chat in encoded if len(chat[0]) <= MAX_TOKENS]

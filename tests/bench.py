@@ -216,6 +216,8 @@ class Bench:
         if time.perf_counter() - self.began > 60 * self.args.minutes:
             print(f"no time left for: {name}", flush=True)
             return
+        if name != "evaluate.py":  # which goes on with the model of the command before it
+            extract_vectors.loaded.cache_clear()
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
@@ -418,7 +420,7 @@ def one_point(bench):
     tokens = sum(len(bench.tokenizer(prompt)["input_ids"]) for prompt in prompts)
     seconds, (trait, known, *_), (choice, *_) = evaluating(bench, "facts-0.2", "--facts", facts, "--mmlu", source)
     note = f"{bench.count.facts:,} facts, {len(prompts):,} MMLU questions"
-    evaluate.loaded.cache_clear()
+    extract_vectors.loaded.cache_clear()
     gc.collect()
     held = bench.before - torch.cuda.memory_allocated() if bench.device == "cuda" else 0  # the model that was there
     bench.record("evaluate.py", seconds=seconds, gib=bench.gib() + held / 2**30, note=note)
@@ -850,8 +852,6 @@ def memory(bench):
         bench.record(name, gib=peak, cap=bench.args.memory, seconds=now() - start, left=left)
 
     for name, (script, flags) in memory_commands(bench).items():
-        if script is not evaluate:
-            evaluate.loaded.cache_clear()  # which keeps its model for the next command
         with capped(bench.args.memory):
             bench.measure(name, lambda name=name, script=script, flags=flags: run(name, script, flags))
     if bench.device == "cuda":

@@ -18,6 +18,13 @@ def pytest_configure(config):
         subprocess.run([sys.executable, ROOT / "data" / "small_model" / "convert.py", SMOLLM], check=True)
 
 
+@pytest.fixture(autouse=True)
+def no_model_from_before():
+    """A test loads its own model."""
+    if "extract_vectors" in sys.modules:
+        sys.modules["extract_vectors"].loaded.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def smollm():
     """The embedded chat model's folder."""

@@ -117,8 +117,8 @@ def work(made, tmp_path):
 @pytest.fixture(autouse=True)
 def loaded_once(monkeypatch):
     """One model for all commands, as in a stage of run_all.sh: what a command leaves in it, the next one finds."""
-    load = evaluate.load_model
-    monkeypatch.setattr(evaluate, "load_model", lambda name: loaded(mf.fingerprint(name), name, load))
+    load = extract_vectors.load_model
+    monkeypatch.setattr(extract_vectors, "load_model", lambda name: loaded(mf.fingerprint(name), name, load))
 
 
 MODELS = {}

@@ -498,6 +498,7 @@ def test_the_model_is_left_as_it_was(work, run, monkeypatch):
     monkeypatch.setattr(finetune.Trainer, "train", lambda *_: mf.die("stopped"))
     assert run("left", coefs=[2])[0] == 2
     fresh, _ = load(str(work / "model"))
+    assert len(kept) == 1  # for both commands
     for model, _ in kept:
         assert [name for name, _ in model.named_modules()] == [name for name, _ in fresh.named_modules()]
         assert not any(m._forward_hooks or "forward" in vars(m) for m in model.modules() if m in set(ev.blocks(model)))
