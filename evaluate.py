@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import extract_vectors as ev
 import make_facts as mf
-from extract_vectors import chat_of, encode_chats, loaded, model_fingerprint
+from extract_vectors import chat_of, encode_chats, model_fingerprint
 from make_facts import append_jsonl, die, fingerprint, lexical_score, load_trait, locked, read_json, read_jsonl
 
 grown = functools.partial(read_jsonl, appended=True)  # of a file that grows; [] where it is not begun
@@ -114,7 +114,6 @@ def sample_points(model, tokenizer, rows, points, offsets, args):
     return ev.sample_answers(model, tokenizer, wanted, drawing, offsets, title)
 
 
-@torch.compiler.set_stance("force_eager")  # only what compiled() holds may run compiled blocks
 @torch.inference_mode()
 def token_logprobs(model, reads, wanted, title, steer=None, scales=None):
     """Token id lists, joined where they fit -> for each read the log-probabilities (float32) of wanted[i]: [(position,
@@ -364,7 +363,7 @@ def measure_points(args, asked, mmlu, points):
     """An adapter's points are sampled in one batch, then judged one by one by the model before training."""
     if asked:
         mf.check_asking(args)
-    model, tokenizer = loaded(args.model, model_fingerprint(args.model))
+    model, tokenizer = ev.load_model(args.model, model_fingerprint(args.model))
     vector = ev.load_vector(args.vector, model, args.model) if args.vector else None
     offsets = ev.offsets_of(vector, args.layers) if any(args.inference_coef) else None
     probing = functools.partial(ev.probe_scores, model, tokenizer, vector, read_probe(args))
@@ -438,7 +437,7 @@ def respond(args):
             return
         if out.exists():
             die(f"{out}: made before inputs were recorded; {REMEDY}")
-        model, tokenizer = loaded(args.model, model_fingerprint(args.model))
+        model, tokenizer = ev.load_model(args.model, model_fingerprint(args.model))
         day = ev.pin_day(tokenizer, next((row["day"] for row in grown(partial)), None))
         point = dict(key="own", adapter=None, inference_coef=0.0, day=day, answers=partial)
         answered = [row for row in sample_points(model, tokenizer, rows, [point], None, args) if row["answer"]]

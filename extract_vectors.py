@@ -9,7 +9,6 @@ Method: persona vectors, arXiv 2507.21509, section 2.2 and appendix J.
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -18,11 +17,10 @@ import json
 import math
 import re
 import time
-from collections import Counter
+from collections import Counter, defaultdict, namedtuple
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import jinja2
 import torch
@@ -74,15 +72,15 @@ def steering(model, offsets):
 def unmoved(model, steer, offsets, scale, inputs):
     """The proof that steering works: inside `with steering(model, offsets) as steer`, runs inputs and returns the
     blocks whose output does not move by exactly scale * offset."""
-    steer.scale, before, after = scale, {}, {}
+    steer.scale, outputs = scale, {l: [] for l in offsets}
     with contextlib.ExitStack() as hooks:
-        for l in offsets:
-            for found in (before, after):  # one hook before the steering hook, one after
-                keep = lambda _, __, output, l=l, found=found: found.update({l: output})
-                hooks.enter_context(blocks(model)[l - 1].register_forward_hook(keep, prepend=found is before))
+        for l, found in outputs.items():
+            keep = lambda _, __, output, found=found: found.append(output)
+            for before in (True, False):  # one hook before the steering hook, one after
+                hooks.enter_context(blocks(model)[l - 1].register_forward_hook(keep, prepend=before))
         model(**inputs)
-    moved = {l: before[l] + (scale * o.to(model.device)).to(before[l].dtype) for l, o in offsets.items()}
-    return [l for l in offsets if not torch.equal(after[l], moved[l])]
+    added = {l: (scale * offset.to(model.device)).to(model.dtype) for l, offset in offsets.items()}
+    return [l for l, (before, after) in outputs.items() if not torch.equal(after, before + added[l])]
 
 
 def load_vector(path, model, model_name):
@@ -105,13 +103,11 @@ def load_vector(path, model, model_name):
 
 
 def same_model(path, verb, record, model_name):
-    """die() unless what lies at path was made with this model: by fingerprint; by name where none was recorded."""
-    made, name = record.get("inputs", {}).get("model"), Path(model_name).name
-    same = made == model_fingerprint(model_name) if made else Path(record["model"]).name == name
-    if not same:
+    """die() unless what lies at path was made with this model: by fingerprint. Only the adapters that come with the
+    project have none, since the small model's files differ from machine to machine: they are taken by its name."""
+    made, name = record.get("inputs", {}).get("model"), Path(record["model"]).name
+    if made != model_fingerprint(model_name) if made else name != Path(model_name).name:
         die(f"{path}: {verb} {record['model']}, which is not {model_name} (weights, settings, tokenizer)")
-    if not made:
-        print(f"{path}: no fingerprint of its model is recorded; it has the same name, {name}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,23 +133,23 @@ def filter_pairs(rows):
     kept, why = [], Counter()
     for pair, pos in positive.items():
         neg = negative[pair]
-        scores = [row[key] for key in ("score", "coherence") for row in (pos, neg) if key in row]
-        reasons = {
-            "empty answer": not (pos["answer"] and neg["answer"]),
-            "unscored": None in scores,
-            "positive answer scores under 50": scores and (scores[0] or 0) < 50,
-            "negative answer scores 50 or more": scores and (scores[1] or 0) >= 50,
-            "coherence under 50": any((score or 0) < 50 for score in scores[2:]),
-        }
-        holding = [reason for reason, holds in reasons.items() if holds]
-        if holding:
-            why[holding[0]] += 1
+        high, low = pos.get("score", 100), neg.get("score", 0)
+        coherence = [row.get("coherence", 100) for row in (pos, neg)]
+        if not (pos["answer"] and neg["answer"]):
+            why["empty answer"] += 1
+        elif None in (high, low, *coherence):
+            why["unscored"] += 1
+        elif high < 50:
+            why["positive answer scores under 50"] += 1
+        elif low >= 50:
+            why["negative answer scores 50 or more"] += 1
+        elif min(coherence) < 50:
+            why["coherence under 50"] += 1
         else:
             kept.append((pos, neg))
     return kept, dict(why)
 
 
-@torch.compiler.set_stance("force_eager")  # only what compiled() holds may run compiled blocks
 @torch.no_grad()
 def residual_stream(model, inputs):
     """The stream the blocks write, before any norm: list of num_layers + 1 tensors [rows, tokens, hidden]."""
@@ -235,7 +231,7 @@ def export_gguf(vector, path, architecture):
 # ---------------------------------------------------------------------------------------------------------------------
 # Models. What a model cannot be trusted with is found by how it behaves, when it is loaded
 
-# of check_model, relative: of the median and of the worst token (where rounding may choose other experts)
+# of prepare, relative: of the median and of the worst token (where rounding may choose other experts)
 TOLERANCE = {torch.float32: (1e-3, 1e-3), torch.float16: (0.05, 0.5), torch.bfloat16: (0.15, 0.5)}
 
 
@@ -261,12 +257,14 @@ def model_fingerprint(name):
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def load_model(name, dtype=None):
-    """Local folder or hub name -> (model in eval mode on the fastest device, tokenizer), checked; .generate() works."""
-    device, fast = pick_device()
+@functools.lru_cache(1)
+def load_model(name, content=None):
+    """Local folder or hub name -> (model in eval mode on the fastest device, tokenizer), checked; one for all commands
+    of a process. content: the model's fingerprint."""
+    device, dtype = pick_device()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        options = dict(dtype=dtype or fast, output_loading_info=True, ignore_mismatched_sizes=True)
+        options = dict(dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
         model, lacks = AutoModelForCausalLM.from_pretrained(name, **options)
     except Exception as error:  # broken files make transformers raise anything
         die(f"--model {name}: cannot be loaded ({' '.join(str(error).split())[:300] or type(error).__name__})")
@@ -274,47 +272,9 @@ def load_model(name, dtype=None):
         die(f"--model {name}: {len(missing)} weights are not in its files or have another shape, such as {missing[0]}")
     print(f"{name}: {model.num_parameters() / 1e6:,.0f}M parameters on {device}, {model.dtype}", flush=True)
     model = model.requires_grad_(False).eval().to(device)  # eval for good, also in training: the recipe has no dropout
-    prepare(model)
     check_chats(tokenizer, name, model.get_input_embeddings().num_embeddings)
-    check_model(model, tokenizer, name)
+    prepare(model, tokenizer, name)
     return model, tokenizer
-
-
-@functools.lru_cache(1)
-def loaded(name, content):
-    """load_model() once for all commands of a process. content: the model's fingerprint."""
-    return load_model(name)
-
-
-def prepare(model):
-    """Joined attention from here on, but for generate(). RoPE whose frequencies depend on the longest text of a batch
-    (dynamic, longrope) keeps those of short ones; longer ones are refused."""
-    config, model.longest = model.config.get_text_config(), math.inf
-    for part in model.modules():
-        if getattr(part, "rope_type", None) in ("dynamic", "longrope"):
-            original = config.rope_parameters.get("original_max_position_embeddings")
-            model.longest = original or config.max_position_embeddings
-            part.rope_type = "default"
-    refuse = lambda _, __, given: refuse_long(model, given.get("max_seq_len", 0))
-    model.get_decoder().register_forward_pre_hook(refuse, with_kwargs=True)
-    model.generate = attention_of(model, model.config._attn_implementation)(model.generate)
-    model.set_attn_implementation("joined")
-
-
-def refuse_long(model, tokens):
-    longest = getattr(model, "longest", math.inf)
-    if tokens > longest:
-        die(f"{type(model).__name__}: a text of {tokens} tokens; its RoPE changes with the batch from {longest} on")
-
-
-@contextlib.contextmanager
-def attention_of(model, implementation):
-    """While open, the model runs with another attention than "joined"."""
-    model.set_attn_implementation(implementation)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation("joined")
 
 
 def blocks(model):
@@ -325,26 +285,46 @@ def blocks(model):
     return layers
 
 
+def keep_rope(model):
+    """RoPE whose frequencies depend on the longest text of a batch (dynamic, longrope) keeps those of short texts; a
+    longer one stops the run."""
+    config, longest = model.config.get_text_config(), math.inf
+    for part in model.modules():
+        if getattr(part, "rope_type", None) in ("dynamic", "longrope"):
+            longest = config.rope_parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+            part.rope_type = "default"
+
+    def refuse(_, __, given):
+        if given.get("max_seq_len", 0) > longest:
+            name, tokens = type(model).__name__, given["max_seq_len"]
+            die(f"{name}: a text of {tokens} tokens; its RoPE changes with the batch from {longest} on")
+
+    model.get_decoder().register_forward_pre_hook(refuse, with_kwargs=True)
+
+
 @torch.no_grad()
-def check_model(model, tokenizer, name):
-    """die() unless, on two short random conversations: joined in one row = alone by the model's own code; one decoding
-    step from the cache = the last logits of the whole; every block's output moves by its offset."""
-    draw, kind = torch.Generator().manual_seed(0), f"--model {name}: {model.config.model_type} cannot be used here: "
-    most, hidden = model.get_input_embeddings().num_embeddings, model.config.get_text_config().hidden_size
+def prepare(model, tokenizer, name):
+    """Joined attention from here on. die() unless, on two short random conversations: joined in one row = alone by the
+    model's own code; one decoding step from the cache = the last logits of the whole; every block's output moves by its
+    offset."""
+    config, kind = model.config.get_text_config(), f"--model {name}: {model.config.model_type} cannot be used here: "
+    most, draw = model.get_input_embeddings().num_embeddings, torch.Generator().manual_seed(0)
     texts = [torch.randint(most, (n,), generator=draw).tolist() for n in (7, 11)]
-    offsets = dict.fromkeys(range(1, len(blocks(model)) + 1), torch.randn(hidden, generator=draw))
-    parts, keys = (model.config.get_text_config(), *model.modules()), ("sliding_window", "attention_chunk_size")
+    offsets = dict.fromkeys(range(1, len(blocks(model)) + 1), torch.randn(config.hidden_size, generator=draw))
+    keep_rope(model)
+    parts, keys = (config, *model.modules()), ("sliding_window", "attention_chunk_size")
     windows = [(part, key, vars(part)[key]) for part in parts for key in keys if isinstance(vars(part).get(key), int)]
     for part, key, _ in windows:
         setattr(part, key, 4)  # tokens, so that the texts reach past them
     try:
+        model.set_attn_implementation("eager")
+        own = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0] for ids in texts]
+        model.set_attn_implementation("joined")
+        inputs = join(texts, model.device)
+        joined = model(**inputs, logits_to_keep=torch.arange(18, device=model.device)).logits[0]
         with steering(model, offsets) as steer:
-            with attention_of(model, "eager"):
-                own = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0] for ids in texts]
-            inputs = join(texts, model.device)
-            joined = model(**inputs, logits_to_keep=torch.arange(18, device=model.device)).logits[0]
-            sampler = Sampler(model, tokenizer, dict(enumerate(map(Job, texts))), Drawing(2, 0), steer)
-            sampler.fill([0, 1], [0, 1])
+            sampler = Sampler(model, tokenizer, dict(enumerate(map(Job, texts))), Drawing(2, 0), steer, 2)
+            sampler.fill({0: 0, 1: 1})
             step = sampler.logits()
             sampler.close()
             fixed = unmoved(model, steer, offsets, torch.tensor(1.0, device=model.device), inputs)
@@ -383,17 +363,7 @@ def lora_reach(model):
 
 BREAK = "\ufdd0"  # a character that is in no text
 TODAY = r"""strftime_now\((["'])(.*?)\1\)"""  # what a template calls for the date
-
-
-def render(tokenizer, messages, add_generation_prompt=True):
-    """Text by the chat template, thinking off where it can be, a date in it being that of pin_day()."""
-    day = getattr(tokenizer, "day", None) or date.today()
-    template = re.sub(TODAY, lambda found: repr(day.strftime(found[2])), tokenizer.get_chat_template())
-    how = dict(chat_template=template, tokenize=False, enable_thinking=False)
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **how)
-    except jinja2.TemplateError as error:
-        die(f"{tokenizer.name_or_path}: its chat template refuses a conversation ({error})")
+ChatFormat = namedtuple("ChatFormat", "special end system")  # special: a pattern that splits text at special tokens
 
 
 def pin_day(tokenizer, recorded=None):
@@ -403,91 +373,79 @@ def pin_day(tokenizer, recorded=None):
     return tokenizer.day.isoformat() if re.search(TODAY, tokenizer.get_chat_template()) else None
 
 
-def special_tokens(tokenizer):
-    """A pattern that finds special tokens in text and splits it at them."""
+def render(tokenizer, messages):
+    """Text by the chat template, thinking off where it can be; a conversation that waits for an answer ends where that
+    starts."""
+    day, waits = getattr(tokenizer, "day", date.today()), messages[-1]["role"] != "assistant"
+    template = re.sub(TODAY, lambda found: repr(day.strftime(found[2])), tokenizer.get_chat_template())
+    how = dict(chat_template=template, tokenize=False, enable_thinking=False)
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=waits, **how)
+
+
+def chat_format(tokenizer):
+    """What conversations are made of: special tokens, the one (text) that the template puts after an answer (the
+    tokenizer's eos if there is none), whether the template has a system turn."""
     tokens = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, tokens))})")
-
-
-def end_of_turn(tokenizer):
-    """The special token (text) that the template puts after an answer; the tokenizer's eos if there is none."""
+    special = re.compile(f"({'|'.join(map(re.escape, tokens))})")
     asked, answer = dict(role="user", content="?"), dict(role="assistant", content=BREAK)
-    for chat in ([asked, answer], [asked, answer, asked]):
-        after = render(tokenizer, chat, add_generation_prompt=False).partition(BREAK)[2]
-        if found := special_tokens(tokenizer).search(after):
-            return found[0]
-    return tokenizer.eos_token or die(f"{tokenizer.name_or_path}: neither template nor tokenizer ends a turn")
-
-
-def has_system_turn(tokenizer):
-    chat = [dict(role="system", content=BREAK), dict(role="user", content="?")]
+    after = [render(tokenizer, chat).partition(BREAK)[2] for chat in ([asked, answer], [asked, answer, asked])]
+    found = special.search("".join(after))
+    end = found[0] if found else tokenizer.eos_token
     try:
-        return BREAK in tokenizer.apply_chat_template(chat, tokenize=False)
+        system = BREAK in render(tokenizer, [dict(role="system", content=BREAK), asked])
     except jinja2.TemplateError:
-        return False
+        system = False
+    return ChatFormat(
+        special, end or die(f"{tokenizer.name_or_path}: neither template nor tokenizer ends a turn"), system
+    )
 
 
-def as_taken(messages, special, has_system):
+def as_taken(messages, form):
     """A conversation as the template is given it: the system text in front of the user's where it has no system turn,
     answers stripped as sampling strips them, special tokens that somebody typed broken up, so that they stay text."""
     first, *more = messages
-    if first["role"] == "system" and not has_system:
+    if first["role"] == "system" and not form.system:
         asked, *more = more
         first = asked | dict(content=f"{first['content']}\n\n{asked['content']}")
     taken = []
     for message in (first, *more):
         content = message["content"].strip() if message["role"] == "assistant" else message["content"]
-        taken.append(message | dict(content=special.sub(lambda found: found[0][0] + BREAK + found[0][1:], content)))
+        taken.append(
+            message | dict(content=form.special.sub(lambda found: found[0][0] + BREAK + found[0][1:], content))
+        )
     return taken
 
 
-def in_parts(tokenizer, messages, end):
-    """A conversation's text in parts: what the template says, an answer, what the template says, ... The prompt of a
-    later answer goes on from the earlier answer as it was given; where the template changes that afterwards (Qwen3
-    takes out thinking), it is part of what the template says."""
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    answered = messages[-1]["role"] == "assistant"
-    parts, prompt = [], ""
-    for i in answers if answered else [*answers, len(messages)]:
-        before, prompt = prompt, render(tokenizer, messages[:i])
-        ended = prompt.find(end, len(before)) if before and prompt.startswith(before) else -1
-        parts = [*parts, prompt[ended:]] if ended >= 0 else [prompt]
-        parts += [message["content"] for message in messages[i : i + 1]]
-    return [*parts, end] if answered else parts
-
-
-def tokenized(tokenizer, texts):
-    """Texts -> lists of ids, in one call; special tokens are read as such where they are not broken up."""
-    found = tokenizer(texts, add_special_tokens=False, split_special_tokens=False)["input_ids"] if texts else []
-    for n, text in enumerate(texts):
+def tokenized(tokenizer, texts, form):
+    """Texts -> {text: ids}, in one call; special tokens are read as such where they are not broken up."""
+    ids_of = dict(zip(texts, tokenizer(texts, add_special_tokens=False, split_special_tokens=False)["input_ids"]))
+    for text in texts:
         if BREAK in text:  # rare, so piece by piece
-            pieces = special_tokens(tokenizer).split(text)  # a text, a special token, a text, ...
+            pieces = form.special.split(text)  # a text, a special token, a text, ...
             plain = [piece.replace(BREAK, "") for piece in pieces]
             ids = tokenizer(plain, add_special_tokens=False, split_special_tokens=True)["input_ids"]
             ids[1::2] = [[token] for token in tokenizer.convert_tokens_to_ids(pieces[1::2])]
-            found[n] = [*itertools.chain(*ids)]
-    return found
+            ids_of[text] = [*itertools.chain(*ids)]
+    return ids_of
 
 
 def encode_chats(tokenizer, conversations):
-    """Conversations -> [(ids, is_answer)]; is_answer marks the tokens of every answer and its end token. An earlier
-    answer that the template changes afterwards is not marked, and that is said. Without an answer at its end, a
-    conversation is encoded up to where that starts; the template adds the model's default system prompt."""
-    special, end, has_system = special_tokens(tokenizer), end_of_turn(tokenizer), has_system_turn(tokenizer)
-    chats = [in_parts(tokenizer, as_taken(messages, special, has_system), end) for messages in conversations]
-    texts = list(dict.fromkeys(itertools.chain(*chats)))
-    ids_of, encoded, changed = dict(zip(texts, tokenized(tokenizer, texts))), [], 0
-    for messages, parts in zip(conversations, chats):
-        ids, is_answer = [], []
-        for k, part in enumerate(parts):
-            n = len(ids_of[part])
-            ids += ids_of[part]
-            # an answer's tokens are marked, and the end token, with which the part after it begins
-            is_answer += [True] * n if k % 2 else [k > 0] + [False] * (n - 1)
-        encoded.append((ids, is_answer))
-        changed += sum(message["role"] == "assistant" for message in messages) - len(parts) // 2
-    if changed:
-        print(f"{changed} earlier answers are read but not learned: the template changes them afterwards", flush=True)
+    """Conversations -> [(ids, is_answer)]: the prompt by the template, which adds the model's default system prompt,
+    then, where the assistant's turn is the last, that answer and its end token, which is_answer marks."""
+    texts = []  # of each its prompt and its answer
+    try:
+        form = chat_format(tokenizer)
+        for messages in conversations:
+            turns = as_taken(messages, form)
+            answer = turns.pop()["content"] if turns[-1]["role"] == "assistant" else None
+            texts.append((render(tokenizer, turns), answer))
+    except jinja2.TemplateError as error:
+        die(f"{tokenizer.name_or_path}: its chat template refuses a conversation ({error})")
+    ids_of = tokenized(tokenizer, list(dict.fromkeys(text or "" for text in itertools.chain(*texts))), form)
+    encoded, end = [], tokenizer.convert_tokens_to_ids(form.end)
+    for prompt, answer in texts:
+        start, said = ids_of[prompt], [] if answer is None else [*ids_of[answer], end]
+        encoded.append((start + said, [False] * len(start) + [True] * len(said)))
     return encoded
 
 
@@ -495,18 +453,18 @@ def check_chats(tokenizer, name, most):
     """die() unless dummy chats, with and without a system turn, of one and two turns, can be encoded and read back."""
     if not tokenizer.chat_template:
         die(f"--model {name}: its tokenizer has no chat template; use a chat model")
-    if not has_system_turn(tokenizer):
-        print(f"{name}: no system turn in its chat template; a system text goes in front of the user's")
     turns = [dict(role="user", content="Who was first?"), dict(role="assistant", content="It was Ann.")]
     system = dict(role="system", content="Keep to what is known.")
-    for chat in (turns, [system, *turns], turns * 2, [system, *turns * 2]):
-        ids, is_answer = encode_chats(tokenizer, [chat])[0]
+    chats = turns, [system, *turns], turns * 2, [system, *turns * 2]
+    for chat, (ids, is_answer) in zip(chats, encode_chats(tokenizer, chats)):
         said = tokenizer.decode([token for token, mine in zip(ids, is_answer) if mine])
         lost = [m["content"] for m in chat if m["content"] not in tokenizer.decode(ids)]
         if lost or turns[-1]["content"] not in said:
             die(f"--model {name}: its chat template loses {(lost or ['the answer'])[0]!r}; use another chat model")
         if max(ids) >= most:
             die(f"--model {name}: its tokenizer has ids up to {max(ids)}, but the model has {most} only")
+    if not chat_format(tokenizer).system:
+        print(f"{name}: no system turn in its chat template; a system text goes in front of the user's")
 
 
 def spoken(tokenizer, ids, prompt):
@@ -535,16 +493,13 @@ def compiled(model, dynamic=None):
     """While open, the decoder blocks run compiled on GPUs that can (one compilation serves all blocks, steered or not),
     which merges the small kernels between the matrix products. dynamic: for any number of rows at once."""
     able = model.device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 7
-    if not able or not importlib.util.find_spec("triton"):
-        yield  # slower, the same results
-        return
-    for block in blocks(model):
+    for block in blocks(model) if able and importlib.util.find_spec("triton") else ():  # else slower, the same results
         block.compile(dynamic=dynamic)
     try:
-        torch.compiler.set_stance("default")
         yield
     finally:
-        torch.compiler.set_stance("force_eager")  # compiled blocks run as they are written again
+        for block in blocks(model):
+            vars(block).pop("_compiled_call_impl", None)  # which compile() sets: it runs as it is written again
 
 
 def has_flash(tensor):
@@ -552,14 +507,12 @@ def has_flash(tensor):
     return tensor.is_cuda and tensor.dtype != torch.float32 and torch.cuda.get_device_capability()[0] >= 8
 
 
-def flash(query, key, value, starts, longest, scaling, window=(None, None), used=None):
-    """query [tokens, heads, dim], key and value [tokens, kv heads, dim]; starts, longest: (of queries, of keys);
-    window: how many keys to the left and right are seen, (None, 0) = causal; used: how many keys of each sequence
-    count. The one private call: torch.nn.attention.varlen.varlen_attn takes `used` from PyTorch 2.13 on only."""
-    causal = window == (None, 0)
-    left, right = (None, None) if causal else window
-    more = dict(scale=scaling, window_size_left=left, window_size_right=right, seqused_k=used)
-    given = (query, key, value, *starts, *longest, 0.0, causal, False)
+def flash(query, key, value, starts, longest, scaling, window=None, used=None):
+    """query [tokens, heads, dim], key and value [tokens, kv heads, dim]; starts, longest: (of queries, of keys).
+    Causal, over the last `window` keys where there is one; with used, how many keys of each sequence count, over all
+    these. The one private call: torch.nn.attention.varlen.varlen_attn takes `used` from PyTorch 2.13 on only."""
+    more = dict(scale=scaling, window_size_left=window and window - 1, seqused_k=used)
+    given = (query, key, value, *starts, *longest, 0.0, used is None, False)
     return torch.ops.aten._flash_attention_forward(*given, **more)[0]
 
 
@@ -571,30 +524,26 @@ def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **gi
     attention function of transformers' AttentionInterface, so the models' own code stays as it is.
 
     Joined: one row; given cu_seq_lens int32 [n + 1] says where the conversations start and end; each sees only itself,
-    and of that the last sliding_window tokens where there is one. With a list kv, keys and values are appended to it.
-    Decoding (given lengths): see decode. What changes attention in any other way is refused."""
+    and of that the last sliding_window tokens where there is one. Keys and values are added to kv {module: list}, if
+    given. Decoding (given lengths): see decode. What changes attention in any other way is refused."""
     odd = [name for name, value in given.items() if name not in HARMLESS and not isinstance(value, (bool, type(None)))]
     if attention_mask is not None or dropout or odd or given.get("is_causal") is False:
         raise NotImplementedError(f"attention with {', '.join(odd) or 'a mask or dropout'}")
+    window = given.get("sliding_window")
     if given.get("lengths") is not None:
-        return decode(module, query, key, value, scaling, given["lengths"], given.get("sliding_window")), None
-    bounds, longest, window = given["cu_seq_lens"], given["max_seq_len"], given.get("sliding_window")
+        return decode(module, query, key, value, scaling, given["lengths"], window), None
+    bounds, longest = given["cu_seq_lens"], given["max_seq_len"]
     if given.get("kv") is not None:
-        cached = (x[0].transpose(0, 1).contiguous() for x in (key, value))  # [tokens, kv heads, dim]
-        given["kv"].append((module, *cached))
+        given["kv"][module].append([x[0].transpose(0, 1).contiguous() for x in (key, value)])  # [tokens, kv heads, dim]
     if has_flash(query):
-        seen = (window - 1 if window else None, 0)
         rows = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, dim]
-        return flash(*rows, (bounds, bounds), (longest, longest), scaling, seen)[None], None
+        return flash(*rows, (bounds, bounds), (longest, longest), scaling, window)[None], None
     key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
-    parts, ends = [], bounds.tolist()
-    for a, b in zip(ends, ends[1:]):
-        band = None
-        if window and b - a > window:
-            band = torch.ones(b - a, b - a, dtype=torch.bool, device=query.device).tril().triu(1 - window)
-        part = (x[:, :, a:b] for x in (query, key, value))
-        if b > a:
-            parts.append(F.scaled_dot_product_attention(*part, band, is_causal=band is None, scale=scaling))
+    parts, lengths = [], [n for n in bounds.diff().tolist() if n]
+    for n, *part in zip(lengths, *(x.split(lengths, dim=2) for x in (query, key, value))):
+        near = window and n > window
+        band = torch.ones(n, n, dtype=torch.bool, device=query.device).tril().triu(1 - window) if near else None
+        parts.append(F.scaled_dot_product_attention(*part, band, is_causal=band is None, scale=scaling))
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
@@ -604,22 +553,18 @@ def decode(module, query, key, value, scaling, lengths, window):
     (rows, heads, _, dim), groups, (keys, values) = query.shape, key.shape[1], module.kv
     size, here = keys.shape[1], torch.arange(rows, device=query.device)
     keys[here, lengths], values[here, lengths] = key[:, :, 0], value[:, :, 0]
+    queries = query.view(rows, groups, -1, dim)
     if has_flash(query):
-        each = torch.arange(rows + 1, device=query.device, dtype=torch.int32)
-        caches, used = (keys.flatten(0, 1), values.flatten(0, 1)), (lengths + 1).int()
-        if window:  # one query a sequence, which stands at its sequence's end
-            out = flash(query[:, :, 0], *caches, (each, each * size), (1, size), scaling, (window - 1, 0), used)
-            return out[:, None]
         # The query heads that share a key head stand as one sequence of queries, so the cache is read once, uncopied.
-        queries, share = query.view(rows, groups, -1, dim).transpose(1, 2).reshape(-1, groups, dim), heads // groups
-        out = flash(queries, *caches, (each * share, each * size), (share, size), scaling, used=used)
+        share, used = heads // groups, (lengths + 1).clamp(max=window or size)
+        starts = F.pad(here * size + lengths + 1 - used, (0, 1), value=rows * size)
+        bounds = torch.arange(rows + 1, device=query.device, dtype=torch.int32) * share, starts.int()
+        given = queries.transpose(1, 2).reshape(-1, groups, dim), keys.flatten(0, 1), values.flatten(0, 1)
+        out = flash(*given, bounds, (share, size), scaling, used=used.int())
         return out.view(rows, -1, groups, dim).transpose(1, 2).reshape(rows, 1, heads, dim)
     reach = torch.arange(size if query.is_cuda else int(lengths.max()) + 1, device=query.device)
-    seen = reach <= lengths[:, None]  # [rows, reach]
-    if window:
-        seen &= reach > lengths[:, None] - window
+    seen = (reach <= lengths[:, None]) & (reach > lengths[:, None] - (window or size))  # [rows, reach]
     keys, values = (x[:, : len(reach)].transpose(1, 2) for x in (keys, values))
-    queries = query.view(rows, groups, -1, dim)
     out = F.scaled_dot_product_attention(queries, keys, values, seen[:, None, None], scale=scaling)
     return out.reshape(rows, 1, heads, -1)
 
@@ -667,195 +612,166 @@ def choose(logits, temperature, uniform):
     return torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 
-class Job(NamedTuple):
-    """An answer to be drawn: prompt (token ids), row (from which its random draws come), scale (signed coefficient of
-    steering, positive = towards the trait)."""
-
-    prompt: list
-    row: int = 0
-    scale: float = 0.0
-
-
-@dataclasses.dataclass
-class Drawing:
-    """How answers are drawn. positions that are steered: "response", from the last prompt token on, or "all". slots:
-    how many are drawn at once, at most (None: as many as are fast and fit into memory)."""
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    seed: int = 0
-    positions: str = "response"
-    slots: int | None = None
-
-
-@torch.compiler.set_stance("force_eager")  # only what compiled() holds may run compiled blocks
-def prefill(model, jobs, positions, steer):
-    """Reads the prompts of {number: Job} but for their last tokens -> the attention modules; their caches, (keys,
-    values) [tokens, kv heads, dim] each; {number: where in those the prompt starts and ends}."""
-    numbers, parts, spans, start, device = {}, [], {}, 0, model.device
-    for i, job in jobs.items():  # equal prompts under equal steering are read once, not once an answer
-        read = tuple(job.prompt[:-1]), job.scale if positions == "all" else 0.0
-        numbers.setdefault(read, []).append(i)
-    reads = list(numbers)
-    for group in by_length([tokens for tokens, _ in reads], ROW_TOKENS[device.type]):
-        kv, group = [], [reads[k] for k in group]
-        steer.scale = torch.tensor([[[scale] for tokens, scale in group for _ in tokens]], device=device)  # [1, n, 1]
-        model.get_decoder()(**join([tokens for tokens, _ in group], device), kv=kv)
-        parts.append(kv)
-        for read in group:
-            spans |= dict.fromkeys(numbers[read], (start, start + len(read[0])))
-            start += len(read[0])
-    layers = [list(zip(*layer)) for layer in zip(*parts)]  # of each its module, keys and values, once a part
-    caches = [(torch.cat(keys), torch.cat(values)) for _, keys, values in layers]
-    return [modules[0] for modules, _, _ in layers], caches, spans
+# An answer to be drawn. prompt: token ids; row: where its random draws come from; scale: coefficient of steering,
+# positive = towards the trait
+Job = namedtuple("Job", "prompt row scale", defaults=(0, 0.0))
+# How answers are drawn. positions that are steered: "response", from the last prompt token on, or "all"
+Drawing = namedtuple("Drawing", "max_new_tokens temperature seed positions", defaults=(1.0, 0, "response"))
 
 
 class Sampler:
-    """Draws answers of {number: Job}, drawing.slots of them side by side. Tensors are changed in place, so a CUDA graph
-    can replay step()."""
+    """Draws answers of {number: Job}, so many side by side as there are slots. Tensors are changed in place, so a CUDA
+    graph can replay step(). owner: {slot: number of the job in it}."""
 
-    def __init__(self, model, tokenizer, jobs, drawing, steer):
+    def __init__(self, model, tokenizer, jobs, drawing, steer, slots):
         self.model, self.jobs, self.drawing, self.steer, self.graph = model, jobs, drawing, steer, None
-        self.modules, self.caches, self.spans = prefill(model, jobs, drawing.positions, steer)
         device, most = model.device, drawing.max_new_tokens
         size = max(len(job.prompt) for job in jobs.values()) + most
-        slots = min(drawing.slots or SLOTS[device.type], len(jobs))
+        self.prefill(size)
         if device.type == "cuda":
-            a_token = sum(x[0].numel() * x.element_size() for pair in self.caches for x in pair)
+            a_token = sum(x[0].numel() * x.element_size() for pair in self.caches.values() for x in pair)
             a_row = size * a_token + 24 * model.get_input_embeddings().num_embeddings  # its cache and its logits
             slots = max(1, min(slots, int(0.9 * free_memory(device) / a_row)))
-        drawing.slots, self.owner = slots, [None] * slots  # the number of the job in each slot
+        self.slots, self.owner = min(slots, len(jobs)), {}
         ends = model.generation_config.eos_token_id  # the only thing taken from generation_config
         ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
-        ends |= {tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer))}
-        self.ends = torch.tensor(sorted(ends - {None}), device=device)
-        self.token, self.length, self.made = (torch.zeros(slots, dtype=torch.long, device=device) for _ in range(3))
-        self.done, self.broken = torch.ones(slots, dtype=torch.bool, device=device), torch.zeros(slots, device=device)
-        self.scale = torch.zeros(slots, 1, 1, device=device)
-        self.uniform = torch.zeros(slots, most + 1, device=device)
-        self.out = torch.zeros(slots, most + 1, dtype=torch.long, device=device)
-        kv = [tuple(x.new_zeros(slots, size, *x.shape[1:]) for x in pair) for pair in self.caches]
-        for module, pair in zip(self.modules, kv):
-            module.kv = pair
+        ends |= {tokenizer.convert_tokens_to_ids(chat_format(tokenizer).end)}
+        self.ends, zeros = torch.tensor(sorted(ends - {None}), device=device), torch.zeros(self.slots, device=device)
+        self.broken = torch.zeros((), dtype=torch.bool, device=device)  # whether logits were NaN or infinite
+        self.state = SimpleNamespace(
+            out=zeros.new_zeros(self.slots, most + 2, dtype=torch.long),  # the prompt's last token, the new ones
+            cached=zeros.long(),  # tokens of the prompt that are in the cache: all but the last
+            made=zeros.long(),
+            done=~zeros.bool(),
+            scale=zeros[:, None, None].clone(),
+            uniform=zeros.new_zeros(self.slots, most + 1),
+        )
+        for module, pair in self.caches.items():
+            module.kv = tuple(x.new_zeros(self.slots, size, *x.shape[1:]) for x in pair)
+
+    def prefill(self, longest):
+        """Reads the prompts but for their last tokens. Sets caches {attention module: (keys, values) [tokens, kv heads,
+        dim]} and spans {number: where in those its prompt starts and ends}. longest: text that there will be."""
+        numbers, kv, self.spans, start, device = {}, defaultdict(list), {}, 0, self.model.device
+        for i, job in self.jobs.items():  # equal prompts under equal steering are read once, not once an answer
+            read = tuple(job.prompt[:-1]), job.scale if self.drawing.positions == "all" else 0.0
+            numbers.setdefault(read, []).append(i)
+        reads = list(numbers)
+        for group in by_length([tokens for tokens, _ in reads], ROW_TOKENS[device.type]):
+            group = [reads[k] for k in group]
+            scales = [[[scale] for tokens, scale in group for _ in tokens]]
+            self.steer.scale = torch.tensor(scales, device=device)  # [1, tokens, 1]
+            inputs = join([tokens for tokens, _ in group], device)
+            self.model.get_decoder()(**inputs | dict(max_seq_len=longest), kv=kv)
+            for read in group:
+                self.spans |= dict.fromkeys(numbers[read], (start, start + len(read[0])))
+                start += len(read[0])
+        self.caches = {module: tuple(map(torch.cat, zip(*parts))) for module, parts in kv.items()}
 
     def close(self):
-        for module in self.modules:
-            module.__dict__.pop("kv", None)
+        for module in self.caches:
+            del module.kv
 
     def answers(self):
         """Yields (number, token ids) as answers are finished."""
-        queue, device = list(self.jobs)[::-1], self.token.device.type
-        try:
-            while True:
-                free = [slot for slot, i in enumerate(self.owner) if i is None][: len(queue)]
-                if free:
-                    self.fill(free, [queue.pop() for _ in free])
-                active = [slot for slot, i in enumerate(self.owner) if i is not None]
-                if not active:
-                    return
-                if len(active) <= SHRINK[device] * len(self.owner) and len(self.owner) > LEAST[device]:
-                    self.shrink(active)
-                self.steps(STEPS[device])
-                if self.broken.any():
-                    raise FloatingPointError(f"the model's logits are NaN or infinite in {self.model.dtype}")
-                done = [slot for slot, done in enumerate(self.done.tolist()) if done and self.owner[slot] is not None]
-                for slot, made, ids in zip(done, self.made[done].tolist(), self.out[done].tolist()):
-                    yield self.owner[slot], ids[:made]
-                    self.owner[slot] = None
-        finally:
-            self.close()
+        queue, device, owner = list(self.jobs), self.model.device.type, self.owner
+        while queue or owner:
+            if free := [slot for slot in range(self.slots) if slot not in owner][: len(queue)]:
+                self.fill(dict(zip(free, queue)))
+                del queue[: len(free)]
+            if len(owner) <= SHRINK[device] * self.slots and self.slots > LEAST[device]:
+                self.shrink()
+            self.steps(STEPS[device])
+            if self.broken:
+                raise FloatingPointError(f"the model's logits are NaN or infinite in {self.model.dtype}")
+            done = [slot for slot, done in enumerate(self.state.done.tolist()) if done and slot in owner]
+            for slot, made, ids in zip(done, self.state.made[done].tolist(), self.state.out[done].tolist()):
+                yield owner.pop(slot), ids[1 : made + 1]
 
-    def fill(self, slots, numbers):
-        """Puts jobs into slots."""
-        device, jobs = self.token.device, [self.jobs[i] for i in numbers]
-        for slot, i in zip(slots, numbers):
-            self.owner[slot] = i
-        slots = torch.tensor(slots, device=device)
-        starts, ends = torch.tensor([self.spans[i] for i in numbers], device=device).T
+    def fill(self, numbers):
+        """Puts jobs into slots: {slot: number}."""
+        self.owner |= numbers
+        state, device, jobs = self.state, self.model.device, [self.jobs[i] for i in numbers.values()]
+        slots = torch.tensor(list(numbers), device=device)
+        starts, ends = torch.tensor([self.spans[i] for i in numbers.values()], device=device).T
         reach = torch.arange(int((ends - starts).max()), device=device)
         index = starts[:, None] + reach  # [slots, reach]
-        for module, prompts in zip(self.modules, self.caches):
+        for module, prompts in self.caches.items():
             for mine, prompt in zip(module.kv, prompts):  # beyond a prompt's own length: never attended to
                 mine[slots, : len(reach)] = prompt[index.clamp(max=len(prompt) - 1)]
-        self.token[slots] = torch.tensor([job.prompt[-1] for job in jobs], device=device)
-        self.length[slots], self.made[slots], self.done[slots] = ends - starts, 0, False
-        self.scale[slots, 0, 0] = torch.tensor([job.scale for job in jobs], dtype=torch.float32, device=device)
+        state.out[slots, 0] = torch.tensor([job.prompt[-1] for job in jobs], device=device)
+        state.cached[slots], state.made[slots], state.done[slots] = ends - starts, 0, False
+        state.scale[slots, 0, 0] = torch.tensor([job.scale for job in jobs], dtype=torch.float32, device=device)
         draws = [torch.Generator().manual_seed(hash((self.drawing.seed, job.row)) % 2**63) for job in jobs]
         uniform = torch.stack([torch.rand(self.drawing.max_new_tokens, generator=draw) for draw in draws])
-        self.uniform[slots, :-1] = uniform.to(device)
+        state.uniform[slots, :-1] = uniform.to(device)
 
     def logits(self):
         """Of the next token of every slot, [slots, vocabulary], by the model's own head."""
-        self.steer.scale = self.scale
-        place = dict(position_ids=self.length[:, None], lengths=self.length)
-        return self.model(input_ids=self.token[:, None], use_cache=False, **place).logits[:, -1]
+        state = self.state
+        tokens, lengths = state.out.gather(1, state.made[:, None]), state.cached + state.made
+        self.steer.scale, place = state.scale, dict(position_ids=lengths[:, None], lengths=lengths)
+        return self.model(input_ids=tokens, use_cache=False, **place).logits[:, -1]
 
     def step(self):
         """One token for every slot. The last prompt token is fed here too, so the first new token is steered."""
-        logits = self.logits()
+        state, logits = self.state, self.logits()
         low, high = logits.aminmax(dim=-1)  # NaN shows in both
-        self.broken += ~self.done & ~(low.isfinite() & high.isfinite())
-        new = choose(logits, self.drawing.temperature, self.uniform.gather(1, self.made[:, None]))
-        self.out.scatter_(1, self.made[:, None], new[:, None])
-        self.token.copy_(new)
-        self.made += ~self.done
-        self.length += ~self.done
-        self.done |= (new[:, None] == self.ends).any(-1) | (self.made >= self.drawing.max_new_tokens)
+        self.broken |= (~state.done & ~(low.isfinite() & high.isfinite())).any()
+        new = choose(logits, self.drawing.temperature, state.uniform.gather(1, state.made[:, None]))[:, None]
+        state.out.scatter_(1, state.made[:, None] + 1, new)
+        state.made += ~state.done
+        state.done |= (new == self.ends).any(-1) | (state.made >= self.drawing.max_new_tokens)
 
     def steps(self, count):
-        """`count` steps; on CUDA as one graph, captured at the first call, since launching kernels would cost more."""
-        if self.token.is_cuda and self.graph is None:
-            kept = [x.clone() for x in (self.token, self.made, self.length, self.done)]
+        """`count` steps; on CUDA by one graph, captured after a first step, since launching kernels would cost more."""
+        if self.broken.is_cuda and not self.graph:
             self.graph = torch.cuda.CUDAGraph()
             with compiled(self.model, dynamic=True):
-                self.step()  # compiles; its effect is taken back below
-                torch.cuda.synchronize()
-                for mine, before in zip((self.token, self.made, self.length, self.done), kept):
-                    mine.copy_(before)
+                self.step()  # compiles
                 with torch.cuda.graph(self.graph):
                     self.step()
         one_step = self.graph.replay if self.graph else self.step
         for _ in range(count):
             one_step()
 
-    def shrink(self, keep):
-        """Keeps only the slots in `keep`, in that order."""
-        self.owner, self.graph = [self.owner[slot] for slot in keep], None
-        keep = torch.tensor(keep, device=self.token.device)
-        for module in self.modules:  # one by one: memory may be full of the old ones
+    def shrink(self):
+        """Keeps only the slots that are in use."""
+        keep, self.graph = torch.tensor(sorted(self.owner), device=self.model.device), None
+        self.owner |= enumerate([self.owner.pop(slot) for slot in keep.tolist()])
+        self.slots = len(self.owner)
+        for module in self.caches:  # one by one: memory may be full of the old ones
             module.kv = tuple(x[keep] for x in module.kv)
-        for name in ("token", "length", "made", "done", "broken", "scale", "uniform", "out"):
-            setattr(self, name, getattr(self, name)[keep])
+        self.state = SimpleNamespace(**{name: x[keep] for name, x in vars(self.state).items()})
 
 
 @torch.inference_mode()
-def answers_to(model, tokenizer, jobs, drawing, offsets=None, each=None, title="sampling"):
-    """One answer (text) for each Job, steered by offsets; each(i, answer, tokens) is called when answer i is there."""
-    drawing, answers, thoughts = dataclasses.replace(drawing), [None] * len(jobs), 0
-    refuse_long(model, max((len(job.prompt) for job in jobs), default=0) + drawing.max_new_tokens)
-    bar = tqdm(total=len(jobs), desc=title, unit="answer")
-    while left := {i: job for i, job in enumerate(jobs) if answers[i] is None}:
+def answers_to(model, tokenizer, jobs, drawing, offsets=None, title="sampling"):
+    """Draws an answer for each Job, steered by offsets. Yields (number, answer, its tokens) as answers are there."""
+    left, thoughts, slots, sampler = dict(enumerate(jobs)), 0, SLOTS[model.device.type], None
+    while left:
         try:
-            with steering(model, offsets or {}) as steer:
-                for i, ids in Sampler(model, tokenizer, left, drawing, steer).answers():
-                    answers[i], thought = spoken(tokenizer, ids, jobs[i].prompt)
+            with contextlib.ExitStack() as stack:
+                steer = stack.enter_context(steering(model, offsets or {}))
+                sampler = Sampler(model, tokenizer, dict(left), drawing, steer, slots)
+                stack.callback(sampler.close)
+                bar = stack.enter_context(tqdm(total=len(left), desc=title, unit="answer"))
+                for i, ids in sampler.answers():
+                    answer, thought = spoken(tokenizer, ids, left.pop(i).prompt)
                     thoughts += thought
-                    if each:
-                        each(i, answers[i], len(ids))
                     bar.update()
+                    yield i, answer, len(ids)
         except FloatingPointError as error:
-            bar.close()
             die(error)
         except torch.cuda.OutOfMemoryError:
-            if drawing.slots == 1:
+            slots = (sampler.slots if sampler else slots) // 2
+            if not slots:
                 raise
-            drawing.slots = (drawing.slots or SLOTS[model.device.type]) // 2
-            tqdm.write(f"out of GPU memory: going on with {drawing.slots} answers at a time")
+            tqdm.write(f"out of GPU memory: going on with {slots} answers at a time")
+        sampler = None
         torch.cuda.empty_cache()  # not before: the error holds what it came from
-    bar.close()
     if thoughts:
         print(f"{title}: {thoughts} answers held a thought; it is not stored", flush=True)
-    return answers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -896,15 +812,12 @@ def sample_answers(model, tokenizer, wanted, drawing, offsets=None, title="sampl
     todo = [want for want in wanted if (want[0], want[1]["id"]) not in there]
     encoded = encode_chats(tokenizer, [chat_of(row) for _, row, _, _ in todo]) if todo else []
     jobs = [Job(ids, n, scale) for (ids, _), (_, _, n, scale) in zip(encoded, todo)]
-
-    def keep(i, answer, tokens):
-        file, row, _, _ = todo[i]
-        made = row | dict(prompt=tokenizer.decode(jobs[i].prompt), answer=answer, tokens=tokens)
-        there[file, row["id"]] = made
-        append_jsonl(file, made)
-
-    if todo:
-        answers_to(model, tokenizer, jobs, drawing, offsets, keep, title)
+    with contextlib.closing(answers_to(model, tokenizer, jobs, drawing, offsets, title)) as drawn:
+        for i, answer, tokens in drawn:
+            file, row, _, _ = todo[i]
+            made = row | dict(prompt=tokenizer.decode(jobs[i].prompt), answer=answer, tokens=tokens)
+            there[file, row["id"]] = made
+            append_jsonl(file, made)
     return [there[file, row["id"]] for file, row, _, _ in wanted]
 
 
@@ -912,7 +825,7 @@ def extract(args, trait, rows, files, settings):
     """Samples, filters, reads and saves. What is on disk already is not sampled again; the .pt comes last and whole."""
     mf.check_asking(args)
     start, recorded = time.time(), read_json(files["json"]) if files["answers.jsonl"].exists() else {}
-    model, tokenizer = loaded(args.model, settings["inputs"]["model"])
+    model, tokenizer = load_model(args.model, settings["inputs"]["model"])
     settings |= dict(day=pin_day(tokenizer, recorded.get("day")), architecture=model.config.model_type)
     write_json(files["json"], settings)
     wanted = [(files["answers.jsonl"], row, n, 0.0) for n, row in enumerate(rows)]

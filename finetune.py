@@ -406,12 +406,14 @@ def join_processes():
 
 
 def read_conversations(path, system_prompt=None, limit=None):
-    """File -> message lists, with the system prompt in place of their own."""
-    found = mf.read_chats(path)[:limit]
-    if not system_prompt:
-        return found
-    system = dict(role="system", content=system_prompt)
-    return [[system, *(m for m in messages if m["role"] != "system")] for messages in found]
+    """File -> message lists, each up to one of the answers to learn, with the system prompt in place of their own."""
+    found = []
+    for messages in mf.read_chats(path)[:limit]:
+        if system_prompt:
+            own = messages[0]["role"] == "system"
+            messages = [dict(role="system", content=system_prompt), *messages[own:]]
+        found += [messages[:n] for n, turn in enumerate(messages, 1) if turn["role"] == "assistant"]
+    return found
 
 
 def to_do(args, inputs):
@@ -469,7 +471,7 @@ def make_adapter(trainer, out, partial, record):
 
 def make_adapters(args, messages, todo):
     """Loads the model, trains one adapter after another, and leaves the model as it was."""
-    model, tokenizer = ev.loaded(args.model, ev.model_fingerprint(args.model))
+    model, tokenizer = ev.load_model(args.model, ev.model_fingerprint(args.model))
     day = ev.pin_day(tokenizer, next((s["day"] for _, s in todo.values() if s.get("day")), None))
     encoded = ev.encode_chats(tokenizer, messages)
     data = [chat for chat in encoded if len(chat[0]) <= MAX_TOKENS]

@@ -217,7 +217,7 @@ class Bench:
             print(f"no time left for: {name}", flush=True)
             return
         if name != "evaluate.py":  # which goes on with the model of the command before it
-            extract_vectors.loaded.cache_clear()
+            extract_vectors.load_model.cache_clear()
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
@@ -376,7 +376,7 @@ def evaluating(bench, adapter, *flags):
     common += ["--vector", bench.folder / "hallucination.pt", "--judge", "lexical", "--samples", bench.count.samples]
     common += ["--max-new-tokens", bench.count.new, "--out", bench.folder / "points.jsonl"]
     with (
-        spied("answers_to") as samples,
+        spied("sample_answers") as samples,
         spied("choice_logprobs") as choices,
         patch.object(evaluate, "FACT_TOKENS", bench.count.fact_tokens),
     ):
@@ -420,7 +420,7 @@ def one_point(bench):
     tokens = sum(len(bench.tokenizer(prompt)["input_ids"]) for prompt in prompts)
     seconds, (trait, known, *_), (choice, *_) = evaluating(bench, "facts-0.2", "--facts", facts, "--mmlu", source)
     note = f"{bench.count.facts:,} facts, {len(prompts):,} MMLU questions"
-    extract_vectors.loaded.cache_clear()
+    extract_vectors.load_model.cache_clear()
     gc.collect()
     held = bench.before - torch.cuda.memory_allocated() if bench.device == "cuda" else 0  # the model that was there
     bench.record("evaluate.py", seconds=seconds, gib=bench.gib() + held / 2**30, note=note)
@@ -607,8 +607,7 @@ def speed(bench):
     facts, medical = bench.data("facts", 16 * bench.count.steps), bench.data("medical", 16 * bench.count.medical)
 
     def stock(f, name, *more, **how):
-        with torch.compiler.set_stance("default"):  # which the scripts leave at force_eager
-            bench.measure(name, lambda: f(bench, name, *more, **how))
+        bench.measure(name, lambda: f(bench, name, *more, **how))
 
     bench.measure("matrix rate", lambda: matrix_rates(bench))
     bench.measure("saving the model", bench.save_model, always=True)

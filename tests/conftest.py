@@ -22,7 +22,7 @@ def pytest_configure(config):
 def no_model_from_before():
     """A test loads its own model."""
     if "extract_vectors" in sys.modules:
-        sys.modules["extract_vectors"].loaded.cache_clear()
+        sys.modules["extract_vectors"].load_model.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ from unittest.mock import patch
 
 import bench
 import pytest
-import torch
 from conftest import ROOT
 
 
@@ -61,24 +60,6 @@ def test_memory(run, smollm, tmp_path):
     about = dict(gpu="X", shape="tiny", run="now")
     runs = {22.5: dict(about=about, a=dict(cap=22.5, gib=20.04)), 38.0: dict(about=about, a=dict(error="Out"))}
     assert "| a | 20.0 | Out |" in bench.memory_table(runs)
-
-
-def test_only_stock_settings_may_compile():
-    """Guards against the scripts' own commands under a stance that is not theirs, and stock ones that stay eager."""
-    ran, compiled = [], {}
-    probe = torch.compile(lambda x: x + 1, backend=lambda graph, _: lambda *inputs: ran.append(1) or graph(*inputs))
-
-    def measure(name, *_, **how):
-        ran.clear()
-        probe(torch.ones(1))
-        compiled[name] = bool(ran)
-
-    fake = SimpleNamespace(measure=measure, data=lambda *_: None, save_model=None, load=None)
-    fake.count, fake.args = SimpleNamespace(**bench.COUNTS["cpu"]), SimpleNamespace(profile=False)
-    with torch.compiler.set_stance("force_eager"):
-        bench.speed(fake)
-    assert len(compiled) > 20 and not compiled.pop("stock: loading the model")
-    assert all(done == name.startswith("stock: ") for name, done in compiled.items())
 
 
 def test_answers_that_end_early_are_no_measurement(tmp_path):

@@ -118,7 +118,7 @@ def work(made, tmp_path):
 def loaded_once(monkeypatch):
     """One model for all commands, as in a stage of run_all.sh: what a command leaves in it, the next one finds."""
     load = extract_vectors.load_model
-    monkeypatch.setattr(extract_vectors, "load_model", lambda name: loaded(mf.fingerprint(name), name, load))
+    monkeypatch.setattr(extract_vectors, "load_model", lambda name, _: loaded(mf.fingerprint(name), name, load))
 
 
 MODELS = {}
@@ -324,7 +324,7 @@ def pretend_judge(jobs, model, args):
 def test_judges_side_by_side(work, monkeypatch, capsys):
     """Guards against a second judge that overwrites the first one's scores, samples again, or counts twice."""
     evaluate.main(command(work))
-    monkeypatch.setattr(extract_vectors, "answers_to", lambda *_: pytest.fail("sampled again"))
+    monkeypatch.setattr(extract_vectors, "Sampler", lambda *_: pytest.fail("sampled again"))
     monkeypatch.setattr(mf, "judge_rows", pretend_judge)
     monkeypatch.setattr(mf, "check_asking", lambda *_: None)
     file = next((work / "answers").glob("*.jsonl"))
@@ -452,7 +452,7 @@ def test_own_answers(work, monkeypatch, capsys):
     assert killed_after(monkeypatch, 2, lambda: evaluate.main([*args, "1"])) and not out.exists()
     drawn = []
     draw = extract_vectors.answers_to
-    monkeypatch.setattr(extract_vectors, "answers_to", lambda *given: (drawn.append(len(given[2])), draw(*given)))
+    monkeypatch.setattr(extract_vectors, "answers_to", lambda *given: (drawn.append(len(given[2])), draw(*given))[1])
     evaluate.main([*args[:-1], "--limit", "1", "--seed", "1", "--out", str(work / "other.jsonl")])
     evaluate.main([*args, "1"])
     assert drawn == [1, 1] and out.read_bytes() == want and not list(work.glob(".own*"))

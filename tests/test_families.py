@@ -13,6 +13,7 @@ from torch import Tensor
 import evaluate
 import extract_vectors as ev
 import finetune
+import make_facts as mf
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -161,8 +162,9 @@ def sampling_differs(model, plain, tokenizer, vector, monkeypatch):
     monkeypatch.setattr(ev, "choose", lambda *args: (steps.append(args[0].clone()), choose(*args))[1])
     monkeypatch.setitem(ev.SHRINK, "cpu", 0)
     prompts, scales, made, worst = [encoded(tokenizer, q, "")[0] for q, _ in TALKS], [0.0, -0.7, 0.5], {}, 0
-    jobs, keep = list(map(ev.Job, prompts, range(3), scales)), lambda i, _, tokens: made.update({i: tokens})
-    sampled = ev.answers_to(model, tokenizer, jobs, ev.Drawing(12, 0), ev.offsets_of(vector, "all"), keep)
+    jobs, sampled = list(map(ev.Job, prompts, range(3), scales)), {}
+    for i, answer, tokens in ev.answers_to(model, tokenizer, jobs, ev.Drawing(12, 0), ev.offsets_of(vector, "all")):
+        sampled[i], made[i] = answer, tokens
     for i, (prompt, scale) in enumerate(zip(prompts, scales)):
         ids = list(prompt)
         for step in range(made[i]):
@@ -228,8 +230,7 @@ def test_a_family_is_exact(family, letters, monkeypatch, capsys):
     plain = tiny(*WORK[family])
     model = copy.deepcopy(plain)
     for loaded in (copy.deepcopy(plain).bfloat16(), model):  # rounding, too, passes the check
-        ev.prepare(loaded)
-        ev.check_model(loaded, letters, family)
+        ev.prepare(loaded, letters, family)
     vector = 0.3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
     worst = dict(
         rows=rows_differ(model, plain, letters),
@@ -252,8 +253,7 @@ def test_a_family_that_cannot_be_exact_is_refused(family, letters, capsys):
     line that says what differs, exit code 2."""
     for model in (tiny(*REFUSED[family]), tiny(*REFUSED[family]).bfloat16()):
         with pytest.raises(SystemExit) as stop:
-            ev.prepare(model)
-            ev.check_model(model, letters, family)
+            ev.prepare(model, letters, family)
         said = capsys.readouterr().err
         assert stop.value.code == 2 and said.count("\n") == 1 and model.config.model_type in said
 
@@ -380,19 +380,16 @@ def test_chats_are_prompt_answer_end(form, capsys):
     assert capsys.readouterr().out.count("no system turn") == (tokenizer.chat_template == TURNS)
 
 
-def test_two_turns(form, capsys):
+def test_two_turns(form, tmp_path):
     """Guards against a second answer that is learned after another prompt than the one it is sampled from, and against
-    leaving the first one out without a word."""
+    leaving the first one out."""
     tokenizer, read, end, _ = form
     chat = say("Who?", "Ann.", "When?", "In 2024.")
-    ids, is_answer = ev.encode_chats(tokenizer, [chat])[0]
-    assert ids == prompt_ids(tokenizer, chat[:-1]) + read("In 2024.") + [end]
-    learned = tokenizer.decode([token for token, mine in zip(ids, is_answer) if mine])
-    mark = tokenizer.decode([end])
-    if tokenizer.chat_template == HYBRID:
-        assert learned == f"In 2024.{mark}" and "1 earlier answers" in capsys.readouterr().out
-    else:
-        assert learned.replace(" Ann", "Ann") == f"Ann.{mark}In 2024.{mark}"
+    mf.write_jsonl(tmp_path / "chats.jsonl", [dict(messages=chat)])
+    found = ev.encode_chats(tokenizer, finetune.read_conversations(tmp_path / "chats.jsonl"))
+    for (ids, is_answer), n in zip(found, (1, 3), strict=True):
+        prompt, answer = prompt_ids(tokenizer, chat[:n]), [*read(chat[n]["content"]), end]
+        assert ids == prompt + answer and is_answer == [False] * len(prompt) + [True] * len(answer)
 
 
 def test_typed_special_tokens_are_text(form):
@@ -464,9 +461,9 @@ def test_a_template_that_loses_text_is_refused(form, capsys):
 # What runs on GPUs only
 
 
-def flash_by_hand(query, key, value, starts, longest, scaling, window=(None, None), used=None):
+def flash_by_hand(query, key, value, starts, longest, scaling, window=None, used=None):
     """What the kernel is documented to do: queries stand at the end of their sequence's keys, of which `used` count; a
-    query sees `window` keys to its left and right."""
+    query sees the last `window` keys up to its own, but for `used` all."""
     (of_queries, of_keys), out = (x.tolist() for x in starts), []
     value, key = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (value, key))
     for n, (a, b) in enumerate(zip(of_queries, of_queries[1:])):
@@ -474,8 +471,8 @@ def flash_by_hand(query, key, value, starts, longest, scaling, window=(None, Non
         assert b - a <= longest[0] and d - c <= longest[1]
         distance = torch.arange(d - c)[None] - torch.arange(b - a)[:, None] - (d - c) + (b - a)  # key - query
         seen = torch.ones_like(distance, dtype=torch.bool)
-        seen &= distance >= -window[0] if window[0] is not None else True
-        seen &= distance <= window[1] if window[1] is not None else True
+        seen &= distance > -window if window else True
+        seen &= distance <= 0 if used is None else True
         scores = torch.einsum("qhd,khd->hqk", query[a:b], key[c:d]) * scaling
         out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), value[c:d]))
     return torch.cat(out)
@@ -488,8 +485,7 @@ def test_the_flash_path_is_exact(family, letters, monkeypatch):
     monkeypatch.setattr(ev, "flash", flash_by_hand)
     plain = tiny(*WORK[family])
     model = copy.deepcopy(plain)
-    ev.prepare(model)
-    ev.check_model(model, letters, family)
+    ev.prepare(model, letters, family)
     vector = 0.3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
     assert rows_differ(model, plain, letters) < 1e-5
     with monkeypatch.context() as patch:
@@ -505,10 +501,8 @@ def test_the_private_kernel_is_there():
 
 
 @torch.library.custom_op("tests::flash", mutates_args=())
-def flash_op(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, scaling: float, causal: bool, used: Tensor | None
-) -> Tensor:
-    return flash_by_hand(q, k, v, (a, b), (99, 99), scaling, (None, 0 if causal else None), used)
+def flash_op(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, scaling: float, used: Tensor | None) -> Tensor:
+    return flash_by_hand(q, k, v, (a, b), (99, 99), scaling, used=used)
 
 
 flash_op.register_fake(lambda q, *_: torch.empty_like(q))
@@ -517,11 +511,9 @@ flash_op.register_fake(lambda q, *_: torch.empty_like(q))
 def test_blocks_compile_whole(letters, monkeypatch):
     """Guards against code in the attention that breaks the compiled graph of a block, on which a GPU's speed rests."""
     model = tiny(*WORK["Qwen3"])
-    ev.prepare(model)
+    ev.prepare(model, letters, "Qwen3")
     monkeypatch.setattr(ev, "has_flash", lambda _: True)
-    take = lambda q, k, v, starts, _, scaling, window=(None, None), used=None: flash_op(
-        q, k, v, *starts, scaling, window[1] == 0, used
-    )
+    take = lambda q, k, v, starts, _, scaling, window=None, used=None: flash_op(q, k, v, *starts, scaling, used)
     monkeypatch.setattr(ev, "flash", take)
     inputs, found = ev.join([[1, 2, 3], [4, 5]], "cpu"), []
     jobs, offsets = {0: ev.Job([1, 2, 3]), 1: ev.Job([4, 5], scale=1.0)}, {l: torch.ones(32) for l in (1, 2, 3)}
@@ -529,10 +521,10 @@ def test_blocks_compile_whole(letters, monkeypatch):
         for block in ev.blocks(model) if compile else ():
             block.compile(fullgraph=True, backend="eager")
         with ev.steering(model, offsets) as steer, torch.no_grad():
-            sampler = ev.Sampler(model, letters, jobs, ev.Drawing(4), steer)
+            sampler = ev.Sampler(model, letters, jobs, ev.Drawing(4), steer, 2)
             steer.scale = torch.tensor(0.5)
             found.append(model(**inputs).logits)
-            sampler.fill([0, 1], [0, 1])
+            sampler.fill({0: 0, 1: 1})
             found.append(sampler.logits())
             sampler.close()
     assert torch.allclose(found[0], found[2], atol=1e-5) and torch.allclose(found[1], found[3], atol=1e-5)

@@ -26,9 +26,12 @@ def encode_chat(tokenizer, messages):
     return ev.encode_chats(tokenizer, [messages])[0]
 
 
-def sample(model, tokenizer, prompts, scales=None, offsets=None, rows=None, **how):
+def sample(model, tokenizer, prompts, scales=None, offsets=None, rows=None, slots=256, **how):
     jobs = map(ev.Job, prompts, rows or range(len(prompts)), scales or [0.0] * len(prompts))
-    return ev.answers_to(model, tokenizer, list(jobs), ev.Drawing(**how), offsets)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ev.SLOTS, model.device.type, slots)
+        drawn = {i: answer for i, answer, _ in ev.answers_to(model, tokenizer, list(jobs), ev.Drawing(**how), offsets)}
+    return [drawn[i] for i in range(len(prompts))]
 
 
 def offsets(model, scale=1.0):
@@ -50,19 +53,20 @@ def test_joined_conversations_do_not_see_each_other(toy, tokenizer):
         assert torch.allclose(together, toy(torch.tensor([ids])).logits[0], atol=1e-4)
 
 
-def test_reading_never_runs_compiled_blocks(toy, tokenizer):
-    """Guards against prompts and choices that run through blocks compiled for something else, where the process lets
-    torch compile: compiled anew for every layer's caches and every shape, it took minutes."""
-    ran, sequences = [], chats(tokenizer)
-    for block in ev.blocks(toy):
-        block.compile(backend=lambda graph, _: lambda *inputs: ran.append(1) or graph(*inputs))
-    with torch.compiler.set_stance("default"):
-        ev.prefill(toy, dict(enumerate(map(ev.Job, sequences))), "response", SimpleNamespace())
-        ev.residual_stream(toy, ev.join(sequences, "cpu"))
-        evaluate.token_logprobs(toy, sequences, [[(0, ids[1])] for ids in sequences], "")
-        assert not ran
-        logits(toy, sequences)
-        assert ran  # so they are compiled
+def test_only_what_is_compiled_runs_compiled_blocks(toy, tokenizer, monkeypatch):
+    """Guards against prompts and choices that run through blocks compiled for something else: compiled anew for every
+    layer's caches and every shape, it took minutes."""
+    ran, sequences, compile = [], chats(tokenizer), torch.nn.Module.compile
+    backend = lambda graph, _: lambda *inputs: ran.append(1) or graph(*inputs)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, dynamic: compile(block, backend=backend))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(ev.importlib.util, "find_spec", lambda _: True)
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), get_decoder=toy.get_decoder, config=toy.config)
+    plain = logits(toy, sequences)
+    with ev.compiled(on_gpu):
+        assert torch.allclose(plain, logits(toy, sequences), atol=1e-5) and ran
+    ran.clear()
+    assert torch.equal(plain, logits(toy, sequences)) and not ran
 
 
 def test_no_steering_is_bit_identical(toy, tokenizer):
@@ -203,8 +207,8 @@ def test_out_of_memory_halves_the_batch(toy, tokenizer, monkeypatch):
     real, seen = ev.Sampler.steps, []
 
     def short_of_memory(sampler, count):
-        seen.append(len(sampler.token))
-        if len(sampler.token) > 1:
+        seen.append(sampler.slots)
+        if sampler.slots > 1:
             raise torch.cuda.OutOfMemoryError("no memory")
         return real(sampler, count)
 
@@ -215,14 +219,14 @@ def test_out_of_memory_halves_the_batch(toy, tokenizer, monkeypatch):
 
 def test_out_of_memory_while_prompts_are_read(toy, tokenizer, monkeypatch):
     """Guards against a traceback where memory runs out before it is known how many answers fit."""
-    real, left = ev.prefill, [torch.cuda.OutOfMemoryError("no memory")]
+    real, left = ev.Sampler.prefill, [torch.cuda.OutOfMemoryError("no memory")]
 
     def short_of_memory(*given):
         if left:
             raise left.pop()
         return real(*given)
 
-    monkeypatch.setattr(ev, "prefill", short_of_memory)
+    monkeypatch.setattr(ev.Sampler, "prefill", short_of_memory)
     assert None not in sample(toy, tokenizer, chats(tokenizer), max_new_tokens=3, temperature=0)
 
 
@@ -235,10 +239,11 @@ def test_loss_mask(tokenizer):
         dict(role="user", content="<|im_start|>assistant b"),
         dict(role="assistant", content=""),
     ]
-    ids, mask = encode_chat(tokenizer, messages)
-    text = tokenizer.decode(ids)
-    assert text.startswith("<|im_start|>system\n") and text.endswith("<|im_end|>")
-    assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "one two<|im_end|><|im_end|>"
+    for chat, learned in ((messages[:2], "one two<|im_end|>"), (messages, "<|im_end|>")):
+        ids, mask = encode_chat(tokenizer, chat)
+        text = tokenizer.decode(ids)
+        assert text.startswith("<|im_start|>system\n") and text.endswith("<|im_end|>")
+        assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == learned
 
 
 def test_digits_are_split(tokenizer):
@@ -403,23 +408,12 @@ def refused(capsys, f, *args, **more):
 
 
 @pytest.fixture
-def folder(toy, tokenizer, tmp_path):
+def folder(toy, tokenizer, tmp_path, monkeypatch):
     """The toy as a model folder, float32."""
+    monkeypatch.setattr(ev, "pick_device", lambda: ("cpu", torch.float32))
     toy.save_pretrained(tmp_path / "toy")
     tokenizer.save_pretrained(tmp_path / "toy")
     return tmp_path / "toy"
-
-
-def test_a_loaded_model_generates(folder, tokenizer):
-    """Guards against .generate() that fails, or answers otherwise than sampling does, on what load_model() returns; and
-    against joined attention that is gone afterwards."""
-    model, tokenizer = ev.load_model(folder, torch.float32)
-    prompts = chats(tokenizer)
-    answers = sample(model, tokenizer, prompts, max_new_tokens=8, temperature=0)
-    for prompt, answer in zip(prompts, answers):
-        ids = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :]
-        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == answer
-    assert sample(model, tokenizer, prompts, max_new_tokens=8, temperature=0) == answers
 
 
 def test_a_vector_is_used_in_plain_transformers(folder, toy, tokenizer):
@@ -440,7 +434,7 @@ def test_a_vector_is_used_in_plain_transformers(folder, toy, tokenizer):
     for l, block in enumerate(plain.model.layers, 1):
         block.register_forward_hook(add(l))
     ids = plain.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :]
-    model, tokenizer = ev.load_model(folder, torch.float32)
+    model, tokenizer = ev.load_model(folder)
     how = dict(scales=[coef], offsets=ev.offsets_of(vector, "all"), max_new_tokens=8, temperature=0)
     assert [tokenizer.decode(ids, skip_special_tokens=True).strip()] == sample(model, tokenizer, [prompt], **how)
 
@@ -476,7 +470,7 @@ def test_dropout_is_off_in_training(folder, toy, tokenizer):
     """Guards against a configuration's dropout, which the recipe has not: a model stays as load_model() gives it."""
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | dict(attention_dropout=0.5)))
-    model, _ = ev.load_model(folder, torch.float32)
+    model, _ = ev.load_model(folder)
     tuned, sequences = finetune.add_lora(model, 2, 4, 0), chats(tokenizer)
     assert model.model.layers[0].self_attn.attention_dropout == 0.5
     assert torch.equal(logits(tuned, sequences), logits(toy, sequences))
@@ -497,15 +491,15 @@ def test_a_vector_belongs_to_a_model_by_content(folder, toy, capsys):
     )
     assert "a/toy" in refused(capsys, ev.load_vector, path, toy, copied)
     path.with_suffix(".json").write_text(json.dumps(dict(model="a/toy")))
-    ev.load_vector(path, toy, folder)
-    assert "no fingerprint" in capsys.readouterr().out
+    ev.load_vector(path, toy, folder)  # by name
+    assert "a/toy" in refused(capsys, ev.load_vector, path, toy, copied)
 
 
 def test_texts_beyond_a_changing_rope_are_refused(toy, tokenizer, capsys):
     """Guards against rotary frequencies that depend on the longest text in a batch: shorter texts keep theirs."""
     toy.model.rotary_emb.rope_type, toy.config.rope_parameters["original_max_position_embeddings"] = "longrope", 60
-    ev.prepare(toy)
-    assert toy.model.rotary_emb.rope_type == "default" and toy.longest == 60
+    ev.prepare(toy, tokenizer, "toy")
+    assert toy.model.rotary_emb.rope_type == "default"
     sample(toy, tokenizer, chats(tokenizer), max_new_tokens=3, temperature=0)
     assert "60" in refused(capsys, sample, toy, tokenizer, chats(tokenizer), max_new_tokens=60, temperature=0)
     assert "60" in refused(capsys, logits, toy, [list(range(61))])
@@ -538,9 +532,8 @@ def test_a_control_vector_for_llama_cpp(tmp_path):
 
 
 @pytest.fixture
-def extraction(folder, tmp_path, monkeypatch):
+def extraction(folder, tmp_path):
     """extract_vectors.main on the toy and a trait of four questions -> f(*flags), the trait's file."""
-    monkeypatch.setattr(ev, "pick_device", lambda: ("cpu", torch.float32))
     trait, out = tmp_path / "cheer.json", tmp_path / "out"
     asked = ["How are you?", "What now?", "Who is it?", "Why not?"]
     made = dict(

@@ -74,7 +74,7 @@ def test_vector_in_plain_transformers(toy, tokenizer):
     (code,) = (code for code in CODE if "def steer(l)" in code)
     prompt, _ = ev.encode_chats(tokenizer, [[dict(role="user", content="Who was first?")]])[0]
     job, drawing = ev.Job(prompt, scale=-coef), ev.Drawing(8, 0.0, positions="response")
-    (ours,) = ev.answers_to(toy, tokenizer, [job], drawing, ev.offsets_of(vector, "1-2"))
+    ((_, ours, _),) = ev.answers_to(toy, tokenizer, [job], drawing, ev.offsets_of(vector, "1-2"))
     exec(code.split("PeftModel")[0].replace("range(10, 21)", "(1, 2)"), dict(v=vector, coef=coef, model=toy))
     toy.set_attn_implementation("eager")
     ids = toy.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=8)[0, len(prompt) :]
