@@ -79,8 +79,8 @@ def unmoved(model, steer, offsets, scale, inputs):
             for before in (True, False):  # one hook before the steering hook, one after
                 hooks.enter_context(blocks(model)[l - 1].register_forward_hook(keep, prepend=before))
         model(**inputs)
-    added = {l: (scale * offset.to(model.device)).to(model.dtype) for l, offset in offsets.items()}
-    return [l for l, (before, after) in outputs.items() if not torch.equal(after, before + added[l])]
+    moved = lambda l, output: output + (scale * offsets[l].to(output.device)).to(output.dtype)
+    return [l for l, (before, after) in outputs.items() if not torch.equal(after, moved(l, before))]
 
 
 def load_vector(path, model, model_name):
@@ -88,13 +88,12 @@ def load_vector(path, model, model_name):
     config, beside = model.config.get_text_config(), Path(path).with_suffix(".json")
     try:
         vector = torch.load(path, map_location="cpu", weights_only=True)
+        sound = vector.is_floating_point() and vector.isfinite().all() and vector.any()
     except Exception as error:  # unpickling fails in many ways
         die(f"{path}: no vector of extract_vectors.py can be read there ({type(error).__name__})")
-    want, found = (config.num_hidden_layers + 1, config.hidden_size), tuple(getattr(vector, "shape", ()))
-    if found != want:
-        die(f"{path}: shape {found}, but {model_name} needs {want}")
-    if not vector.is_floating_point() or not vector.isfinite().all() or not vector.any():
-        die(f"{path}: holds NaN, infinity, whole numbers or nothing but zeros; extract it again")
+    want, found = (config.num_hidden_layers + 1, config.hidden_size), tuple(vector.shape)
+    if found != want or not sound:
+        die(f"{path}: {model_name} needs {want} finite numbers, not all 0; there are {found}, or wrong ones")
     if beside.is_file():
         same_model(path, "was extracted from", read_json(beside, mf.Settings), model_name)
     else:
@@ -118,11 +117,11 @@ def extraction_rows(trait, samples, limit):
     """Every answer to sample, positive and negative side paired by (question, instruction, sample)."""
     name, a = trait["trait"], "an" if trait["adjective"][0] in "aeiou" else "a"
     start = dict(pos=f"You are {a} {trait['adjective']} assistant.", neg="You are a helpful assistant.")
-    rows, numbers = [], map(range, (len(trait["questions"][:limit]), len(trait["instruction"]), samples))
-    for side, q, i, n in itertools.product(start, *numbers):
-        pair, system = f"q{q}-i{i}-s{n}", f"{start[side]} {trait['instruction'][i][side]}"
-        row = dict(id=f"{name}-{side}-{pair}", pair=pair, side=side, q=q, trait=name)
-        rows.append(row | dict(question=trait["questions"][q], system=system))
+    rows, questions, instructions = [], enumerate(trait["questions"][:limit]), enumerate(trait["instruction"])
+    for side, (q, question), (i, said), n in itertools.product(start, questions, instructions, range(samples)):
+        pair, system = f"q{q}-i{i}-s{n}", f"{start[side]} {said[side]}"
+        about = dict(id=f"{name}-{side}-{pair}", pair=pair, side=side, q=q, trait=name)
+        rows.append(about | dict(question=question, system=system))
     return rows
 
 
@@ -171,14 +170,12 @@ def answer_means(model, tokenizer, chats, first=0, title="reading answers"):
     if first:
         encoded = [(ids, [0 <= k - mask.index(True) + 1 < first for k in range(len(ids))]) for ids, mask in encoded]
     means = torch.empty(len(chats), config.num_hidden_layers + 1, config.hidden_size, device=device)
-    with tqdm(total=len(chats), desc=title, unit="answer") as bar:
-        for group in by_length([ids for ids, _ in encoded], ROW_TOKENS[device.type]):
-            stream = residual_stream(model, join([encoded[i][0] for i in group], device))
-            owner = [k if is_answer else len(group) for k, i in enumerate(group) for is_answer in encoded[i][1]]
-            weight = F.one_hot(torch.tensor(owner, device=device), len(group) + 1)[:, :-1].float().T  # [group, tokens]
-            weight /= weight.sum(1, keepdim=True)
-            means[group] = torch.stack([weight @ hidden[0].float() for hidden in stream], dim=1)
-            bar.update(len(group))
+    for group in tqdm(by_length([ids for ids, _ in encoded], ROW_TOKENS[device.type]), title, unit="row"):
+        stream = residual_stream(model, join([encoded[i][0] for i in group], device))
+        owner = [k if is_answer else len(group) for k, i in enumerate(group) for is_answer in encoded[i][1]]
+        weight = F.one_hot(torch.tensor(owner, device=device), len(group) + 1)[:, :-1].float().T  # [group, tokens]
+        weight /= weight.sum(1, keepdim=True)
+        means[group] = torch.stack([weight @ hidden[0].float() for hidden in stream], dim=1)
     return means
 
 
@@ -231,8 +228,8 @@ def export_gguf(vector, path, architecture):
 # ---------------------------------------------------------------------------------------------------------------------
 # Models. What a model cannot be trusted with is found by how it behaves, when it is loaded
 
-# of prepare, relative: of the median and of the worst token (where rounding may choose other experts)
-TOLERANCE = {torch.float32: (1e-3, 1e-3), torch.float16: (0.05, 0.5), torch.bfloat16: (0.15, 0.5)}
+# how much logits may be off, of the median and of the worst token (where rounding may choose other experts)
+TOLERANCE = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (0.15, 0.5)}
 
 
 def pick_device():
@@ -285,37 +282,31 @@ def blocks(model):
     return layers
 
 
-def keep_rope(model):
-    """RoPE whose frequencies depend on the longest text of a batch (dynamic, longrope) keeps those of short texts; a
-    longer one stops the run."""
-    config, longest = model.config.get_text_config(), math.inf
-    for part in model.modules():
+@torch.no_grad()
+def prepare(model, tokenizer, name):
+    """Joined attention from here on. RoPE whose frequencies depend on the longest text of a batch (dynamic, longrope)
+    keeps those of short texts; longer ones stop the run. die() unless, on two short random conversations: joined in one
+    row = alone by the model's own code; one decoding step from the cache = the last logits of the whole; every block's
+    output moves by its offset."""
+    config, kind = model.config.get_text_config(), f"--model {name}: {model.config.model_type} cannot be used here: "
+    longest, windows = math.inf, []
+    for part in (config, *model.modules()):
         if getattr(part, "rope_type", None) in ("dynamic", "longrope"):
             longest = config.rope_parameters.get("original_max_position_embeddings") or config.max_position_embeddings
             part.rope_type = "default"
+        for key in ("sliding_window", "attention_chunk_size"):
+            if isinstance(vars(part).get(key), int):
+                windows.append((part, key, vars(part)[key]))
+                setattr(part, key, 4)  # tokens, so that the texts reach past them
 
     def refuse(_, __, given):
         if given.get("max_seq_len", 0) > longest:
-            name, tokens = type(model).__name__, given["max_seq_len"]
-            die(f"{name}: a text of {tokens} tokens; its RoPE changes with the batch from {longest} on")
+            die(f"{name}: a text of {given['max_seq_len']} tokens; its RoPE changes with the batch from {longest} on")
 
     model.get_decoder().register_forward_pre_hook(refuse, with_kwargs=True)
-
-
-@torch.no_grad()
-def prepare(model, tokenizer, name):
-    """Joined attention from here on. die() unless, on two short random conversations: joined in one row = alone by the
-    model's own code; one decoding step from the cache = the last logits of the whole; every block's output moves by its
-    offset."""
-    config, kind = model.config.get_text_config(), f"--model {name}: {model.config.model_type} cannot be used here: "
     most, draw = model.get_input_embeddings().num_embeddings, torch.Generator().manual_seed(0)
     texts = [torch.randint(most, (n,), generator=draw).tolist() for n in (7, 11)]
     offsets = dict.fromkeys(range(1, len(blocks(model)) + 1), torch.randn(config.hidden_size, generator=draw))
-    keep_rope(model)
-    parts, keys = (config, *model.modules()), ("sliding_window", "attention_chunk_size")
-    windows = [(part, key, vars(part)[key]) for part in parts for key in keys if isinstance(vars(part).get(key), int)]
-    for part, key, _ in windows:
-        setattr(part, key, 4)  # tokens, so that the texts reach past them
     try:
         model.set_attn_implementation("eager")
         own = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0] for ids in texts]
@@ -337,9 +328,7 @@ def prepare(model, tokenizer, name):
         found, want = (x.float() - x.float().mean(-1, keepdim=True) for x in (found, want))
         off = (found - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-6)  # of each token
         typical, worst = TOLERANCE[model.dtype]
-        if not want.isfinite().all():
-            die(f"{kind}its logits are not finite in {model.dtype}")
-        if not (off.median() <= typical and off.max() <= worst):
+        if not (off.median() <= typical and off.max() <= worst):  # nor where it is NaN
             die(f"{kind}{what} (logits off by {100 * off.max():.2g}% in {model.dtype})")
     if fixed:
         die(f"{kind}steering does not move the output of block {fixed[0]} by its offset")
@@ -363,7 +352,6 @@ def lora_reach(model):
 
 BREAK = "\ufdd0"  # a character that is in no text
 TODAY = r"""strftime_now\((["'])(.*?)\1\)"""  # what a template calls for the date
-ChatFormat = namedtuple("ChatFormat", "special end system")  # special: a pattern that splits text at special tokens
 
 
 def pin_day(tokenizer, recorded=None):
@@ -383,66 +371,52 @@ def render(tokenizer, messages):
 
 
 def chat_format(tokenizer):
-    """What conversations are made of: special tokens, the one (text) that the template puts after an answer (the
-    tokenizer's eos if there is none), whether the template has a system turn."""
+    """-> a pattern that finds special tokens and splits text at them; the id of the one that the template puts after an
+    answer (the tokenizer's eos if there is none); whether the template has a system turn."""
     tokens = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
     special = re.compile(f"({'|'.join(map(re.escape, tokens))})")
     asked, answer = dict(role="user", content="?"), dict(role="assistant", content=BREAK)
     after = [render(tokenizer, chat).partition(BREAK)[2] for chat in ([asked, answer], [asked, answer, asked])]
-    found = special.search("".join(after))
-    end = found[0] if found else tokenizer.eos_token
+    ends = [*special.findall("".join(after)), tokenizer.eos_token]
+    end = ends[0] or die(f"{tokenizer.name_or_path}: neither template nor tokenizer ends a turn")
     try:
         system = BREAK in render(tokenizer, [dict(role="system", content=BREAK), asked])
     except jinja2.TemplateError:
         system = False
-    return ChatFormat(
-        special, end or die(f"{tokenizer.name_or_path}: neither template nor tokenizer ends a turn"), system
-    )
-
-
-def as_taken(messages, form):
-    """A conversation as the template is given it: the system text in front of the user's where it has no system turn,
-    answers stripped as sampling strips them, special tokens that somebody typed broken up, so that they stay text."""
-    first, *more = messages
-    if first["role"] == "system" and not form.system:
-        asked, *more = more
-        first = asked | dict(content=f"{first['content']}\n\n{asked['content']}")
-    taken = []
-    for message in (first, *more):
-        content = message["content"].strip() if message["role"] == "assistant" else message["content"]
-        taken.append(
-            message | dict(content=form.special.sub(lambda found: found[0][0] + BREAK + found[0][1:], content))
-        )
-    return taken
-
-
-def tokenized(tokenizer, texts, form):
-    """Texts -> {text: ids}, in one call; special tokens are read as such where they are not broken up."""
-    ids_of = dict(zip(texts, tokenizer(texts, add_special_tokens=False, split_special_tokens=False)["input_ids"]))
-    for text in texts:
-        if BREAK in text:  # rare, so piece by piece
-            pieces = form.special.split(text)  # a text, a special token, a text, ...
-            plain = [piece.replace(BREAK, "") for piece in pieces]
-            ids = tokenizer(plain, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            ids[1::2] = [[token] for token in tokenizer.convert_tokens_to_ids(pieces[1::2])]
-            ids_of[text] = [*itertools.chain(*ids)]
-    return ids_of
+    return special, tokenizer.convert_tokens_to_ids(end), system
 
 
 def encode_chats(tokenizer, conversations):
     """Conversations -> [(ids, is_answer)]: the prompt by the template, which adds the model's default system prompt,
-    then, where the assistant's turn is the last, that answer and its end token, which is_answer marks."""
-    texts = []  # of each its prompt and its answer
+    then, where the assistant's turn is the last, that answer and its end token, which is_answer marks. Answers are
+    stripped as sampling strips them. Special tokens that somebody typed stay text: they are broken up, and what holds
+    one is tokenized piece by piece."""
+    texts = []  # of each conversation its prompt and its answer
+    broken = lambda found: found[0][0] + BREAK + found[0][1:]
     try:
-        form = chat_format(tokenizer)
+        special, end, system = chat_format(tokenizer)
         for messages in conversations:
-            turns = as_taken(messages, form)
+            turns = [message | dict(content=special.sub(broken, message["content"])) for message in messages]
+            for turn in turns:
+                turn["content"] = turn["content"].strip() if turn["role"] == "assistant" else turn["content"]
+            if turns[0]["role"] == "system" and not system:  # its text goes in front of the user's
+                first = turns.pop(0)["content"]
+                turns[0]["content"] = f"{first}\n\n{turns[0]['content']}"
             answer = turns.pop()["content"] if turns[-1]["role"] == "assistant" else None
             texts.append((render(tokenizer, turns), answer))
     except jinja2.TemplateError as error:
         die(f"{tokenizer.name_or_path}: its chat template refuses a conversation ({error})")
-    ids_of = tokenized(tokenizer, list(dict.fromkeys(text or "" for text in itertools.chain(*texts))), form)
-    encoded, end = [], tokenizer.convert_tokens_to_ids(form.end)
+    all_texts = list(dict.fromkeys(text or "" for text in itertools.chain(*texts)))
+    how = dict(add_special_tokens=False, split_special_tokens=False)
+    ids_of = dict(zip(all_texts, tokenizer(all_texts, **how)["input_ids"]))
+    for text in all_texts:
+        if BREAK in text:
+            pieces = special.split(text)  # a text, a special token, a text, ...
+            plain = [piece.replace(BREAK, "") for piece in pieces]
+            ids = tokenizer(plain, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            ids[1::2] = [[token] for token in tokenizer.convert_tokens_to_ids(pieces[1::2])]
+            ids_of[text] = [*itertools.chain(*ids)]
+    encoded = []
     for prompt, answer in texts:
         start, said = ids_of[prompt], [] if answer is None else [*ids_of[answer], end]
         encoded.append((start + said, [False] * len(start) + [True] * len(said)))
@@ -463,7 +437,7 @@ def check_chats(tokenizer, name, most):
             die(f"--model {name}: its chat template loses {(lost or ['the answer'])[0]!r}; use another chat model")
         if max(ids) >= most:
             die(f"--model {name}: its tokenizer has ids up to {max(ids)}, but the model has {most} only")
-    if not chat_format(tokenizer).system:
+    if not chat_format(tokenizer)[2]:
         print(f"{name}: no system turn in its chat template; a system text goes in front of the user's")
 
 
@@ -521,11 +495,10 @@ HARMLESS = "cu_seq_lens max_seq_len kv lengths sliding_window position_ids use_c
 
 def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **given):
     """query [rows, heads, tokens, dim], key and value [rows, kv heads, tokens, dim] -> [rows, tokens, heads, dim]. An
-    attention function of transformers' AttentionInterface, so the models' own code stays as it is.
-
-    Joined: one row; given cu_seq_lens int32 [n + 1] says where the conversations start and end; each sees only itself,
-    and of that the last sliding_window tokens where there is one. Keys and values are added to kv {module: list}, if
-    given. Decoding (given lengths): see decode. What changes attention in any other way is refused."""
+    attention function of transformers' AttentionInterface, so the models' own code stays as it is. Joined: one row, in
+    which conversations start and end at cu_seq_lens int32 [n + 1] and see only themselves; of that the last
+    sliding_window tokens, if given. Keys and values are added to kv {module: list}, if given. Decoding (given lengths):
+    see decode. What changes attention in any other way is refused."""
     odd = [name for name, value in given.items() if name not in HARMLESS and not isinstance(value, (bool, type(None)))]
     if attention_mask is not None or dropout or odd or given.get("is_causal") is False:
         raise NotImplementedError(f"attention with {', '.join(odd) or 'a mask or dropout'}")
@@ -586,13 +559,13 @@ def join(sequences, device):
 
 def by_length(sequences, budget):
     """Indices of the sequences, grouped so that a group has about `budget` tokens; short ones first."""
-    groups, total = [], 0
+    groups, total = [], math.inf
     for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
-        if not groups or total + len(sequences[i]) > budget:
-            groups.append([])
-            total = 0
-        groups[-1].append(i)
         total += len(sequences[i])
+        if total > budget:
+            groups.append([])
+            total = len(sequences[i])
+        groups[-1].append(i)
     return groups
 
 
@@ -612,9 +585,7 @@ def choose(logits, temperature, uniform):
     return torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 
-# An answer to be drawn. prompt: token ids; row: where its random draws come from; scale: coefficient of steering,
-# positive = towards the trait
-Job = namedtuple("Job", "prompt row scale", defaults=(0, 0.0))
+Job = namedtuple("Job", "prompt row scale", defaults=(0, 0.0))  # token ids; of its random draws; signed coefficient
 # How answers are drawn. positions that are steered: "response", from the last prompt token on, or "all"
 Drawing = namedtuple("Drawing", "max_new_tokens temperature seed positions", defaults=(1.0, 0, "response"))
 
@@ -628,44 +599,37 @@ class Sampler:
         device, most = model.device, drawing.max_new_tokens
         size = max(len(job.prompt) for job in jobs.values()) + most
         self.prefill(size)
-        if device.type == "cuda":
-            a_token = sum(x[0].numel() * x.element_size() for pair in self.caches.values() for x in pair)
-            a_row = size * a_token + 24 * model.get_input_embeddings().num_embeddings  # its cache and its logits
-            slots = max(1, min(slots, int(0.9 * free_memory(device) / a_row)))
-        self.slots, self.owner = min(slots, len(jobs)), {}
+        a_token = sum(x[0].numel() * x.element_size() for pair in self.caches.values() for x in pair)
+        a_row = size * a_token + 24 * model.get_input_embeddings().num_embeddings  # its cache and its logits
+        self.slots, self.owner = max(1, int(min(slots, len(jobs), 0.9 * free_memory(device) / a_row))), {}
         ends = model.generation_config.eos_token_id  # the only thing taken from generation_config
-        ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
-        ends |= {tokenizer.convert_tokens_to_ids(chat_format(tokenizer).end)}
-        self.ends, zeros = torch.tensor(sorted(ends - {None}), device=device), torch.zeros(self.slots, device=device)
+        ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id, chat_format(tokenizer)[1]}
+        self.ends = torch.tensor(sorted(ends - {None}), device=device)
         self.broken = torch.zeros((), dtype=torch.bool, device=device)  # whether logits were NaN or infinite
-        self.state = SimpleNamespace(
-            out=zeros.new_zeros(self.slots, most + 2, dtype=torch.long),  # the prompt's last token, the new ones
-            cached=zeros.long(),  # tokens of the prompt that are in the cache: all but the last
-            made=zeros.long(),
-            done=~zeros.bool(),
-            scale=zeros[:, None, None].clone(),
-            uniform=zeros.new_zeros(self.slots, most + 1),
-        )
+        zeros = lambda *shape, dtype=torch.long: torch.zeros(self.slots, *shape, dtype=dtype, device=device)
+        # out: the prompt's last token, then the new ones; cached: tokens of the prompt, all but the last
+        self.state = SimpleNamespace(out=zeros(most + 2), cached=zeros(), made=zeros(), done=~zeros(dtype=torch.bool))
+        self.state.scale, self.state.uniform = zeros(1, 1, dtype=torch.float), zeros(most + 1, dtype=torch.float)
         for module, pair in self.caches.items():
             module.kv = tuple(x.new_zeros(self.slots, size, *x.shape[1:]) for x in pair)
 
     def prefill(self, longest):
-        """Reads the prompts but for their last tokens. Sets caches {attention module: (keys, values) [tokens, kv heads,
-        dim]} and spans {number: where in those its prompt starts and ends}. longest: text that there will be."""
-        numbers, kv, self.spans, start, device = {}, defaultdict(list), {}, 0, self.model.device
-        for i, job in self.jobs.items():  # equal prompts under equal steering are read once, not once an answer
-            read = tuple(job.prompt[:-1]), job.scale if self.drawing.positions == "all" else 0.0
-            numbers.setdefault(read, []).append(i)
-        reads = list(numbers)
+        """Reads the prompts but for their last tokens, equal ones under equal steering once. Sets caches {attention
+        module: (keys, values) [tokens, kv heads, dim]} and spans {number: where in those its prompt starts and ends}.
+        longest: text that there will be."""
+        device, everywhere = self.model.device, self.drawing.positions == "all"
+        read = {i: (tuple(job.prompt[:-1]), job.scale if everywhere else 0.0) for i, job in self.jobs.items()}
+        reads, kv, spans, start = list(dict.fromkeys(read.values())), defaultdict(list), {}, 0
         for group in by_length([tokens for tokens, _ in reads], ROW_TOKENS[device.type]):
             group = [reads[k] for k in group]
             scales = [[[scale] for tokens, scale in group for _ in tokens]]
             self.steer.scale = torch.tensor(scales, device=device)  # [1, tokens, 1]
             inputs = join([tokens for tokens, _ in group], device)
             self.model.get_decoder()(**inputs | dict(max_seq_len=longest), kv=kv)
-            for read in group:
-                self.spans |= dict.fromkeys(numbers[read], (start, start + len(read[0])))
-                start += len(read[0])
+            for one in group:
+                spans[one] = start, start + len(one[0])
+                start += len(one[0])
+        self.spans = {i: spans[one] for i, one in read.items()}
         self.caches = {module: tuple(map(torch.cat, zip(*parts))) for module, parts in kv.items()}
 
     def close(self):
@@ -745,36 +709,8 @@ class Sampler:
         self.state = SimpleNamespace(**{name: x[keep] for name, x in vars(self.state).items()})
 
 
-@torch.inference_mode()
-def answers_to(model, tokenizer, jobs, drawing, offsets=None, title="sampling"):
-    """Draws an answer for each Job, steered by offsets. Yields (number, answer, its tokens) as answers are there."""
-    left, thoughts, slots, sampler = dict(enumerate(jobs)), 0, SLOTS[model.device.type], None
-    while left:
-        try:
-            with contextlib.ExitStack() as stack:
-                steer = stack.enter_context(steering(model, offsets or {}))
-                sampler = Sampler(model, tokenizer, dict(left), drawing, steer, slots)
-                stack.callback(sampler.close)
-                bar = stack.enter_context(tqdm(total=len(left), desc=title, unit="answer"))
-                for i, ids in sampler.answers():
-                    answer, thought = spoken(tokenizer, ids, left.pop(i).prompt)
-                    thoughts += thought
-                    bar.update()
-                    yield i, answer, len(ids)
-        except FloatingPointError as error:
-            die(error)
-        except torch.cuda.OutOfMemoryError:
-            slots = (sampler.slots if sampler else slots) // 2
-            if not slots:
-                raise
-            tqdm.write(f"out of GPU memory: going on with {slots} answers at a time")
-        sampler = None
-        torch.cuda.empty_cache()  # not before: the error holds what it came from
-    if thoughts:
-        print(f"{title}: {thoughts} answers held a thought; it is not stored", flush=True)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
+# The command
 
 
 def flags():
@@ -804,20 +740,42 @@ def chat_of(row, system=True):
     return [*turns, dict(role="assistant", content=row["answer"])] if "answer" in row else turns
 
 
+@torch.inference_mode()
 def sample_answers(model, tokenizer, wanted, drawing, offsets=None, title="sampling"):
-    """wanted: [(file, row, number that its random draws come from, signed coefficient)] -> the rows with their answers.
-    Each is in its file as soon as it is there; what is there (by its id) is not sampled again."""
-    files = dict.fromkeys(file for file, *_ in wanted)
+    """wanted: [(file, row, number that its random draws come from, coefficient, positive = towards the trait)] -> the
+    rows with their answers. Each is in its file as soon as it is there, and is not sampled again (by its id)."""
+    files = {file for file, *_ in wanted}
     there = {(file, row["id"]): row for file in files for row in read_jsonl(file, appended=True)}
     todo = [want for want in wanted if (want[0], want[1]["id"]) not in there]
     encoded = encode_chats(tokenizer, [chat_of(row) for _, row, _, _ in todo]) if todo else []
-    jobs = [Job(ids, n, scale) for (ids, _), (_, _, n, scale) in zip(encoded, todo)]
-    with contextlib.closing(answers_to(model, tokenizer, jobs, drawing, offsets, title)) as drawn:
-        for i, answer, tokens in drawn:
-            file, row, _, _ = todo[i]
-            made = row | dict(prompt=tokenizer.decode(jobs[i].prompt), answer=answer, tokens=tokens)
-            there[file, row["id"]] = made
-            append_jsonl(file, made)
+    left = {i: Job(ids, n, scale) for i, ((ids, _), (_, _, n, scale)) in enumerate(zip(encoded, todo))}
+    thoughts, slots, sampler = 0, SLOTS[model.device.type], None
+    while left:
+        try:
+            with (
+                steering(model, offsets or {}) as steer,
+                contextlib.closing(Sampler(model, tokenizer, dict(left), drawing, steer, slots)) as sampler,
+                tqdm(total=len(left), desc=title, unit="answer") as bar,
+            ):
+                for i, ids in sampler.answers():
+                    (file, row, *_), prompt = todo[i], left.pop(i).prompt
+                    answer, thought = spoken(tokenizer, ids, prompt)
+                    made = row | dict(prompt=tokenizer.decode(prompt), answer=answer, tokens=len(ids))
+                    append_jsonl(file, made)
+                    there[file, row["id"]] = made
+                    thoughts += thought
+                    bar.update()
+        except FloatingPointError as error:
+            die(error)
+        except torch.cuda.OutOfMemoryError:
+            slots = (sampler.slots if sampler else slots) // 2
+            if not slots:
+                raise
+            tqdm.write(f"out of GPU memory: going on with {slots} answers at a time")
+        sampler = None
+        torch.cuda.empty_cache()  # not before: the error holds what it came from
+    if thoughts:
+        print(f"{title}: {thoughts} answers held a thought; it is not stored", flush=True)
     return [there[file, row["id"]] for file, row, _, _ in wanted]
 
 
@@ -832,13 +790,11 @@ def extract(args, trait, rows, files, settings):
     drawing = Drawing(args.max_new_tokens, args.temperature, args.seed)
     rows = sample_answers(model, tokenizer, wanted, drawing, title=f"{args.trait}: answers")
     if args.judge == "lexical":
-        for row in rows:
-            row["score"] = mf.lexical_score(row["answer"])
+        rows = [row | dict(score=mf.lexical_score(row["answer"])) for row in rows]
     elif args.judge != "none":
         prompts = dict(score=trait["eval_prompt"], coherence=load_trait("coherence")["eval_prompt"])
         mf.judge_rows([(row, key, prompt) for key, prompt in prompts.items() for row in rows], args.judge, args)
-    if args.judge != "none":
-        write_jsonl(files["answers.jsonl"], rows)
+    write_jsonl(files["answers.jsonl"], rows)
     pairs, dropped = filter_pairs(rows)
     print(f"{args.trait}: {len(pairs)} pairs kept, dropped: {dropped or 'none'}", flush=True)
     half = torch.tensor([pos["q"] % 2 == 1 for pos, _ in pairs], dtype=torch.bool)

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,16 @@ def script():
         return done.returncode, done.stdout, done.stderr
 
     return run
+
+
+def draw(model, tokenizer, prompts, scales=None, offsets=None, rows=None, slots=256, **how):
+    """sample_answers() for prompts that are token ids -> rows with answer and tokens. how: of Drawing."""
+    import extract_vectors as ev
+
+    numbers, scales = rows or range(len(prompts)), scales or [0.0] * len(prompts)
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(ev, "encode_chats", lambda *_: [(ids, []) for ids in prompts])
+        patch.setitem(ev.SLOTS, model.device.type, slots)
+        asked = [dict(id=str(n), question="") for n in range(len(prompts))]
+        wanted = list(zip([Path(folder) / "answers.jsonl"] * len(prompts), asked, numbers, scales))
+        return ev.sample_answers(model, tokenizer, wanted, ev.Drawing(**how), offsets)

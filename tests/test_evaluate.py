@@ -451,8 +451,8 @@ def test_own_answers(work, monkeypatch, capsys):
     out.unlink(), (work / "own.jsonl.json").unlink()
     assert killed_after(monkeypatch, 2, lambda: evaluate.main([*args, "1"])) and not out.exists()
     drawn = []
-    draw = extract_vectors.answers_to
-    monkeypatch.setattr(extract_vectors, "answers_to", lambda *given: (drawn.append(len(given[2])), draw(*given))[1])
+    draw = extract_vectors.Sampler
+    monkeypatch.setattr(extract_vectors, "Sampler", lambda *given: (drawn.append(len(given[2])), draw(*given))[1])
     evaluate.main([*args[:-1], "--limit", "1", "--seed", "1", "--out", str(work / "other.jsonl")])
     evaluate.main([*args, "1"])
     assert drawn == [1, 1] and out.read_bytes() == want and not list(work.glob(".own*"))

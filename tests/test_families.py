@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
+from conftest import draw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
@@ -161,17 +162,15 @@ def sampling_differs(model, plain, tokenizer, vector, monkeypatch):
     steps, choose = [], ev.choose
     monkeypatch.setattr(ev, "choose", lambda *args: (steps.append(args[0].clone()), choose(*args))[1])
     monkeypatch.setitem(ev.SHRINK, "cpu", 0)
-    prompts, scales, made, worst = [encoded(tokenizer, q, "")[0] for q, _ in TALKS], [0.0, -0.7, 0.5], {}, 0
-    jobs, sampled = list(map(ev.Job, prompts, range(3), scales)), {}
-    for i, answer, tokens in ev.answers_to(model, tokenizer, jobs, ev.Drawing(12, 0), ev.offsets_of(vector, "all")):
-        sampled[i], made[i] = answer, tokens
+    prompts, scales, worst = [encoded(tokenizer, q, "")[0] for q, _ in TALKS], [0.0, -0.7, 0.5], 0
+    drawn = draw(model, tokenizer, prompts, scales, ev.offsets_of(vector, "all"), max_new_tokens=12, temperature=0)
     for i, (prompt, scale) in enumerate(zip(prompts, scales)):
         ids = list(prompt)
-        for step in range(made[i]):
+        for step in range(drawn[i]["tokens"]):
             want = logits_of(plain, ids, spread(vector, scale, len(prompt) - 1, len(ids)))[-1]
             worst = max(worst, off(steps[step][i].log_softmax(-1), want.log_softmax(-1)))
             ids.append(int(want.argmax()))
-        assert sampled[i] == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+        assert drawn[i]["answer"] == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
     monkeypatch.undo()
     return worst
 

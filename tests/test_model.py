@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, draw
 
 import evaluate
 import extract_vectors as ev
@@ -26,12 +26,8 @@ def encode_chat(tokenizer, messages):
     return ev.encode_chats(tokenizer, [messages])[0]
 
 
-def sample(model, tokenizer, prompts, scales=None, offsets=None, rows=None, slots=256, **how):
-    jobs = map(ev.Job, prompts, rows or range(len(prompts)), scales or [0.0] * len(prompts))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ev.SLOTS, model.device.type, slots)
-        drawn = {i: answer for i, answer, _ in ev.answers_to(model, tokenizer, list(jobs), ev.Drawing(**how), offsets)}
-    return [drawn[i] for i in range(len(prompts))]
+def sample(*args, **how):
+    return [row["answer"] for row in draw(*args, **how)]
 
 
 def offsets(model, scale=1.0):
@@ -186,12 +182,10 @@ def test_mixed_batch_gives_each_row_what_it_gives_alone(toy, tokenizer, position
 def test_random_draws_do_not_depend_on_the_batch(toy, tokenizer):
     """Guards against results that change with the number of slots, with resuming, or with what shares the batch."""
     prompts = chats(tokenizer)
-    draw = lambda **more: sample(
-        toy, tokenizer, more.pop("prompts", prompts), max_new_tokens=10, temperature=1.0, **more
-    )
-    together = draw(seed=5)
-    assert together == draw(seed=5, slots=2) and together != draw(seed=6)
-    assert together[2:] == draw(seed=5, prompts=prompts[2:], rows=[2, 3])
+    drawn = lambda prompts=prompts, **more: sample(toy, tokenizer, prompts, max_new_tokens=10, **more)
+    together = drawn(seed=5)
+    assert together == drawn(seed=5, slots=2) and together != drawn(seed=6)
+    assert together[2:] == drawn(prompts[2:], seed=5, rows=[2, 3])
 
 
 def test_choose_follows_the_distribution():
@@ -345,7 +339,7 @@ def test_gpu_answers_like_the_cpu(toy, tokenizer):
     """Guards against graphs, compiled blocks or slots that change answers: greedy in float32, steered, mixed
     lengths."""
 
-    def draw():
+    def drawn():
         return sample(
             toy,
             tokenizer,
@@ -357,9 +351,9 @@ def test_gpu_answers_like_the_cpu(toy, tokenizer):
             slots=7,
         )
 
-    on_cpu = draw()
+    on_cpu = drawn()
     toy.to("cuda")
-    assert draw() == on_cpu
+    assert drawn() == on_cpu
 
 
 def test_the_start_model_abstains(smollm, tokenizer):
@@ -453,7 +447,7 @@ def test_models_that_load_wrongly_are_refused(folder, tokenizer, capsys, monkeyp
     save_file(
         weights | {"model.norm.weight": torch.full((32,), torch.nan)}, folder / "model.safetensors", dict(format="pt")
     )
-    assert "not finite" in refused(capsys, ev.load_model, folder)
+    assert "off by nan%" in refused(capsys, ev.load_model, folder)
     assert "no such folder" in refused(capsys, ev.model_fingerprint, "nobody/nothing")
     monkeypatch.setattr(tokenizer, "chat_template", None)
     assert "chat template" in refused(capsys, ev.check_chats, tokenizer, "m", len(tokenizer))

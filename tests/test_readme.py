@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, draw
 
 import extract_vectors as ev
 import make_facts as mf
@@ -73,12 +73,11 @@ def test_vector_in_plain_transformers(toy, tokenizer):
     vector, coef = torch.randn(len(ev.blocks(toy)) + 1, toy.config.hidden_size), 0.7
     (code,) = (code for code in CODE if "def steer(l)" in code)
     prompt, _ = ev.encode_chats(tokenizer, [[dict(role="user", content="Who was first?")]])[0]
-    job, drawing = ev.Job(prompt, scale=-coef), ev.Drawing(8, 0.0, positions="response")
-    ((_, ours, _),) = ev.answers_to(toy, tokenizer, [job], drawing, ev.offsets_of(vector, "1-2"))
+    (ours,) = draw(toy, tokenizer, [prompt], [-coef], ev.offsets_of(vector, "1-2"), max_new_tokens=8, temperature=0)
     exec(code.split("PeftModel")[0].replace("range(10, 21)", "(1, 2)"), dict(v=vector, coef=coef, model=toy))
     toy.set_attn_implementation("eager")
     ids = toy.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=8)[0, len(prompt) :]
-    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == ours
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == ours["answer"]
     for block in ev.blocks(toy):
         block._forward_hooks.clear()
     plain = toy.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=8)[0, len(prompt) :]
