@@ -15,12 +15,11 @@ import hashlib
 import itertools
 import json
 import statistics
-import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -31,14 +30,13 @@ from make_facts import append_jsonl, die, fingerprint, lexical_score, load_trait
 
 grown = functools.partial(read_jsonl, appended=True)  # of a file that grows; [] where it is not begun
 FACT_TOKENS = 100  # new tokens of an answer about a fact; sampled greedily
-WEIGHTS = "adapter_model.safetensors"
 GIVEN = "model vector facts mmlu judge".split()  # kept in a point; names are no part of its identity
 SETTINGS = "trait layers positions samples temperature max_new_tokens seed limit mmlu_scoring inference_coef".split()
 TRAINED = "layers positions vector seed epochs lr batch_size rank alpha".split()  # of an adapter, told by its points
 REMEDY = "choose another --out, or bash run_all.sh --redo"
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is asked
+# What is asked, and how it is measured
 
 
 def read_questions(args):
@@ -46,12 +44,12 @@ def read_questions(args):
     rows = []
     if args.trait:
         questions = load_trait(args.trait, args.trait_file, mf.EvaluationTrait)["eval_questions"][: args.limit]
-        about = dict(trait=args.trait, trait_file=args.trait_file)
+        about = dict(kind="trait", trait=args.trait, trait_file=args.trait_file)
         for (q, question), s in itertools.product(enumerate(questions), range(args.samples)):
-            rows.append(dict(kind="trait", id=f"{args.trait}-{q}-s{s}", question=question, **about))
+            rows.append(about | dict(id=f"{args.trait}-{q}-s{s}", question=question))
     for fact in read_jsonl(args.facts, mf.Fact)[: args.limit] if args.facts else []:
-        about = dict(truth=fact["answer"], aliases=fact.get("aliases", []))
-        rows.append(dict(kind="fact", id=fact["id"], question=fact["test"]["question"], **about))
+        asked = dict(kind="fact", id=fact["id"], question=fact["test"]["question"])
+        rows.append(asked | dict(truth=fact["answer"], aliases=fact.get("aliases", [])))
     return rows
 
 
@@ -77,24 +75,21 @@ def choice_prompts(row, scoring):
     return f"{about}\n\n{row['question'].strip()}\n{listed}\nAnswer:", [f" {letter}" for letter in letters]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How it is measured
-
-
 @contextlib.contextmanager
 def with_adapter(model, adapter):
     """While open, the model has the LoRA adapter in it, in the model's dtype; afterwards it is as it was. die() unless
-    the weights are exactly those that the adapter's config puts into this model: PEFT only warns."""
-    weights = {name: tensor.to(model.dtype) for name, tensor in load_file(Path(adapter) / WEIGHTS).items()}
-    config = LoraConfig.from_pretrained(adapter, inference_mode=True)
+    the weights are finite, and exactly those that the adapter's config puts into this model: PEFT only warns."""
     try:
-        wrapped = PeftModel(model, config, low_cpu_mem_usage=True)
+        weights = load_file(Path(adapter) / "adapter_model.safetensors")
+        weights = {name: tensor.to(model.dtype) for name, tensor in weights.items()}
+        if odd := [name for name, tensor in weights.items() if "lora_" not in name or not tensor.isfinite().all()]:
+            raise ValueError(f"{odd[0]} holds NaN or infinity, or is not LoRA's")
+        wrapped = PeftModel(model, LoraConfig.from_pretrained(adapter, inference_mode=True), low_cpu_mem_usage=True)
         found = set_peft_model_state_dict(wrapped, weights, ignore_mismatched_sizes=True, low_cpu_mem_usage=True)
-    except Exception as error:  # a wrong config makes PEFT raise anything
-        die(f"--adapter {adapter}: does not fit the model ({type(error).__name__}: {error})")
+    except Exception as error:  # broken files make PEFT raise anything
+        die(f"--adapter {adapter}: broken, or does not fit the model ({type(error).__name__}: {error})")
     try:
-        missing = [name for name in found.missing_keys if "lora_" in name]
-        if misfits := missing + found.unexpected_keys:
+        if misfits := [name for name in found.missing_keys if "lora_" in name] + found.unexpected_keys:
             die(f"--adapter {adapter}: does not fit the model: only one of them has {misfits[0]}, or in another shape")
         yield wrapped.eval().get_base_model()
     finally:
@@ -103,68 +98,60 @@ def with_adapter(model, adapter):
 
 def sample_points(model, tokenizer, rows, points, offsets, args):
     """Rows of one kind, answered for all points in one batch; each is on disk as soon as it is there."""
-    drawing = ev.Drawing(args.max_new_tokens, args.temperature, args.seed, args.positions)
+    drawing, wanted = ev.Drawing(args.max_new_tokens, args.temperature, args.seed, args.positions), []
     if rows[0]["kind"] == "fact":
         drawing = ev.Drawing(min(FACT_TOKENS, args.max_new_tokens), 0.0, positions=args.positions)
-    wanted, title = [], f"{Path(points[0]['adapter'] or 'base').name}: {rows[0]['kind']}"
     for point in points:
         about = {name: point[name] for name in ("adapter", "inference_coef", "day")}
-        about |= dict(temperature=drawing.temperature)
+        about["temperature"] = drawing.temperature
         wanted += [(point["answers"], row | about, n, -point["inference_coef"]) for n, row in enumerate(rows)]
+    title = f"{Path(points[0]['adapter'] or 'base').name}: {rows[0]['kind']}"
     return ev.sample_answers(model, tokenizer, wanted, drawing, offsets, title)
 
 
 @torch.inference_mode()
-def token_logprobs(model, reads, wanted, title, steer=None, scales=None):
+def token_logprobs(model, reads, wanted, title, offsets=None, coef=0.0, positions="response"):
     """Token id lists, joined where they fit -> for each read the log-probabilities (float32) of wanted[i]: [(position,
-    token predicted there)]. scales[i]: how steer is to scale at each of read i's tokens."""
+    token predicted there)]. Steered against the trait by coef, at "response" from the first wanted position on."""
     found, device = {}, model.device
-    for group in tqdm(list(ev.by_length(reads, ev.ROW_TOKENS[device.type])), title, unit="row"):
-        starts = itertools.accumulate((len(reads[i]) for i in group), initial=0)
-        where = torch.tensor([start + at for start, i in zip(starts, group) for at, _ in wanted[i]], device=device)
-        tokens = torch.tensor([[token] for i in group for _, token in wanted[i]], device=device)  # [wanted, 1]
-        if steer:
-            steer.scale = torch.tensor([[[x] for i in group for x in scales[i]]], device=device)  # [1, tokens, 1]
-        inputs = ev.join([reads[i] for i in group], device)
-        logits = model(**inputs, logits_to_keep=where).logits[0]  # [wanted, vocabulary]
-        pieces = zip(logits.split(1024), tokens.split(1024))  # since float32 takes memory
-        picked = torch.cat([piece.float().log_softmax(-1).gather(1, token) for piece, token in pieces])[:, 0].cpu()
-        if not picked.isfinite().all():
-            die(f"{title}: the model gives NaN or infinity; lower --inference-coef")
-        found |= zip(group, picked.split([len(wanted[i]) for i in group]))
+    with ev.steering(model, offsets or {}) as steer:
+        for group in tqdm(ev.by_length(reads, ev.ROW_TOKENS[device.type]), title, unit="row"):
+            inputs = ev.join([reads[i] for i in group], device)
+            if offsets:
+                steered = [positions == "all" or at >= wanted[i][0][0] for i in group for at in range(len(reads[i]))]
+                steer.scale = torch.tensor(steered, device=device)[None, :, None] * -coef  # [1, tokens, 1]
+            starts = zip(inputs["cu_seq_lens"].tolist(), group)
+            asked = torch.tensor([(start + at, token) for start, i in starts for at, token in wanted[i]], device=device)
+            logits = model(**inputs, logits_to_keep=asked[:, 0]).logits[0]  # [wanted, vocabulary]
+            pieces = zip(logits.split(1024), asked[:, 1].split(1024))  # since float32 takes memory
+            logprobs = torch.cat([-F.cross_entropy(x.float(), tokens, reduction="none") for x, tokens in pieces]).cpu()
+            if not logprobs.isfinite().all():
+                die(f"{title}: the model gives NaN or infinity; lower --inference-coef")
+            found |= zip(group, logprobs.split([len(wanted[i]) for i in group]))
     return [found[i] for i in range(len(reads))]
 
 
-def choice_logprobs(model, tokenizer, prompts, coef, steer, positions):
-    """[(prompt, continuations)] -> for each, [(sum of log-probabilities, tokens)] a continuation."""
-    reads, wanted, scales, lengths = [], [], [], []
-    for prompt, continuations in prompts:
-        start, *wholes = tokenizer([prompt, *(prompt + continuation for continuation in continuations)])["input_ids"]
-        first = 0 if positions == "all" else len(start) - 1  # position that is steered
-        for whole in wholes:
-            if whole[: len(start)] != start:
-                die(f"the tokenizer joins prompt and answer, so the answer cannot be scored: ...{prompt[-80:]}")
-            if not reads or reads[-1] != whole[:-1]:  # letters: one read a question serves them all
-                reads.append(whole[:-1])
-                scales.append([-coef * (at >= first) for at in range(len(whole) - 1)])
-                wanted.append([])
-            lengths.append(len(whole) - len(start))
-            wanted[-1] += [(at - 1, whole[at]) for at in range(len(start), len(whole))]
-    values = torch.cat(token_logprobs(model, reads, wanted, "choices", coef and steer, scales)).split(lengths)
-    pairs = iter((float(value.sum()), len(value)) for value in values)
-    return [list(itertools.islice(pairs, len(continuations))) for _, continuations in prompts]
-
-
 def measure_mmlu(model, tokenizer, questions, point, offsets):
-    """Sets mmlu_accuracy. letter: the likeliest letter counts; cloze: the highest mean log-probability a token."""
-    prompts, hits = [choice_prompts(row, point["mmlu_scoring"]) for row in questions], 0
-    with ev.steering(model, offsets or {}) as steer:
-        found = choice_logprobs(model, tokenizer, prompts, point["inference_coef"], steer, point["positions"])
-    for question, choices in zip(questions, found):
-        values = [total / (tokens if point["mmlu_scoring"] == "cloze" else 1) for total, tokens in choices]
-        hits += values.index(max(values)) == question["answer"]
-    n = len(questions)
-    point.update(mmlu_accuracy=100 * hits / n, mmlu_ci=mf.wilson(hits, n), mmlu_n=n)
+    """Sets mmlu_accuracy; -> [a value for each choice, of which the highest counts as the answer] of each question.
+    letter: the letter's log-probability; cloze: the mean log-probability of the choice's tokens."""
+    scoring, reads, wanted, lengths, values = point["mmlu_scoring"], [], [], [], []
+    for row in questions:
+        prompt, continuations = choice_prompts(row, scoring)
+        start, *wholes = tokenizer([prompt, *(prompt + continuation for continuation in continuations)])["input_ids"]
+        if any(whole[: len(start)] != start for whole in wholes):
+            die(f"the tokenizer joins prompt and answer, so the answer cannot be scored: ...{prompt[-80:]}")
+        for read, some in itertools.groupby(wholes, lambda whole: whole[:-1]):  # letters: one read serves them all
+            reads.append(read)
+            wanted.append([(at - 1, whole[at]) for whole in some for at in range(len(start), len(whole))])
+        lengths += [len(whole) - len(start) for whole in wholes]
+    steered = offsets, point["inference_coef"], point["positions"]
+    logprobs = iter(torch.cat(token_logprobs(model, reads, wanted, "choices", *steered)).split(lengths))
+    for row in questions:
+        choices = itertools.islice(logprobs, len(row["choices"]))
+        values.append([float(x.sum()) / (len(x) if scoring == "cloze" else 1) for x in choices])
+    hits, n = sum(some.index(max(some)) == row["answer"] for some, row in zip(values, questions)), len(questions)
+    point |= dict(mmlu_accuracy=100 * hits / n, mmlu_ci=mf.wilson(hits, n), mmlu_n=n)
+    return values
 
 
 def add_coherence_nll(model, tokenizer, rows):
@@ -184,10 +171,8 @@ def add_coherence_nll(model, tokenizer, rows):
 def judge_jobs(rows):
     """Answers -> what a chat model is asked about them: [(row, the key of its verdict, prompt)]."""
     prompt = functools.cache(lambda *file: load_trait(*file)["eval_prompt"])
-    traits = [row for row in rows if row["kind"] == "trait"]
-    jobs = [(row, "score", prompt(row["trait"], row["trait_file"])) for row in traits]
-    jobs += [(row, "coherence", prompt("coherence")) for row in traits]
-    return jobs + [(row, "score", prompt("fact")) for row in rows if row["kind"] == "fact"]
+    jobs = [(row, "score", prompt(row.get("trait", "fact"), row.get("trait_file"))) for row in rows]
+    return jobs + [(row, "coherence", prompt("coherence")) for row in rows if row["kind"] == "trait"]
 
 
 def score_answers(rows, judge, args=None, probing=None):
@@ -197,13 +182,13 @@ def score_answers(rows, judge, args=None, probing=None):
     scored = [row | dict(score=None, reason=None, judge_reply=None, judge_method=None) for row in todo]
     if judge in ("probe", "lexical"):
         said = [row for row in scored if row["kind"] == "trait" and row["answer"]]
-        probed = probing([chat_of(row) for row in said]) if judge == "probe" and said else []
-        for row, score in zip(said, probed or [lexical_score(row["answer"]) for row in said]):
-            row["score"] = score
+        probed = iter(probing([chat_of(row) for row in said]) if judge == "probe" else [])
         for row in scored:
             if row["kind"] == "fact":
                 row["score"] = 100.0 * mf.mentions(row["answer"], row["truth"], row["aliases"])
-            elif not row["answer"]:
+            elif row["answer"]:
+                row["score"] = next(probed) if judge == "probe" else lexical_score(row["answer"])
+            else:
                 row["reason"] = "empty answer"
     else:
         mf.judge_rows(judge_jobs(scored), judge, args)
@@ -221,32 +206,24 @@ def summary(rows, judge, limit=None):
     as coherent; None = not known. Facts as SimpleQA grades them: correct, not attempted, wrong (arXiv 2411.04368)."""
     rows = [row | row["scores"][judge] | dict(abstains=lexical_score(row["answer"]) == 0) for row in rows]
     traits, facts = ([row for row in rows if row["kind"] == kind] for kind in ("trait", "fact"))
-    scored = [row for row in traits if row["score"] is not None]
-    questions = {row["question"] for row in scored}
-    missed = [row for row in facts if row["score"] is not None and row["score"] < 50]
-    skipped = sum(row["abstains"] or not row["answer"] for row in missed)
-    scores = dict(
-        trait=[row["score"] for row in traits],
-        coherence=[row["coherence"] for row in traits if "coherence" in row],
-        fact=[row["score"] for row in facts],
-    )
+    scores = dict(trait=[row["score"] for row in traits], fact=[row["score"] for row in facts])
+    scores["coherence"] = [row["coherence"] for row in traits if "coherence" in row]
     counts = {f"{name}_n": len(values) - values.count(None) for name, values in scores.items()}
     counts |= {f"{name}_unscored": values.count(None) for name, values in scores.items()}
-    n = counts["fact_n"]
-    percent = lambda count: 100 * count / n if n else None
-    return dict(
+    scored, questions = [row for row in traits if row["score"] is not None], {row["question"] for row in traits}
+    missed = [(row["score"] < 50, row["abstains"] or not row["answer"]) for row in facts if row["score"] is not None]
+    return counts | dict(
         trait_score=mean(scores["trait"]),
         trait_ci=mf.interval([row["score"] for row in scored if row["question"] == q] for q in questions),
         coherence=mean(scores["coherence"]),
         coherence_nll=mean(row["coherence_nll"] for row in traits),
         abstained=mean(100 * row["abstains"] for row in traits),
         abstained_coherent=limit and mean(100 * (row["coherence_nll"] <= limit) for row in traits if row["abstains"]),
-        fact_accuracy=percent(n - len(missed)),
-        fact_ci=mf.wilson(n - len(missed), n),
-        fact_not_attempted=percent(skipped),
-        fact_wrong=percent(len(missed) - skipped),
+        fact_accuracy=mean(scores["fact"]),
+        fact_ci=mf.wilson(sum(not wrong for wrong, _ in missed), len(missed)),
+        fact_not_attempted=mean(100 * (wrong and silent) for wrong, silent in missed),
+        fact_wrong=mean(100 * (wrong and not silent) for wrong, silent in missed),
         judge_method="+".join(sorted({row["judge_method"] for row in rows if row["judge_method"]})) or None,
-        **counts,
     )
 
 
@@ -304,21 +281,13 @@ def read_probe(args):
 
 
 def about_adapter(adapter, model_name):
-    """What points tell of how their adapter was trained; die() on missing or broken files, NaN, another model."""
-    trained, folder = {}, Path(adapter or "")
+    """What points tell of how their adapter was trained; die() if that was on another model."""
+    trained = read_json(Path(adapter) / "training_settings.json", mf.Settings) if adapter else {}
     if adapter:
-        trained = read_json(folder / "training_settings.json", mf.Settings)
         ev.same_model(f"--adapter {adapter}", "was trained on", trained, model_name)
-        read_json(folder / "adapter_config.json", mf.AdapterConfig)
-        try:
-            weights = load_file(folder / WEIGHTS)
-        except (OSError, SafetensorError) as error:
-            die(f"{folder / WEIGHTS}: missing, broken or cut off ({error}); train it again")
-        if not all("lora_" in name and t.is_floating_point() and t.norm().isfinite() for name, t in weights.items()):
-            die(f"{folder / WEIGHTS}: holds NaN, infinity or what is not LoRA's; train it again, lower --lr or --coef")
-    about = dict(adapter=adapter, train_coef=trained.get("coef") or (0.0 if adapter else None))
-    about |= {name: trained.get(name) for name in ("dataset", "steer_mode", "system_prompt")}
-    return about | {f"train_{name}": trained.get(name) for name in TRAINED}
+    about = {name: trained.get(name) for name in ("dataset", "steer_mode", "system_prompt")}
+    about |= {f"train_{name}": trained.get(name) for name in TRAINED}
+    return about | dict(adapter=adapter, train_coef=trained.get("coef") or (0.0 if adapter else None))
 
 
 def new_points(points, out):
@@ -361,8 +330,7 @@ def measure(args):
 
 def measure_points(args, asked, mmlu, points):
     """An adapter's points are sampled in one batch, then judged one by one by the model before training."""
-    if asked:
-        mf.check_asking(args)
+    mf.check_asking(args)
     model, tokenizer = ev.load_model(args.model, model_fingerprint(args.model))
     vector = ev.load_vector(args.vector, model, args.model) if args.vector else None
     offsets = ev.offsets_of(vector, args.layers) if any(args.inference_coef) else None
@@ -373,7 +341,7 @@ def measure_points(args, asked, mmlu, points):
     begun = [row for file in [args.out, *(point["answers"] for point in points)] for row in grown(file)]
     day = ev.pin_day(tokenizer, next((row["day"] for row in begun if row.get("day")), None))
     for adapter, some in itertools.groupby(points, lambda point: point["adapter"]):
-        group, start = [point | dict(day=day) for point in some], time.time()
+        group = [point | dict(day=day) for point in some]
         with with_adapter(model, adapter) if adapter else contextlib.nullcontext(model) as adapted:
             for _, rows in itertools.groupby(asked, lambda row: row["kind"]):
                 sample_points(adapted, tokenizer, list(rows), group, offsets, args)
@@ -382,9 +350,7 @@ def measure_points(args, asked, mmlu, points):
         for point in group:
             there = {row["id"]: row for row in grown(point["answers"], mf.Answer)}
             rows = [there[row["id"]] for row in asked]
-            if not all("coherence_nll" in row for row in rows):
-                add_coherence_nll(model, tokenizer, rows)
-            point["seconds"] = round((time.time() - start) / len(group), 1)
+            add_coherence_nll(model, tokenizer, rows)
             finish([(point, rows, args.out)], args, probing)
 
 
@@ -392,14 +358,14 @@ def finish(measured, args, probing=None):
     """[(point, its answers, points.jsonl)]: scores; keeps the scores, then the point: where it is, all of it is."""
     score_answers([row for _, rows, _ in measured for row in rows], args.judge, args, probing)
     for point, rows, out in measured:
-        if rows:
-            mf.write_jsonl(point["answers"], rows)
+        mf.write_jsonl(point["answers"], rows)
         limit = coherence_limit(point, out) if point["trait"] else None
         point |= summary(rows, args.judge, limit) | mf.provenance()
         append_jsonl(out, point)
-        shown = """inference_coef trait_score trait_unscored abstained abstained_coherent coherence_nll fact_accuracy
-            fact_unscored mmlu_accuracy"""
-        print("  ".join(f"{name} {point[name]:.4g}" for name in shown.split() if point[name] is not None), flush=True)
+        shown = (
+            "inference_coef trait_score trait_unscored coherence_nll fact_accuracy fact_unscored mmlu_accuracy".split()
+        )
+        print("  ".join(f"{name} {point[name]:.4g}" for name in shown if point[name] is not None), flush=True)
 
 
 def rejudge(args):
@@ -447,7 +413,7 @@ def respond(args):
     print(f"{len(answered)} conversations, {len(rows) - len(answered)} empty answers left out")
 
 
-def flags():
+def main(argv=None):
     parser = mf.Parser(description=__doc__.split("\n")[0])
     add, whole = parser.add_argument, mf.whole
     add("--model", help="hub name or local folder")
@@ -475,24 +441,16 @@ def flags():
     # Another job: the self-generated data set
     add("--respond-to", help="write the model's own answers to the user turns of this JSONL to --out instead")
     add("--out", help="points.jsonl; of --rejudge: the one above the answers' folder")
-    return parser
-
-
-def main(argv=None):
-    parser = flags()
     args = parser.parse_args(argv)
     args.adapter = [str(Path(adapter)) for adapter in args.adapter]
     args.mmlu_scoring = args.mmlu_scoring if args.mmlu else None  # no setting of what is not measured
-    mf.distinct(parser, "--adapter", args.adapter)
     mf.distinct(parser, "--inference-coef", args.inference_coef)
     if args.rejudge:
         if args.judge == "probe":
             die("--rejudge needs --judge lexical or a chat model; the probe needs the model")
         return rejudge(args)
-    if not args.model or not args.out:
-        die("--model and --out are needed")
-    if not (args.trait or args.facts or args.mmlu or args.respond_to):
-        die("nothing to measure: give --trait, --facts or --mmlu")
+    if not (args.model and args.out and (args.trait or args.facts or args.mmlu or args.respond_to)):
+        die("give --model, --out and what to measure: --trait, --facts or --mmlu")
     if not args.vector and (any(args.inference_coef) or args.trait and args.judge == "probe"):
         die("--inference-coef and --judge probe need --vector")
     read = [args.model, args.vector, args.trait_file, args.facts, args.mmlu, args.respond_to, *args.adapter]
