@@ -30,6 +30,7 @@ from make_facts import append_jsonl, die, fingerprint, lexical_score, load_trait
 
 grown = functools.partial(read_jsonl, appended=True)  # of a file that grows; [] where it is not begun
 FACT_TOKENS = 100  # new tokens of an answer about a fact; sampled greedily
+WEIGHTS = "adapter_model.safetensors"
 GIVEN = "model vector facts mmlu judge".split()  # kept in a point; names are no part of its identity
 SETTINGS = "trait layers positions samples temperature max_new_tokens seed limit mmlu_scoring inference_coef".split()
 TRAINED = "layers positions vector seed epochs lr batch_size rank alpha".split()  # of an adapter, told by its points
@@ -80,8 +81,7 @@ def with_adapter(model, adapter):
     """While open, the model has the LoRA adapter in it, in the model's dtype; afterwards it is as it was. die() unless
     the weights are finite, and exactly those that the adapter's config puts into this model: PEFT only warns."""
     try:
-        weights = load_file(Path(adapter) / "adapter_model.safetensors")
-        weights = {name: tensor.to(model.dtype) for name, tensor in weights.items()}
+        weights = {name: tensor.to(model.dtype) for name, tensor in load_file(Path(adapter) / WEIGHTS).items()}
         if odd := [name for name, tensor in weights.items() if "lora_" not in name or not tensor.isfinite().all()]:
             raise ValueError(f"{odd[0]} holds NaN or infinity, or is not LoRA's")
         wrapped = PeftModel(model, LoraConfig.from_pretrained(adapter, inference_mode=True), low_cpu_mem_usage=True)

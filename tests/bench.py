@@ -371,13 +371,13 @@ def steered_medical(bench, data):
 
 
 def evaluating(bench, adapter, *flags):
-    """evaluate.main on an adapter -> the seconds it took, the calls of sample() and of choice_logprobs()."""
+    """evaluate.main on an adapter -> the seconds it took, the calls of sample() and of measure_mmlu()."""
     common = ["--model", bench.model_folder, "--adapter", bench.folder / adapter, "--trait", "hallucination"]
     common += ["--vector", bench.folder / "hallucination.pt", "--judge", "lexical", "--samples", bench.count.samples]
     common += ["--max-new-tokens", bench.count.new, "--out", bench.folder / "points.jsonl"]
     with (
         spied("sample_answers") as samples,
-        spied("choice_logprobs") as choices,
+        spied("measure_mmlu") as choices,
         patch.object(evaluate, "FACT_TOKENS", bench.count.fact_tokens),
     ):
         start = now()

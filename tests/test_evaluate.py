@@ -275,7 +275,7 @@ def test_abstentions_are_recognised():
     assert sum(mf.lexical_score(row["answer"]) == 0 for row in known) <= 3  # of 650 true answers
 
 
-def test_mmlu_prompt(toy, monkeypatch):
+def test_mmlu_prompt(toy, tokenizer, monkeypatch):
     """Guards against drifting from lm-evaluation-harness's prompt, letters that are not the choices', and mixed-up
     scorings."""
     row = dict(subject="high_school_biology", question="Q?", choices=["a", "b", "c", "d"], answer=1)
@@ -287,15 +287,15 @@ def test_mmlu_prompt(toy, monkeypatch):
     assert evaluate.choice_prompts(row, "cloze") == ("Question: Q?\nAnswer:", [" a", " b", " c", " d"])
     two = evaluate.choice_prompts(row | dict(choices=["a", "b"]), "letter")
     assert two[0].endswith("A. a\nB. b\nAnswer:") and two[1] == [" A", " B"]
-    found = [[(-9, 9), (-3, 1), (-8, 4), (-9, 1)]]
-    monkeypatch.setattr(evaluate, "choice_logprobs", lambda *_: found)
-    for scoring, answer in (("letter", 1), ("cloze", 0)):
+    row |= dict(choices=["a large, green and very long one", "a", "b c", "d"])
+    likely = lambda scores: lambda _, reads, wanted, *__: [torch.tensor(scores[: len(places)]) for places in wanted]
+    for scoring, scores, answer in (("letter", [-9.0, -3, -8, -9], 1), ("cloze", [-9.0] + [-0.1] * 9, 0)):
+        monkeypatch.setattr(evaluate, "token_logprobs", likely(scores))
         for truth in range(4):
             point = dict(mmlu_scoring=scoring, inference_coef=0, positions="response")
-            evaluate.measure_mmlu(toy, None, [row | dict(answer=truth)], point, None)
-            assert point["mmlu_accuracy"] == 100 * (truth == answer) and point["mmlu_ci"] == mf.wilson(
-                truth == answer, 1
-            )
+            evaluate.measure_mmlu(toy, tokenizer, [row | dict(answer=truth)], point, None)
+            right = truth == answer
+            assert point["mmlu_accuracy"] == 100 * right and point["mmlu_ci"] == mf.wilson(right, 1)
 
 
 def test_coherence_nll_is_that_of_plain_transformers(toy, tokenizer):
@@ -502,12 +502,14 @@ def cut_off(folder):
 
 
 ADAPTERS = {
-    "adapter_config.json: no such file": lambda folder: (folder / "adapter_config.json").unlink(),
-    "adapter_model.safetensors: missing": lambda folder: (folder / evaluate.WEIGHTS).unlink(),
+    "adapter_config.json": lambda folder: (folder / "adapter_config.json").unlink(),
+    "adapter_model.safetensors": lambda folder: (folder / evaluate.WEIGHTS).unlink(),
     "training_settings.json: no such file": lambda folder: (folder / "training_settings.json").unlink(),
-    "not JSON": lambda folder: (folder / "adapter_config.json").write_text("{"),
-    "peft_type": lambda folder: (folder / "adapter_config.json").write_text("{}"),
-    "cut off": cut_off,
+    "JSONDecodeError": lambda folder: (folder / "adapter_config.json").write_text("{"),
+    "does not fit the model: only": lambda folder: (folder / "adapter_config.json").write_text("{}"),
+    "only one of them has base_model": lambda folder: change_json(folder / "adapter_config.json", peft_type="IA3"),
+    "NoneType": lambda folder: change_json(folder / "adapter_config.json", r=None),
+    "SafetensorError": cut_off,
     "NaN": not_a_number,
     "in another shape": other_rank,
     "only one of them has base_model.model.model.layers.2": fewer_blocks,
@@ -548,7 +550,6 @@ def test_the_model_is_left_as_it_was(made):
 @pytest.mark.parametrize(
     "more, said",
     [
-        (["--adapter", "a", "a/"], "given twice"),
         (["--out", "{work}/facts.jsonl"], "is an input"),
         (["--trait-file", "{work}/v.json"], "v.json"),
         (["--trait", "coherence", "--judge", "x", "--trait-file", "{traits}/coherence.json"], "eval_questions"),

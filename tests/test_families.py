@@ -208,17 +208,18 @@ def training_differs(model, plain, tokenizer, vector):
 
 def choices_differ(model, plain, tokenizer, vector):
     """Log-likelihoods of the answers to multiple-choice questions, steered."""
-    questions, worst = [("2 + 2 is", [" A", " B"]), ("Sky? It is", [" blue.", " a red thing"])], 0
-    with ev.steering(model, ev.offsets_of(vector, "all")) as steer:
-        found = evaluate.choice_logprobs(model, tokenizer, questions, 0.4, steer, "all")
-    for (prompt, continuations), got in zip(questions, found):
+    point, worst = dict(mmlu_scoring="cloze", inference_coef=0.4, positions="all"), 0
+    questions = [dict(question="2 + 2 is", choices=["A", "B"]), dict(question="Sky?", choices=["blue.", "a red thing"])]
+    questions = [row | dict(answer=0) for row in questions]
+    found = evaluate.measure_mmlu(model, tokenizer, questions, point, ev.offsets_of(vector, "all"))
+    for row, values in zip(questions, found):
+        prompt, continuations = evaluate.choice_prompts(row, "cloze")
         start = tokenizer(prompt)["input_ids"]
-        for continuation, (value, n) in zip(continuations, got):
+        for continuation, value in zip(continuations, values):
             ids = start + tokenizer(continuation)["input_ids"]
             scores = logits_of(plain, ids, spread(vector, -0.4, 0, len(ids))).log_softmax(-1)
             want = sum(scores[k - 1, ids[k]] for k in range(len(start), len(ids)))
-            assert n == len(ids) - len(start)
-            worst = max(worst, off(torch.tensor(value), want))
+            worst = max(worst, off(torch.tensor(value * (len(ids) - len(start))), want))
     return worst
 
 

@@ -303,7 +303,7 @@ def test_probe_and_auc():
     assert probe["row"] == 2 and probe["auc"] == 1.0 and probe["hundred"] > probe["zero"]
 
 
-def test_choice_logprobs_equal_one_by_one(toy, tokenizer, monkeypatch):
+def test_choices_equal_one_by_one(toy, tokenizer, monkeypatch):
     """Guards against mixing up questions, choices or token positions: equal to whole forward passes, steered or not,
     and a question is not read once a letter."""
     add, read, join = offsets(toy), [], ev.join
@@ -317,21 +317,22 @@ def test_choice_logprobs_equal_one_by_one(toy, tokenizer, monkeypatch):
     for scoring in ("letter", "cloze"):
         prompts = [evaluate.choice_prompts(row, scoring) for row in rows]
         for coef, positions in ((0, "response"), (2.0, "response"), (2.0, "all")):
+            point = dict(mmlu_scoring=scoring, inference_coef=coef, positions=positions)
+            read.clear()
+            found = evaluate.measure_mmlu(toy, tokenizer, rows, point, add)
+            assert scoring == "cloze" or sum(read) == sum(len(tokenizer(text)["input_ids"]) for text, _ in prompts)
+            right = sum(values.index(max(values)) == row["answer"] for values, row in zip(found, rows))
+            assert (point["mmlu_accuracy"], point["mmlu_n"]) == (50 * right, 2)
             with ev.steering(toy, add) as steer:
-                read.clear()
-                found = evaluate.choice_logprobs(toy, tokenizer, prompts, coef, steer, positions)
-                assert scoring == "cloze" or sum(read) == sum(len(tokenizer(text)["input_ids"]) for text, _ in prompts)
-                for (prompt, continuations), got in zip(prompts, found):
+                for (prompt, continuations), values in zip(prompts, found):
                     start = tokenizer(prompt)["input_ids"]
-                    for continuation, (value, n) in zip(continuations, got):
+                    for continuation, value in zip(continuations, values):
                         ids = tokenizer(prompt + continuation)["input_ids"]
                         first = len(start) - 1 if positions == "response" else 0
                         steer.scale = torch.tensor([0.0] * first + [-float(coef)] * (len(ids) - first))[None, :, None]
                         scores = logits(toy, [ids]).log_softmax(-1)
-                        assert n == len(ids) - len(start)
-                        assert value == pytest.approx(
-                            float(sum(scores[i - 1, ids[i]] for i in range(len(start), len(ids)))), abs=1e-3
-                        )
+                        want = [float(scores[i - 1, ids[i]]) for i in range(len(start), len(ids))]
+                        assert value == pytest.approx(sum(want) / (1 if scoring == "letter" else len(want)), abs=1e-3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
