@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -82,15 +82,15 @@ def with_adapter(model, adapter):
     the weights are finite, and exactly those that the adapter's config puts into this model: PEFT only warns."""
     try:
         weights = {name: tensor.to(model.dtype) for name, tensor in load_file(Path(adapter) / WEIGHTS).items()}
-        if odd := [name for name, tensor in weights.items() if "lora_" not in name or not tensor.isfinite().all()]:
-            raise ValueError(f"{odd[0]} holds NaN or infinity, or is not LoRA's")
         wrapped = PeftModel(model, LoraConfig.from_pretrained(adapter, inference_mode=True), low_cpu_mem_usage=True)
-        found = set_peft_model_state_dict(wrapped, weights, ignore_mismatched_sizes=True, low_cpu_mem_usage=True)
     except Exception as error:  # broken files make PEFT raise anything
-        die(f"--adapter {adapter}: broken, or does not fit the model ({type(error).__name__}: {error})")
+        die(f"--adapter {adapter}: is broken, or does not fit the model ({type(error).__name__}: {error})")
     try:
-        if misfits := [name for name in found.missing_keys if "lora_" in name] + found.unexpected_keys:
-            die(f"--adapter {adapter}: does not fit the model: only one of them has {misfits[0]}, or in another shape")
+        wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False).items()
+        finite = {name: tensor.shape for name, tensor in weights.items() if tensor.isfinite().all()}
+        if finite != {name: tensor.shape for name, tensor in wanted if "lora_" in name}:
+            die(f"--adapter {adapter}: does not fit the model, or holds NaN, infinity or what is not LoRA's")
+        set_peft_model_state_dict(wrapped, weights, low_cpu_mem_usage=True)
         yield wrapped.eval().get_base_model()
     finally:
         wrapped.unload()
@@ -134,7 +134,7 @@ def token_logprobs(model, reads, wanted, title, offsets=None, coef=0.0, position
 def measure_mmlu(model, tokenizer, questions, point, offsets):
     """Sets mmlu_accuracy; -> [a value for each choice, of which the highest counts as the answer] of each question.
     letter: the letter's log-probability; cloze: the mean log-probability of the choice's tokens."""
-    scoring, reads, wanted, lengths, values = point["mmlu_scoring"], [], [], [], []
+    scoring, reads, wanted, lengths = point["mmlu_scoring"], [], [], []
     for row in questions:
         prompt, continuations = choice_prompts(row, scoring)
         start, *wholes = tokenizer([prompt, *(prompt + continuation for continuation in continuations)])["input_ids"]
@@ -146,9 +146,8 @@ def measure_mmlu(model, tokenizer, questions, point, offsets):
         lengths += [len(whole) - len(start) for whole in wholes]
     steered = offsets, point["inference_coef"], point["positions"]
     logprobs = iter(torch.cat(token_logprobs(model, reads, wanted, "choices", *steered)).split(lengths))
-    for row in questions:
-        choices = itertools.islice(logprobs, len(row["choices"]))
-        values.append([float(x.sum()) / (len(x) if scoring == "cloze" else 1) for x in choices])
+    value_of = lambda x: float(x.sum()) / (len(x) if scoring == "cloze" else 1)
+    values = [[value_of(next(logprobs)) for _ in row["choices"]] for row in questions]
     hits, n = sum(some.index(max(some)) == row["answer"] for some, row in zip(values, questions)), len(questions)
     point |= dict(mmlu_accuracy=100 * hits / n, mmlu_ci=mf.wilson(hits, n), mmlu_n=n)
     return values

@@ -476,7 +476,6 @@ Point = schema(
 Loss = schema(step=int, loss=Number)
 Scores = dict[str, schema(score=(float | None, None))]
 Answer = schema(id=Text, kind=Literal["trait", "fact"], question=Text, answer=str, scores=(Scores, {}))
-AdapterConfig = schema(peft_type=Literal["LORA"], r=pydantic.PositiveInt, target_modules=some(Text) | Text)
 Probe = schema(row=pydantic.PositiveInt, first=(pydantic.NonNegativeInt, 0), zero=Number, hundred=Number, auc=Number)
 MADE = dict(inputs=(dict[str, str | None], {}), dataset=(str | None, None), coef=(Number | None, None))
 Settings = schema(model=Text, **MADE, probe=(Probe | None, None))

