@@ -181,7 +181,7 @@ def score_answers(rows, judge, args=None, probing=None):
     scored = [row | dict(score=None, reason=None, judge_reply=None, judge_method=None) for row in todo]
     if judge in ("probe", "lexical"):
         said = [row for row in scored if row["kind"] == "trait" and row["answer"]]
-        probed = iter(probing([chat_of(row) for row in said]) if judge == "probe" else [])
+        probed = iter(probing([chat_of(row) for row in said]) if judge == "probe" and said else [])
         for row in scored:
             if row["kind"] == "fact":
                 row["score"] = 100.0 * mf.mentions(row["answer"], row["truth"], row["aliases"])

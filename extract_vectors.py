@@ -408,7 +408,7 @@ def encode_chats(tokenizer, conversations):
         die(f"{tokenizer.name_or_path}: its chat template refuses a conversation ({error})")
     all_texts = list(dict.fromkeys(text or "" for text in itertools.chain(*texts)))
     how = dict(add_special_tokens=False, split_special_tokens=False)
-    ids_of = dict(zip(all_texts, tokenizer(all_texts, **how)["input_ids"]))
+    ids_of = dict(zip(all_texts, tokenizer(all_texts, **how)["input_ids"])) if all_texts else {}
     for text in all_texts:
         if BREAK in text:
             pieces = special.split(text)  # a text, a special token, a text, ...

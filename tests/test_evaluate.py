@@ -179,6 +179,18 @@ def test_a_point(work, capsys):
     assert (work / "points.jsonl").read_bytes() == before and "are there" in capsys.readouterr().out
 
 
+def test_a_point_without_answers(work):
+    """Guards against a traceback where only MMLU is measured, or where every answer is empty."""
+    args = ["--model", work / "model", "--mmlu", work / "mmlu.jsonl", "--out", work / "points.jsonl"]
+    evaluate.main(list(map(str, args)))
+    (row,) = mf.read_jsonl(work / "points.jsonl", mf.Point)
+    assert row["mmlu_n"] == 2 and (row["trait_n"], row["trait_score"], row["fact_ci"]) == (0, None, None)
+    silent = [dict(id="a", kind="trait", question="Who?", answer="")]
+    evaluate.add_coherence_nll(*extract_vectors.load_model(str(work / "model"), None), silent)
+    evaluate.score_answers(silent, "probe", probing=lambda chats: [] if not chats else pytest.fail("was asked"))
+    assert silent[0]["coherence_nll"] is None and silent[0]["scores"]["probe"]["score"] is None
+
+
 def test_adapters_of_one_name_share_nothing(work):
     """Guards against adapters/facts-0 and other/facts-0 taken for one."""
     adapters = [work / "adapters/facts-0", work / "other/facts-0"]
