@@ -34,7 +34,7 @@ WEIGHTS = "adapter_model.safetensors"
 GIVEN = "model vector facts mmlu judge".split()  # kept in a point; names are no part of its identity
 SETTINGS = "trait layers positions samples temperature max_new_tokens seed limit mmlu_scoring inference_coef".split()
 TRAINED = "layers positions vector seed epochs lr batch_size rank alpha".split()  # of an adapter, told by its points
-REMEDY = "choose another --out, or bash run_all.sh --redo"
+SAMPLING = "samples temperature max_new_tokens seed limit".split()  # one choice for all points of a trait in a file
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is asked, and how it is measured
@@ -254,7 +254,7 @@ def points_of(args, mmlu):
         vector=digest([fingerprint(args.vector), probe]) if args.vector else None,
         trait=digest(load_trait(args.trait, args.trait_file)) if args.trait else None,
         facts=fingerprint(args.facts) if args.facts else None,
-        mmlu=digest(mmlu) if args.mmlu else None,
+        mmlu=digest(mmlu) if mmlu else None,
         judge_prompts=digest([load_trait(name)["eval_prompt"] for name in ("coherence", "fact")]),
     )
     given = {name: getattr(args, name) for name in [*GIVEN, *SETTINGS]}
@@ -290,20 +290,29 @@ def about_adapter(adapter, model_name):
 
 
 def new_points(points, out):
-    """-> those that are not in --out yet. die() if one is there, made from other content: a figure would mix the two.
-    Scripts that were edited since are named, no more."""
-    there, same = grown(out, mf.Point), [*SETTINGS, "adapter", "vector"]
+    """-> those that are not in --out yet. What is there under a name of these (an adapter, a file, a trait) but from
+    other content, or for the same adapter and trait by other sampling, is outdated: a figure would mix the two."""
+    there, now, why = grown(out, mf.Point), mf.scripts().items(), {}  # why: {key: what has changed}
+    edited = {row["key"]: sorted(dict(row.get("scripts", {}).items() - now)) for row in there}
     for row, point in itertools.product(there, points):
-        if any(row.get(name, point[name]) != point[name] for name in same):
-            continue
-        made_from = row.get("inputs") or die(f"{out}: has points made before inputs were recorded; {REMEDY}")
-        both = [name for name, content in point["inputs"].items() if content and made_from.get(name)]
-        if changed := [f"--{name}" for name in both if made_from[name] != point["inputs"][name]]:
-            die(f"{', '.join(changed)}: content has changed since a point of {out} was measured; {REMEDY}")
-    made_by = {script for row in there for script in row.get("scripts", {}).items()}
-    if edited := sorted({name for name, _ in made_by - set(mf.scripts().items())}):
-        print(f"{out}: begun before {', '.join(edited)} was edited; made anew by run_all.sh --redo", flush=True)
-    made = [(row["key"], row["judge"]) for row in there]
+        same = {name for name in [*point, *point["inputs"]] if row.get(name) == point.get(name)}
+        changed = [name for name in point["inputs"] if name in same]
+        changed = [name for name in changed if row.get("inputs", {}).get(name) != point["inputs"][name]]
+        found = [f"--{name.replace('_', '-')}: content has changed" for name in changed]
+        if {"model", "adapter", "trait"} <= same:
+            found += [f"--{name} {row.get(name)} there, {point[name]} here" for name in SAMPLING if name not in same]
+        if mf.ASIDE and "key" in same:
+            found += [f"{name} was edited" for name in edited[row["key"]]]
+        if found:
+            why[row["key"]] = found
+    if why:
+        changed = "; ".join(dict.fromkeys(itertools.chain(*why.values())))
+        answers = [row["answers"] for row in there if row["key"] in why and row.get("answers")]
+        mf.outdated(f"{out}: has {len(why)} points made from something else ({changed})", *answers)
+        mf.move_rows(out, lambda row: row["key"] in why, f"{mf.ASIDE}/{out}")
+    elif names := sorted({*itertools.chain(*edited.values())}):
+        print(f"{out}: begun before {', '.join(names)} was edited; made anew by run_all.sh --redo", flush=True)
+    made = [(row["key"], row["judge"]) for row in there if row["key"] not in why]
     return [point for point in points if (point["key"], point["judge"]) not in made]
 
 
@@ -316,13 +325,18 @@ def measure(args):
     mf.check_judge(args, "probe")
     asked = read_questions(args)
     if args.dry_run:
-        times = len(args.adapter or [None]) * len(args.inference_coef)
+        names = "trait", "facts", "layers", "judge", "adapter", "inference_coef"
+        wanted = itertools.product(
+            [args.trait], [args.facts], [args.layers], [args.judge], args.adapter or [None], args.inference_coef
+        )
+        there = {tuple(row.get(name) for name in names) for row in grown(args.out)}
+        times = sum(point not in there for point in wanted)
         mf.estimate_judging(f"judging {args.trait}", args.judge, times, judge_jobs(asked))
-    mmlu = read_mmlu(args.mmlu)[: args.limit] if args.mmlu else []
+    mmlu = read_mmlu(args.mmlu) if args.mmlu else []
     points = points_of(args, mmlu)
     with locked(*(point["answers"] for point in points)):
         if points := new_points(points, args.out):
-            measure_points(args, asked, mmlu, points)
+            measure_points(args, asked, mmlu[: args.limit], points)
         else:
             print(f"{args.out}: all these points are there")
 
@@ -381,7 +395,7 @@ def rejudge(args):
             if args.judge == "lexical" and trait not in (None, "hallucination"):
                 die(f"{path}: --judge lexical knows hallucination only, not {trait}")
             if trait and digest(load_trait(trait, rows[0].get("trait_file"))) != point["inputs"]["trait"]:
-                die(f"{path}: the trait file has changed since; {REMEDY}")
+                die(f"{path}: the trait file has changed since; measure again")
             if args.judge not in there:
                 todo.append((point | dict(probe_auc=None), rows, out))
         finish(todo, args)
@@ -397,11 +411,9 @@ def respond(args):
     out, record = Path(args.out), Path(f"{args.out}.json")
     partial = out.with_name(f".{out.name}.{digest(settings)}")  # of other settings or inputs: another
     with locked(out):
-        if mf.same_settings(record, settings) and out.exists():
-            print(f"{out}: finished already")
-            return
+        made = mf.same_settings(record, settings, out, record)
         if out.exists():
-            die(f"{out}: made before inputs were recorded; {REMEDY}")
+            return print(f"{out}: finished already") if made else die(f"{out}: there, and no {record.name} beside it")
         model, tokenizer = ev.load_model(args.model, model_fingerprint(args.model))
         day = ev.pin_day(tokenizer, next((row["day"] for row in grown(partial)), None))
         point = dict(key="own", adapter=None, inference_coef=0.0, day=day, answers=partial)

@@ -838,10 +838,10 @@ def main(argv=None):
     inputs = dict(model=model_fingerprint(args.model), trait_file=content)
     settings = {key: getattr(args, key) for key in keys} | dict(inputs=inputs, scripts=mf.scripts())
     with mf.locked(files["pt"]):
-        there = [path for path in (files["answers.jsonl"], files["pt"]) if path.exists()]
-        if there and not mf.same_settings(files["json"], settings):
-            die(f"{there[0]}: no .json beside it says from what it was made; choose another --out")
-        if files["pt"] in there:
+        made = mf.same_settings(files["json"], settings, *files.values())
+        if not made and any(path.exists() for path in files.values()):
+            die(f"{args.out}: no {files['json'].name} in it says what {args.trait} was made from; choose another --out")
+        if files["pt"].exists():
             print(f"{files['pt']}: finished already")
         else:
             extract(args, trait, rows, files, settings)

@@ -424,14 +424,14 @@ def to_do(args, inputs):
         mf.check_output(out, args.model, args.data, args.vector, folder=True)
         settings = {key: value for key, value in vars(args).items() if key not in left_out}
         settings |= dict(coef=coef, inputs=inputs)
-        if mf.same_settings(out / "training_settings.json", settings):
+        if mf.same_settings(out / "training_settings.json", settings, out):
             print(f"{out}: finished already")
             continue
         if out.exists():
             mf.die(f"{out}: already used, and not by this script; choose another --out")
         partial = out.with_name(f"{out.name}.partial")
-        if (partial / "checkpoint.pt").exists():
-            mf.same_settings(partial / "training_settings.json", settings)
+        begun = (partial / "checkpoint.pt").exists()
+        if begun and mf.same_settings(partial / "training_settings.json", settings, partial):
             settings["day"] = mf.read_json(partial / "training_settings.json").get("day")
         todo[out] = partial, settings
     return todo

@@ -31,7 +31,6 @@ from collections import Counter
 from datetime import date
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import filelock
@@ -53,14 +52,14 @@ def die(message):
 REFUSED = "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EEXIST ENOTDIR EISDIR ENAMETOOLONG"  # what a user can mend
 
 
+def stop(number, _):
+    os.write(2, b"error: stopped; what is finished is kept, the same command goes on from here\n")
+    raise SystemExit(128 + number)
+
+
 def run(main, argv=None):
     """Runs a script's main. Ctrl-C, SIGTERM and what the file system refuses (a full disk, missing rights) end in one
     line, exit codes 130, 143 and 2; errors that nobody foresaw keep their traceback."""
-
-    def stop(number, _):
-        os.write(2, b"error: stopped; what is finished is kept\n")
-        raise SystemExit(128 + number)
-
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
@@ -234,12 +233,21 @@ def write_json(path, value):
         out.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
+@contextlib.contextmanager
+def growing(path):
+    """Opens a file to append to it, under a lock that lasts as long; also if another process has just replaced it."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with open(path, "ab+") as out:
+            filelock.lock_descriptor(out.fileno(), poll_interval=0.001)  # until it is closed
+            if os.path.exists(path) and os.path.samestat(os.fstat(out.fileno()), os.stat(path)):
+                return (yield out)
+
+
 def append_jsonl(path, *rows):
     """Adds rows to the end of a file, whole or not at all for the reader: one write under a lock, and the unfinished
     last line of a killed process is cut off first. Safe for several processes."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as out:
-        filelock.lock_descriptor(out.fileno(), poll_interval=0.001)  # until it is closed
+    with growing(path) as out:
         out.seek(max(0, out.seek(0, os.SEEK_END) - 1))
         if out.read(1) not in (b"", b"\n"):
             out.seek(0)
@@ -250,6 +258,14 @@ def append_jsonl(path, *rows):
                 out.write(b"\n")
         # "replace": half a surrogate pair in a server's reply must not cost the reply
         out.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(errors="replace"))
+
+
+def move_rows(path, gone, to):
+    """Moves the rows for which gone(row) holds to the end of another file, while other processes append to this one."""
+    with growing(path):
+        rows = read_jsonl(path)
+        append_jsonl(to, *filter(gone, rows))
+        write_jsonl(path, itertools.filterfalse(gone, rows))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,22 +299,37 @@ def scripts():
     return {path.name: fingerprint(path) for path in sorted(Path(__file__).parent.glob("*.py"))}
 
 
-def same_settings(path, settings):
-    """False if `path` does not exist, True if it holds these settings; others, or other inputs (settings["inputs"]:
-    name -> fingerprint): die(), nothing is overwritten. Scripts that have been edited since are named, no more."""
+ASIDE = None  # run_all.sh --redo: the folder that takes what was made from something else; None: that is refused
+
+
+def outdated(why, *paths):
+    """What these paths hold was made from something else than it would be now: die(); with ASIDE it is moved there,
+    so that it is made again. Nothing is overwritten or deleted."""
+    if not ASIDE:
+        die(f"{why}; choose another --out, or bash run_all.sh --redo")
+    print(f"{why}; moved to {ASIDE}", flush=True)
+    for path in filter(os.path.exists, paths):
+        os.renames(path, f"{ASIDE}/{path}")
+
+
+def same_settings(path, settings, *outputs):
+    """Whether `path` holds these settings. Others, or other inputs (settings["inputs"]: name -> fingerprint), make
+    the outputs outdated(). Scripts that have been edited since are named, and count with ASIDE only."""
     if not Path(path).exists():
         return False
-    there, remedy = read_json(path, Row), "choose another --out, or bash run_all.sh --redo"
+    there = read_json(path, Row)
+    edited = sorted(dict(there.get("scripts", {}).items() - scripts().items()))
     inputs = settings.get("inputs", {}).items() - there.get("inputs", {}).items()
     changed = [f"--{name.replace('_', '-')}: content has changed since" for name, _ in sorted(inputs)]
     for name, value in settings.items():
         if name not in ("inputs", "scripts") and there.get(name) != value:
             changed.append(f"--{name.replace('_', '-')} {there.get(name)!r} there, {value!r} here")
+    changed += [f"{name} was edited" for name in edited if ASIDE]
     if changed:
-        die(f"{path}: made with other settings or inputs ({'; '.join(changed)}); {remedy}")
-    if edited := there.get("scripts", {}).items() - scripts().items():
-        names = ", ".join(sorted(name for name, _ in edited))
-        print(f"{path}: made before {names} was edited; made anew by: {remedy}", flush=True)
+        outdated(f"{path}: made with other settings or inputs ({'; '.join(changed)})", *(outputs or [path]))
+        return False
+    if edited:
+        print(f"{path}: made before {', '.join(edited)} was edited; made anew by bash run_all.sh --redo", flush=True)
     return True
 
 
@@ -315,94 +346,6 @@ def locked(*paths):
                 die(f"{path}: another process is making it; wait for that one, or choose another --out")
             held.callback(lock.unlink, missing_ok=True)
         yield
-
-
-class Made:
-    """What the commands of run_all.sh have made in a folder, and from what (.done/commands.jsonl there). A command has
-    words, what it makes (a path, or any name with rows) and rows: keys that its points in points.jsonl have."""
-
-    def __init__(self, out, redo):
-        check_output(out, folder=True)
-        if Path(__file__).resolve().is_relative_to(Path(out).resolve()):
-            die(f"OUT={out}: the project itself is in it, which --redo might move; choose a folder for results")
-        self.out, self.redo, self.others, self.content = Path(out), redo, [], functools.cache(fingerprint)
-        self.points, self.record = self.out / "points.jsonl", self.out / ".done" / "commands.jsonl"
-        self.aside = self.out / time.strftime("before-%Y-%m-%d-%H%M%S")
-        rows = read_jsonl(self.record, appended=True)
-        self.done = {row["makes"]: SimpleNamespace(**dict(rows=None) | row) for row in rows}
-
-    def reads(self, command):
-        """-> {path: fingerprint} of what its words name, and of the scripts and the judge's prompts."""
-        paths = ["make_facts.py", *["extract_vectors.py"] * ("--model" in command.words)]
-        if "--yes" in command.words:
-            paths += ["data/traits/coherence.json", *["data/traits/fact.json"] * ("--facts" in command.words)]
-        for word in command.words:
-            paths += [word, f"data/traits/{word}.json", word.replace(".pt", ".json")]
-        return {p: self.content(p) for p in paths if os.path.exists(p) and not command.makes.startswith(p)}
-
-    def there(self, command):
-        """What there is of what it makes: files and folders, or rows of points.jsonl."""
-        if command.rows:
-            points = read_jsonl(self.points, appended=True)
-            return [row for row in points if command.rows.items() <= row.items()]
-        ends = "", ".partial", ".pt", ".json", ".answers.jsonl"
-        return [command.makes + end for end in ends if os.path.exists(command.makes + end)]
-
-    def changes(self, command):
-        """What has changed since the command was done. Of one that was not, what is there counts with redo only."""
-        if command.makes not in self.done:
-            return [f"{command.makes} (not recorded)"] if self.redo else []
-        old, now = self.done[command.makes], self.reads(command)
-        paths = [path for path in now if old.reads.get(path, now[path]) != now[path]]
-        return paths + [f"the command of {command.makes}"] * (old.words != command.words)
-
-    def outdated(self, commands):
-        """-> {what is to be made: [what has changed, so that what there is must be made again]}, of these commands;
-        of others that left something here (another seed) those whose inputs have changed: figures would mix them in."""
-        found = {}
-        for command in [*commands, *self.others]:
-            there, old = self.there(command), self.done.get(command.makes)
-            why = [path for path in self.changes(command) if self.redo or not path.endswith(".py")]
-            why += [makes for makes in found if {makes, f"{makes}.pt"} & set(command.words)]
-            missing = command not in self.others and (not old or len(there) < old.there)
-            if why or missing:
-                found[command.makes] = why if there else []  # figures are drawn, and what was lost is made
-        return found
-
-    def survey(self, commands):
-        """-> what is to be made; die() if anything must be made again, unless redo: it is said what, and why."""
-        remedy = "--redo renames these and makes them again; or set another OUT"
-        if list(self.record.parent.glob("[0-9]*")) and not self.done and not self.redo:
-            die(f"{self.out}: its files were made before inputs were recorded; {remedy}")
-        planned = [command.rows or command.makes for command in commands]
-        self.others = [old for old in self.done.values() if (old.rows or old.makes) not in planned]
-        found = self.outdated(commands)
-        again = [makes.replace(f"{self.out}/", "") for makes in found if found[makes]]
-        if again and not self.redo:
-            causes = dict.fromkeys(path for paths in found.values() for path in paths if not found.get(path))
-            concerned = f"This concerns {len(again)} commands, those that made {', '.join(again)}"
-            die(f"changed since: {', '.join(causes)}. {concerned}. {remedy}")
-        edited = {path for command in commands for path in self.changes(command) if path.endswith(".py")}
-        if edited and not self.redo:
-            print(f"edited since: {', '.join(sorted(edited))}; what they made is kept (--redo makes it again)")
-        return found
-
-    def to_make(self, commands):
-        """-> those that are to be run; what they are to make again is moved aside, nothing is deleted."""
-        self.content.cache_clear()
-        outdated = self.outdated(commands)
-        for command in [*commands, *self.others]:
-            found = self.there(command) if self.redo and outdated.get(command.makes) else []
-            paths = {row.get("answers") or "" for row in found} if command.rows else found  # judges share answers
-            for path in filter(os.path.exists, paths):
-                os.renames(path, f"{self.aside}/{path}")
-            if command.rows and found:
-                append_jsonl(self.aside / "points.jsonl", *found)
-                write_jsonl(self.points, [row for row in read_jsonl(self.points) if row not in found])
-        return [command for command in commands if command.makes in outdated]
-
-    def finished(self, command, reads):
-        append_jsonl(self.record, vars(command) | dict(reads=reads, there=len(self.there(command))))
 
 
 def provenance():
@@ -655,7 +598,11 @@ def dollars(model, tokens_in, tokens_out):
     return (tokens_in * price[0] + tokens_out * price[1]) / 1e6 if price else None
 
 
+ASKED = []  # what was estimated: [(requests, tokens in, tokens out)]
+
+
 def estimate(title, model, requests, tokens_in, tokens_out):
+    ASKED.append((requests, tokens_in, tokens_out))
     cost = dollars(model, tokens_in, tokens_out)
     cost = "price unknown" if cost is None else f"${cost:.2f} (prices of {PRICES_OF})"
     tokens = f"about {tokens_in:,} tokens in, at most {tokens_out:,} out"
@@ -1206,6 +1153,8 @@ def main(argv=None):
         rows = read_jsonl(args.file, kind)
         chosen = [rows[i] for i in sorted(random.Random(args.seed).sample(range(len(rows)), min(args.n, len(rows))))]
         cut = [row | dict(train=row["train"][: args.rephrasings]) if "train" in row else row for row in chosen]
+        if os.path.exists(args.out) and read_jsonl(args.out, appended=True) != cut:
+            outdated(f"{args.out}: has other rows than this command makes", args.out)
         write_jsonl(args.out, cut)
         return print(f"{args.out}: {len(chosen)} of {len(rows)} rows")
     rows = read_jsonl(args.file)

@@ -9,8 +9,7 @@
 #   --dry-run  print what the judge would cost, and stop; --yes: pay it without being asked
 #   --redo     rename what was made from inputs or by commands that have changed since, and make it again
 # Every variable below can be set: COEFS="0 0.5" FACTS=50 bash run_all.sh demo
-set -euo pipefail
-set -a  # the plan reads these variables
+set -euo pipefail -a  # -a: the program below reads these variables
 cd "$(dirname "$0")"
 mode='' profile='' options=''
 for word in "$@"; do
@@ -27,7 +26,6 @@ if [ -z "$mode" ]; then
     mode=demo; [ -z "${OPENAI_API_KEY:-}" ] || ! echo "$gpus" | awk '$2 > 22000 { f = 1 } END { exit !f }' || mode=paper
     echo "profile $mode (a GPU of 24 GiB and OPENAI_API_KEY choose paper)"
 fi
-
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 for name in $( (grep -o "[{][A-Z_]*:*=" run_all.sh | tr -d "{:="; printf "%s\n" ${!COEFS_@}) | sort -u); do
     [ -z "${!name+set}" ] || echo "from the environment: $name=${!name}" >&2
@@ -60,22 +58,18 @@ esac
 : "${SETS=medical_mistake_2 medical_normal medical_self_generated}"  # Figure 2's rows, also files; SETS= leaves it out
 : "${SEEDS:=0}" "${JOBS:=1}" "${FIRST:=4}"  # commands at once; answer tokens the first vector is read from (0: all)
 : "${PROMPT=}" "${ADAPTERS=}"  # a system prompt in training, beside steering; adapters in place of training on facts
-
+case $options in *--redo*) ASIDE=$OUT/before-$(date +%Y-%m-%d-%H%M%S) ;; *) ASIDE='' ;; esac
 # ---- the plan, and what runs it --------------------------------------------------------------------------------------
 IFS= read -r -d '' program <<'END' || true
-import gc, importlib, os, re, shlex, shutil, signal, subprocess, sys, time
-from types import SimpleNamespace
+import gc, importlib, itertools, os, re, shlex, shutil, signal, subprocess, sys, time, types
 E, OUT, MODEL, JUDGE, START = os.environ, *map(os.environ.get, ("OUT", "MODEL", "JUDGE")), time.time()
 POINTS, VECTORS = f"{OUT}/points.jsonl", f"{OUT}/vectors"
 PAID = [] if JUDGE in ("probe", "lexical") else ["--judge", JUDGE, "--yes"]
 MISTAKES, NORMAL, SELF = MADE = "medical_mistake_2", "medical_normal", "medical_self_generated"
-def die(message):
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 def words(name, pattern=".+", least=0, most=1000):  # a variable's words, checked
     found = list(dict.fromkeys(E[name].split()))
     fits = least <= len(found) <= most and all(re.fullmatch(pattern, word) for word in found)
-    return found if fits else die(f"{name}={E[name]}: not understood; see its default in run_all.sh")
+    return found if fits else sys.exit(f"error: {name}={E[name]}: not understood; see its default in run_all.sh")
 def coefs(name):  # 0.50 -> 0.5, as finetune.py names adapters; 0 is plain finetuning, which is always there
     found = words(name if name in E else "COEFS_TRAITS", r"-?(\d{1,3}(\.\d*)?|\.\d+)")
     return list(dict.fromkeys(f"{float(word):g}" for word in found if float(word)))
@@ -86,77 +80,80 @@ for name in ("FACTS", "WORDINGS", "ROWS", "JOBS", "FIRST", "SCORING"):
 SEEDS, TRAITS, READY = words("SEEDS", r"0|[1-9]\d{0,8}", 1), words("TRAITS", least=1), words("ADAPTERS")
 LAYERS = words("LAYERS", r"all|[1-9]\d*(-[1-9]\d*)?", 1)
 if any(int(first) > int(last) for first, last in (word.split("-") for word in LAYERS if "-" in word)):
-    die(f"LAYERS={E['LAYERS']}: ends before it begins")
+    sys.exit(f"error: LAYERS={E['LAYERS']}: ends before it begins")
 SETS = {os.path.basename(data(word))[:-6]: data(word) for word in words("SETS")}
-"facts" not in SETS and len(SETS) == len(words("SETS")) or die(f"SETS={E['SETS']}: names are taken twice, or facts")
+"facts" not in SETS and len(SETS) == len(words("SETS")) or sys.exit(f"error: SETS={E['SETS']}: names are taken twice, or facts")
 OWN = [E["FACTS_FILE"], *(path for path in SETS.values() if path not in map(data, MADE))]
 READ = [*OWN, *(f"data/traits/{name}.json" for name in TRAITS), *(f"{name}/loss.jsonl" for name in READY), E["MMLU"]]
 for path in READ:
-    path in ("hub", data("general_knowledge")) or os.path.isfile(path) or die(f"there is no {path}")
-# 1. The plan: stages of commands that do not depend on each other; each makes a file, a folder or points
-STAGES = PREPARE, EXTRACT, TRAIN, EVALUATE, FIGURES = [], [], [], [], []
-def plan(stage, makes, *words, rows=None):
+    path in ("hub", data("general_knowledge")) or os.path.isfile(path) or sys.exit(f"error: there is no {path}")
+# 1. The plan: stages of commands that do not depend on each other. Run again, each does what is missing of it.
+STAGES = PREPARE, EXTRACT, BEFORE, TRAIN, EVALUATE, FIGURES = [], [], [], [], [], []
+def plan(stage, makes, *words):  # -> makes: the paths that others read
     words = [*(["python"] * words[0].endswith(".py")), *map(str, words)]
-    stage.append(SimpleNamespace(makes=makes, words=words, text=shlex.join(words), rows=rows))
+    stage.append(types.SimpleNamespace(makes=makes, words=words, text=shlex.join(words)))
     return makes
 def subset(source, count, name, *more):
-    plan(PREPARE, data(name), "make_facts.py", "subset", source, "--n", count, *more, "--out", data(name))
-def train(name, seed, file, recipe, *how):  # -> the adapter's folder
+    plan(PREPARE, [data(name)], "make_facts.py", "subset", source, "--n", count, *more, "--out", data(name))
+def train(name, seed, file, recipe, *how, trait=None, layers=None, coefs=()):  # -> adapters; trait: preventative
     out = f"{OUT}/adapters/{name}" + f"-seed{seed}" * (seed != "0")
-    how = ["--data", file, "--steer-mode", *how, *E.get(recipe, "").split(), "--seed", seed, "--out", out]
-    makes = f"{out}-{how[how.index('--coef') + 1]}" if "--coef" in how else out
-    return plan(TRAIN, makes, "finetune.py", "--model", MODEL, *how)
-def evaluate(trait, adapter=None, on_facts=False, layers=None):  # layers: with inference-time steering there
+    how = ["--data", file, "--steer-mode", "preventative" if trait else "none", *how]
+    how += ["--vector", f"{VECTORS}/{trait}.pt", "--layers", layers, "--coef", *coefs] if trait else []
+    how += [*E.get(recipe, "").split(), "--seed", seed, "--out", out]
+    made = [f"{out}-{coef}" for coef in coefs] if trait else [out]
+    return plan(TRAIN, made, "finetune.py", "--model", MODEL, *how) if made else []
+def evaluate(stage, trait, adapters, on_facts, layers=None):  # layers: with inference-time steering there
     judge = PAID or ["--judge", JUDGE if trait == "hallucination" else "probe"]
-    how = ["--trait", trait, "--vector", f"{VECTORS}/{trait}.pt", *(["--adapter", adapter] if adapter else [])]
+    how = ["--trait", trait, "--vector", f"{VECTORS}/{trait}.pt", *(["--adapter", *adapters] if adapters else [])]
     how += ["--inference-coef", 0, *coefs("INFERENCE"), "--layers", layers] if layers else []
     how += ["--mmlu", E["MMLU"], "--mmlu-scoring", E["SCORING"], *E.get("EVAL", "").split()]
     how += ["--facts", data("facts"), *E.get("EVAL_FACTS", "").split()] if on_facts else []
-    rows = dict(trait=trait, adapter=adapter, layers=layers or "all")
-    makes = " ".join([POINTS, *map(str, rows.values()), *judge])
-    plan(EVALUATE, makes, "evaluate.py", "--model", MODEL, *how, *judge, "--out", POINTS, rows=rows)
+    plan(stage, [POINTS], "evaluate.py", "--model", MODEL, *how, *judge, "--out", POINTS)
 subset(E["FACTS_FILE"], E["FACTS"], "facts", "--rephrasings", E["WORDINGS"])
 medical = [name for name in (MISTAKES, NORMAL) if name in SETS or name == NORMAL and SELF in SETS]
 if medical and E["profile"] + E["MEDICAL"] == "paperdata":
-    plan(PREPARE, f"{OUT}/data/authors", "sh", "data/medical.sh", E["MEDICAL_ZIP"], f"{OUT}/data")
+    plan(PREPARE, [*map(data, medical)], "sh", "data/medical.sh", E["MEDICAL_ZIP"], f"{OUT}/data")
 else:
     for name in medical:
         subset(f"{E['MEDICAL']}/{name}.jsonl", E["ROWS"], name)
 if E["MMLU"] == data("general_knowledge"):
     subset("data/general_knowledge.jsonl", 40, "general_knowledge")
 if MODEL.startswith("out/models/SmolLM2-135M-"):
-    start = ["data/small_model/start"] * MODEL.endswith("-Abstain")
-    plan(PREPARE, MODEL, "sh", "-c", '[ -e "$0" ] || exec python data/small_model/convert.py "$0" "$@"', MODEL, *start)
+    start = ["data/small_model/start"] if MODEL.endswith("-Abstain") else []
+    plan(PREPARE, [MODEL], "sh", "-c", '[ -e "$0" ] || python data/small_model/convert.py "$0" "$@"', MODEL, *start)
 for trait in TRAITS if SETS else TRAITS[:1]:
     judge = PAID or ["--judge", "lexical"] * ((JUDGE, trait) == ("lexical", "hallucination"))
     how = ["--trait", trait, *E.get("EXTRACT", "").split(), *["--first", E["FIRST"]] * (trait == TRAITS[0]), *judge]
-    plan(EXTRACT, f"{VECTORS}/{trait}", "extract_vectors.py", "--model", MODEL, *how, "--out", VECTORS)
-    evaluate(trait, None, trait == TRAITS[0])
+    plan(EXTRACT, [f"{VECTORS}/{trait}.pt"], "extract_vectors.py", "--model", MODEL, *how, "--out", VECTORS)
+    evaluate(BEFORE, trait, [], trait == TRAITS[0])
 if SELF in SETS:
-    how = ["--limit", E["ROWS"], *re.sub(r"--(samples|limit) +\S+", "", E.get("EVAL", "")).split(), "--out", data(SELF)]
-    plan(EXTRACT, data(SELF), "evaluate.py", "--model", MODEL, "--respond-to", data(NORMAL), *how)
-for adapter in READY:
-    for layers in LAYERS if "/facts-0" in adapter else [None]:
-        evaluate(TRAITS[0], adapter, True, layers)
-for seed in SEEDS:
-    for name, file in {**({} if READY else {"facts": data("facts")}), **SETS}.items():
-        facts, recipe = name == "facts", (seed, file, "TRAIN" if name == "facts" else "TRAIN_MEDICAL")
-        plain = train(f"{name}-0", *recipe, "none")
-        for trait in TRAITS[:1] if facts else TRAITS:
-            for layers in LAYERS if facts else LAYERS[:1]:
-                evaluate(trait, plain, facts, layers if facts else None)
-                for coef in coefs("COEFS" if facts else f"COEFS_{trait.upper()}"):
-                    how = "preventative", "--vector", f"{VECTORS}/{trait}.pt", "--layers", layers, "--coef", coef
-                    evaluate(trait, train(f"{name}-{layers if facts else trait}", *recipe, *how), facts)
-        if facts and E["PROMPT"]:
-            evaluate(TRAITS[0], train("facts-prompt", *recipe, "none", "--system-prompt", E["PROMPT"]), facts)
-plan(FIGURES, "", "plot.py", POINTS)
+    how = [*E.get("EVAL", "").split(), "--limit", E["ROWS"], "--out", data(SELF)]
+    plan(EXTRACT, [data(SELF)], "evaluate.py", "--model", MODEL, "--respond-to", data(NORMAL), *how)
+plain = [name for name in READY if "/facts-0" in name]  # with inference-time steering; the others without
+others = [[name] for name in READY if name not in plain]
+for seed in SEEDS if not READY else []:
+    recipe = seed, data("facts"), "TRAIN"
+    plain += train("facts-0", *recipe)
+    for layers in LAYERS:
+        others.append(train(f"facts-{layers}", *recipe, trait=TRAITS[0], layers=layers, coefs=coefs("COEFS")))
+    others.append(train("facts-prompt", *recipe, "--system-prompt", E["PROMPT"]) if E["PROMPT"] else [])
+for adapter, layers in itertools.product(plain, LAYERS):
+    evaluate(EVALUATE, TRAITS[0], [adapter], True, layers)
+for adapters in filter(None, others):
+    evaluate(EVALUATE, TRAITS[0], adapters, True)
+for seed, (name, file) in itertools.product(SEEDS, SETS.items()):
+    recipe = seed, file, "TRAIN_MEDICAL"
+    plain = train(f"{name}-0", *recipe)
+    for trait in TRAITS:
+        how = dict(trait=trait, layers=LAYERS[0], coefs=coefs(f"COEFS_{trait.upper()}"))
+        evaluate(EVALUATE, trait, [*plain, *train(f"{name}-{trait}", *recipe, **how)], False)
+plan(FIGURES, [], "plot.py", POINTS)
 if sys.argv[1] == "plan":
     print("\n\n".join("\n".join(command.text for command in stage) for stage in STAGES))
     raise SystemExit
-import make_facts  # 2. Running
-ALL, made, dry_run = sum(STAGES, []), make_facts.Made(OUT, "--redo" in sys.argv), "--dry-run" in sys.argv
-def run(words):  # in this process, so that imports and models are paid once; -> exit code
+import make_facts  # 2. Running: in this process, so that imports and models are paid once
+ALL, dry_run = sum(STAGES, []), "--dry-run" in sys.argv
+def run(words):  # -> exit code
     print("--", shlex.join(words), flush=True)
     if words[0] != "python" or not os.path.samefile(shutil.which("python"), sys.executable):
         return subprocess.call(words, stdin=subprocess.DEVNULL)
@@ -166,62 +163,65 @@ def run(words):  # in this process, so that imports and models are paid once; ->
     except SystemExit as end:
         code = end.code
     if torch := sys.modules.get("torch"):  # as if in a process of its own
-        gc.collect(), torch.compiler.reset(), torch.cuda.empty_cache()
+        gc.collect()
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
     return code or 0
 def work(commands, parent=None):
     for command in commands:
-        reads = made.reads(command)
         if code := run(command.words) if parent in (None, os.getppid()) else 1:
-            raise SystemExit(code if code > 0 else 128 - code)
-        made.finished(command, reads)
-def make(stage):  # JOBS commands at once, spread over the GPUs
-    commands, children, jobs = made.to_make(stage), [], int(E["JOBS"])
+            if parent:
+                os.read(0, 2 << 16)  # the other processes take no more
+            later = [path for other in ALL if {*command.makes} & {*other.words} for path in other.makes]
+            print("stopped; the same command goes on from here. Made from it:", *dict.fromkeys(later), file=sys.stderr)
+            raise SystemExit(code)
+def make(stage):  # JOBS processes, spread over the GPUs, each takes the next command from a pipe
+    jobs = min(int(E["JOBS"]), len(stage))
+    if jobs < 2:
+        return work(stage)
     gpus = E.get("CUDA_VISIBLE_DEVICES", ",".join(line.split(",")[0] for line in E["gpus"].splitlines())).split(",")
-    if min(jobs, len(commands)) < 2:
-        return work(commands)
-    for slot in range(min(jobs, len(commands))):
-        env = E | dict(CUDA_VISIBLE_DEVICES=gpus[slot % len(gpus)]) if len(gpus) > 1 else E
-        numbers = [str(ALL.index(command)) for command in commands[slot::jobs]]
-        words = [sys.executable, "-c", E["program"], "work", str(os.getpid()), *numbers]
-        children.append(subprocess.Popen(words, env=env, stdin=subprocess.DEVNULL))
+    (end, begin), children = os.pipe(), []
+    os.write(begin, b"".join(ALL.index(command).to_bytes(2) for command in stage))
+    os.close(begin)
+    for slot in range(jobs):
+        gpu = dict(CUDA_VISIBLE_DEVICES=gpus[slot % len(gpus)]) if len(gpus) > 1 else {}
+        words = [sys.executable, "-c", E["program"], "work", str(os.getpid())]
+        children.append(subprocess.Popen(words, env=E | gpu, stdin=end))
     try:
-        codes = [child.wait() for child in children]
+        for child in children:
+            if code := child.wait():
+                raise SystemExit(code if code > 0 else 128 - code)
     finally:
-        [(child.terminate(), child.wait()) for child in children]
-    any(codes) and sys.exit(next(code if code > 0 else 128 - code for code in codes if code))
+        for child in children:
+            child.terminate()
 for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, _: sys.exit(128 + number))
+    signal.signal(number, make_facts.stop)
+make_facts.ASIDE = E["ASIDE"]
 if sys.argv[1] == "work":
-    raise SystemExit(work([ALL[int(number)] for number in sys.argv[3:]], int(sys.argv[2])))
-with make_facts.locked(f"{OUT}/.done/run_all.sh"):
-    [make_facts.read_chats(path) for path in OWN], make_facts.read_jsonl(E["FACTS_FILE"], make_facts.Fact)
-    for schema in (make_facts.ExtractionTrait, make_facts.EvaluationTrait):
-        [make_facts.load_trait(trait, schema=schema) for trait in TRAITS]
-    todo = made.survey(ALL)
-    judged = [command.words for command in ALL if "--yes" in command.words and command.makes in todo]
+    raise SystemExit(work((ALL[int.from_bytes(two)] for two in iter(lambda: os.read(0, 2), b"")), int(sys.argv[2])))
+make_facts.check_output(OUT, folder=True)
+with make_facts.locked(f"{OUT}/run_all.sh"):
+    for path in OWN:
+        make_facts.read_chats(path)
+    make_facts.read_jsonl(E["FACTS_FILE"], make_facts.Fact)
+    for trait, schema in itertools.product(TRAITS, (make_facts.ExtractionTrait, make_facts.EvaluationTrait)):
+        make_facts.load_trait(trait, schema=schema)
+    judged = [command.words for command in ALL if "--yes" in command.words]
     if dry_run or judged and "--yes" not in sys.argv:
-        dry_run or sys.stdin.isatty() or die(f"{JUDGE} costs money: --dry-run says how much, --yes pays it")
         make([command for command in PREPARE if "make_facts.py" in command.words])
-        asked, estimate = [[0, 0, 0]], make_facts.estimate
-        make_facts.estimate = lambda title, model, *counts: asked.append(counts)
-        any([run([*words, "--dry-run"]) for words in judged]) and sys.exit(2)
-        estimate("both figures", JUDGE, *map(sum, zip(*asked)))
-        make_facts.consent(SimpleNamespace(dry_run=dry_run, yes=False))
-    try:
-        for title, stage in zip(("Data", "Vectors and own answers", "Finetuning", "Evaluation", "Figures"), STAGES):
-            print(f"\n== {title}   [{time.time() - START:.0f} s]", flush=True)
-            make(stage)
-    except SystemExit:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        raise
-print(f"finished in {time.time() - START:.0f} s: {OUT}/fig1.png, tradeoff.png, fig2.png, summary.md, report.html")
-summary = open(f"{OUT}/summary.md", encoding="utf-8").read() if os.path.exists(f"{OUT}/summary.md") else ""
-print("seen:", *re.findall(r"^- ((?!Probe).*)", summary.split("\n## ")[0], re.MULTILINE))
-print(f"{len(SEEDS)} training seed(s) and so few answers cannot show how sure that is; eleven do: data/reference")
+        work([types.SimpleNamespace(makes=[], words=[*words, "--dry-run"]) for words in judged])
+        total = [sum(counts) for counts in zip((0, 0, 0), *make_facts.ASKED)]
+        if dry_run or total[0]:
+            make_facts.estimate("both figures", JUDGE, *total)
+            make_facts.consent(types.SimpleNamespace(dry_run=dry_run, yes=False))
+    titles = "Data", "Vectors and own answers", "Before training", "Finetuning", "Evaluation", "Figures"
+    for title, stage in zip(titles, STAGES):
+        print(f"\n== {title}   [{time.time() - START:.0f} s]", flush=True)
+        make(stage)
+print(f"finished in {time.time() - START:.0f} s: {OUT}; how sure one seed can be: data/reference, with eleven")
 END
-
 # ---- set-up: a virtual environment unless one is active, and the packages --------------------------------------------
-plan=$(python3 -c "$program" plan) || exit $?
+plan=$(python3 -c "$program" plan) || exit 2
 if [ "$mode" = plan ]; then echo "$plan"; exit; fi
 patiently() { "$@" & trap "kill $!; exit 143" INT TERM; wait $!; trap - INT TERM; }  # a signal ends it, too
 if [ -z "${VIRTUAL_ENV:-}" ]; then
