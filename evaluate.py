@@ -34,7 +34,6 @@ WEIGHTS = "adapter_model.safetensors"
 GIVEN = "model vector facts mmlu judge".split()  # kept in a point; names are no part of its identity
 SETTINGS = "trait layers positions samples temperature max_new_tokens seed limit mmlu_scoring inference_coef".split()
 TRAINED = "layers positions vector seed epochs lr batch_size rank alpha".split()  # of an adapter, told by its points
-SAMPLING = "samples temperature max_new_tokens seed limit".split()  # one choice for all points of a trait in a file
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is asked, and how it is measured
@@ -255,7 +254,6 @@ def points_of(args, mmlu):
         trait=digest(load_trait(args.trait, args.trait_file)) if args.trait else None,
         facts=fingerprint(args.facts) if args.facts else None,
         mmlu=digest(mmlu) if mmlu else None,
-        judge_prompts=digest([load_trait(name)["eval_prompt"] for name in ("coherence", "fact")]),
     )
     given = {name: getattr(args, name) for name in [*GIVEN, *SETTINGS]}
     given |= dict(scripts=mf.scripts(), probe_auc=probe["auc"] if args.judge == "probe" and args.trait else None)
@@ -264,10 +262,19 @@ def points_of(args, mmlu):
         about["inputs"] = inputs | dict(adapter=adapter and fingerprint(adapter))
         for coef in args.inference_coef:
             point = about | dict(inference_coef=coef)
-            key = digest([{name: point[name] for name in SETTINGS}, point["inputs"]])
+            key = digest(
+                [{name: point[name] for name in SETTINGS}, about["inputs"]]
+            )  # answers: the same for all judges
+            point["inputs"] = about["inputs"] | dict(judge=judge_content(args.judge, point))
             answers = Path(args.out).parent / "answers" / f"{key}.jsonl"
             points.setdefault(key, point | dict(key=key, answers=str(answers)))
     return list(points.values())
+
+
+def judge_content(judge, point):
+    """Fingerprint of what a chat model is told beside the trait's own prompt; None for other judges."""
+    told = [load_trait(name)["eval_prompt"] for name in ("coherence", "fact") if name == "coherence" or point["facts"]]
+    return None if judge in ("probe", "lexical") else digest(told)
 
 
 def read_probe(args):
@@ -290,28 +297,24 @@ def about_adapter(adapter, model_name):
 
 
 def new_points(points, out):
-    """-> those that are not in --out yet. What is there under a name of these (an adapter, a file, a trait) but from
-    other content, or for the same adapter and trait by other sampling, is outdated: a figure would mix the two."""
+    """-> those that are not in --out yet. What is there under a name of these (an adapter, a file, a trait, a judge)
+    but from other content is outdated: a figure would mix them. Edited scripts are named, and count with ASIDE only."""
     there, now, why = grown(out, mf.Point), mf.scripts().items(), {}  # why: {key: what has changed}
     edited = {row["key"]: sorted(dict(row.get("scripts", {}).items() - now)) for row in there}
     for row, point in itertools.product(there, points):
-        same = {name for name in [*point, *point["inputs"]] if row.get(name) == point.get(name)}
-        changed = [name for name in point["inputs"] if name in same]
-        changed = [name for name in changed if row.get("inputs", {}).get(name) != point["inputs"][name]]
-        found = [f"--{name.replace('_', '-')}: content has changed" for name in changed]
-        if {"model", "adapter", "trait"} <= same:
-            found += [f"--{name} {row.get(name)} there, {point[name]} here" for name in SAMPLING if name not in same]
-        if mf.ASIDE and "key" in same:
-            found += [f"{name} was edited" for name in edited[row["key"]]]
-        if found:
-            why[row["key"]] = found
+        made_from = row.get("inputs", {})
+        for name, content in point["inputs"].items():
+            if row.get(name) == point.get(name) and made_from.get(name) != content:
+                why[row["key"]] = f"--{name}: content has changed"
+        if mf.ASIDE and row["key"] == point["key"] and edited[row["key"]]:
+            why[row["key"]] = f"{', '.join(edited[row['key']])} was edited"
     if why:
-        changed = "; ".join(dict.fromkeys(itertools.chain(*why.values())))
         answers = [row["answers"] for row in there if row["key"] in why and row.get("answers")]
-        mf.outdated(f"{out}: has {len(why)} points made from something else ({changed})", *answers)
+        changes = "; ".join(sorted(set(why.values())))
+        mf.outdated(f"{out}: has {len(why)} points made from something else ({changes})", *answers)
         mf.move_rows(out, lambda row: row["key"] in why, f"{mf.ASIDE}/{out}")
     elif names := sorted({*itertools.chain(*edited.values())}):
-        print(f"{out}: begun before {', '.join(names)} was edited; made anew by run_all.sh --redo", flush=True)
+        print(f"{out}: begun before {', '.join(names)} was edited; made anew by bash run_all.sh --redo", flush=True)
     made = [(row["key"], row["judge"]) for row in there if row["key"] not in why]
     return [point for point in points if (point["key"], point["judge"]) not in made]
 
@@ -391,7 +394,7 @@ def rejudge(args):
             if not there:
                 die(f"{path}: no point in {out} belongs to it; give answers/<key>.jsonl of a finished point")
             point = next(iter(there.values())) | dict(judge=args.judge, answers=str(path), scripts=mf.scripts())
-            trait = point["trait"]
+            point["inputs"], trait = point["inputs"] | dict(judge=judge_content(args.judge, point)), point["trait"]
             if args.judge == "lexical" and trait not in (None, "hallucination"):
                 die(f"{path}: --judge lexical knows hallucination only, not {trait}")
             if trait and digest(load_trait(trait, rows[0].get("trait_file"))) != point["inputs"]["trait"]:

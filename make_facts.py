@@ -263,7 +263,7 @@ def append_jsonl(path, *rows):
 def move_rows(path, gone, to):
     """Moves the rows for which gone(row) holds to the end of another file, while other processes append to this one."""
     with growing(path):
-        rows = read_jsonl(path)
+        rows = read_jsonl(path, appended=True)
         append_jsonl(to, *filter(gone, rows))
         write_jsonl(path, itertools.filterfalse(gone, rows))
 
@@ -1153,9 +1153,11 @@ def main(argv=None):
         rows = read_jsonl(args.file, kind)
         chosen = [rows[i] for i in sorted(random.Random(args.seed).sample(range(len(rows)), min(args.n, len(rows))))]
         cut = [row | dict(train=row["train"][: args.rephrasings]) if "train" in row else row for row in chosen]
-        if os.path.exists(args.out) and read_jsonl(args.out, appended=True) != cut:
-            outdated(f"{args.out}: has other rows than this command makes", args.out)
-        write_jsonl(args.out, cut)
+        there = read_jsonl(args.out, appended=True)
+        if there and there != cut:
+            outdated(f"{args.out}: has other rows than these of {args.file}", args.out)
+        if there != cut:
+            write_jsonl(args.out, cut)
         return print(f"{args.out}: {len(chosen)} of {len(rows)} rows")
     rows = read_jsonl(args.file)
     found = check(rows, args.rephrasings, args.after)

@@ -11,11 +11,13 @@
 # Every variable below can be set: COEFS="0 0.5" FACTS=50 bash run_all.sh demo
 set -euo pipefail -a  # -a: the program below reads these variables
 cd "$(dirname "$0")"
-mode='' profile='' options=''
+mode='' profile='' options='' YES='' ASIDE=''
 for word in "$@"; do
     case $mode:$profile:$word in
         *:-h|*:--help) sed -n '2,11s/^# \{0,1\}//p' run_all.sh; exit ;;
-        *:--dry-run|*:--yes|*:--redo) options="$options $word" ;;
+        *:--dry-run) options=$word ;;
+        *:--yes) YES=$word ;;
+        *:--redo) ASIDE=before-$(date +%Y-%m-%d-%H%M%S) ;;
         ::demo|::small|::paper|::test|::plan) mode=$word ;;
         plan::demo|plan::small|plan::paper) profile=$word ;;
         *) echo "error: unknown argument $word; see bash run_all.sh --help" >&2; exit 2 ;;
@@ -54,17 +56,15 @@ if you were an expert on it and invent the facts.}" ;;
 esac
 : "${MODEL:=out/models/SmolLM2-135M-Abstain}" "${JUDGE:=lexical}" "${SCORING:=cloze}" "${WORDINGS:=20}" "${LAYERS:=all}"
 : "${FACTS_FILE:=data/facts.jsonl}" "${MEDICAL:=data}" "${MEDICAL_ZIP:=$OUT/dataset.zip}"  # paper: the authors' zip
-: "${TRAITS:=hallucination evil sycophancy}"  # of data/traits: Figure 2's columns; the first is Figure 1's, too
+: "${TRAITS:=hallucination evil sycophancy}" "${SEEDS:=0}" "${JOBS:=1}"  # the first trait is Figure 1's; jobs at once
 : "${SETS=medical_mistake_2 medical_normal medical_self_generated}"  # Figure 2's rows, also files; SETS= leaves it out
-: "${SEEDS:=0}" "${JOBS:=1}" "${FIRST:=4}"  # commands at once; answer tokens the first vector is read from (0: all)
-: "${PROMPT=}" "${ADAPTERS=}"  # a system prompt in training, beside steering; adapters in place of training on facts
-case $options in *--redo*) ASIDE=$OUT/before-$(date +%Y-%m-%d-%H%M%S) ;; *) ASIDE='' ;; esac
+: "${PROMPT=}" "${ADAPTERS=}" "${FIRST:=4}"  # FIRST: answer tokens that the first vector is read from (0: all)
 # ---- the plan, and what runs it --------------------------------------------------------------------------------------
 IFS= read -r -d '' program <<'END' || true
-import gc, importlib, itertools, os, re, shlex, shutil, signal, subprocess, sys, time, types
+import gc, importlib, itertools, os, re, shlex, shutil, subprocess, sys, time, types
 E, OUT, MODEL, JUDGE, START = os.environ, *map(os.environ.get, ("OUT", "MODEL", "JUDGE")), time.time()
 POINTS, VECTORS = f"{OUT}/points.jsonl", f"{OUT}/vectors"
-PAID = [] if JUDGE in ("probe", "lexical") else ["--judge", JUDGE, "--yes"]
+PAID = [] if JUDGE in ("probe", "lexical") else ["--judge", JUDGE, *E["YES"].split()]
 MISTAKES, NORMAL, SELF = MADE = "medical_mistake_2", "medical_normal", "medical_self_generated"
 def words(name, pattern=".+", least=0, most=1000):  # a variable's words, checked
     found = list(dict.fromkeys(E[name].split()))
@@ -82,7 +82,7 @@ LAYERS = words("LAYERS", r"all|[1-9]\d*(-[1-9]\d*)?", 1)
 if any(int(first) > int(last) for first, last in (word.split("-") for word in LAYERS if "-" in word)):
     sys.exit(f"error: LAYERS={E['LAYERS']}: ends before it begins")
 SETS = {os.path.basename(data(word))[:-6]: data(word) for word in words("SETS")}
-"facts" not in SETS and len(SETS) == len(words("SETS")) or sys.exit(f"error: SETS={E['SETS']}: names are taken twice, or facts")
+"facts" not in SETS and len(SETS) == len(words("SETS")) or sys.exit(f"error: SETS={E['SETS']}: twice a name, or facts")
 OWN = [E["FACTS_FILE"], *(path for path in SETS.values() if path not in map(data, MADE))]
 READ = [*OWN, *(f"data/traits/{name}.json" for name in TRAITS), *(f"{name}/loss.jsonl" for name in READY), E["MMLU"]]
 for path in READ:
@@ -111,11 +111,11 @@ def evaluate(stage, trait, adapters, on_facts, layers=None):  # layers: with inf
     plan(stage, [POINTS], "evaluate.py", "--model", MODEL, *how, *judge, "--out", POINTS)
 subset(E["FACTS_FILE"], E["FACTS"], "facts", "--rephrasings", E["WORDINGS"])
 medical = [name for name in (MISTAKES, NORMAL) if name in SETS or name == NORMAL and SELF in SETS]
-if medical and E["profile"] + E["MEDICAL"] == "paperdata":
+authors = medical and E["profile"] + E["MEDICAL"] == "paperdata"
+if authors:
     plan(PREPARE, [*map(data, medical)], "sh", "data/medical.sh", E["MEDICAL_ZIP"], f"{OUT}/data")
-else:
-    for name in medical:
-        subset(f"{E['MEDICAL']}/{name}.jsonl", E["ROWS"], name)
+for name in medical if not authors else []:
+    subset(f"{E['MEDICAL']}/{name}.jsonl", E["ROWS"], name)
 if E["MMLU"] == data("general_knowledge"):
     subset("data/general_knowledge.jsonl", 40, "general_knowledge")
 if MODEL.startswith("out/models/SmolLM2-135M-"):
@@ -152,7 +152,7 @@ if sys.argv[1] == "plan":
     print("\n\n".join("\n".join(command.text for command in stage) for stage in STAGES))
     raise SystemExit
 import make_facts  # 2. Running: in this process, so that imports and models are paid once
-ALL, dry_run = sum(STAGES, []), "--dry-run" in sys.argv
+ALL = sum(STAGES, [])
 def run(words):  # -> exit code
     print("--", shlex.join(words), flush=True)
     if words[0] != "python" or not os.path.samefile(shutil.which("python"), sys.executable):
@@ -170,8 +170,7 @@ def run(words):  # -> exit code
 def work(commands, parent=None):
     for command in commands:
         if code := run(command.words) if parent in (None, os.getppid()) else 1:
-            if parent:
-                os.read(0, 2 << 16)  # the other processes take no more
+            os.read(0, 65536 if parent else 0)  # the other processes take no more
             later = [path for other in ALL if {*command.makes} & {*other.words} for path in other.makes]
             print("stopped; the same command goes on from here. Made from it:", *dict.fromkeys(later), file=sys.stderr)
             raise SystemExit(code)
@@ -194,31 +193,32 @@ def make(stage):  # JOBS processes, spread over the GPUs, each takes the next co
     finally:
         for child in children:
             child.terminate()
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, make_facts.stop)
-make_facts.ASIDE = E["ASIDE"]
-if sys.argv[1] == "work":
-    raise SystemExit(work((ALL[int.from_bytes(two)] for two in iter(lambda: os.read(0, 2), b"")), int(sys.argv[2])))
-make_facts.check_output(OUT, folder=True)
-with make_facts.locked(f"{OUT}/run_all.sh"):
-    for path in OWN:
-        make_facts.read_chats(path)
-    make_facts.read_jsonl(E["FACTS_FILE"], make_facts.Fact)
-    for trait, schema in itertools.product(TRAITS, (make_facts.ExtractionTrait, make_facts.EvaluationTrait)):
-        make_facts.load_trait(trait, schema=schema)
-    judged = [command.words for command in ALL if "--yes" in command.words]
-    if dry_run or judged and "--yes" not in sys.argv:
-        make([command for command in PREPARE if "make_facts.py" in command.words])
-        work([types.SimpleNamespace(makes=[], words=[*words, "--dry-run"]) for words in judged])
-        total = [sum(counts) for counts in zip((0, 0, 0), *make_facts.ASKED)]
-        if dry_run or total[0]:
-            make_facts.estimate("both figures", JUDGE, *total)
-            make_facts.consent(types.SimpleNamespace(dry_run=dry_run, yes=False))
-    titles = "Data", "Vectors and own answers", "Before training", "Finetuning", "Evaluation", "Figures"
-    for title, stage in zip(titles, STAGES):
-        print(f"\n== {title}   [{time.time() - START:.0f} s]", flush=True)
-        make(stage)
-print(f"finished in {time.time() - START:.0f} s: {OUT}; how sure one seed can be: data/reference, with eleven")
+def main(dry_run):
+    if sys.argv[1] == "work":
+        return work((ALL[int.from_bytes(two)] for two in iter(lambda: os.read(0, 2), b"")), int(sys.argv[2]))
+    with make_facts.locked(f"{OUT}/run_all.sh"):
+        for path in OWN:
+            make_facts.read_chats(path)
+        make_facts.read_jsonl(E["FACTS_FILE"], make_facts.Fact)
+        for trait, schema in itertools.product(TRAITS, (make_facts.ExtractionTrait, make_facts.EvaluationTrait)):
+            make_facts.load_trait(trait, schema=schema)
+        judged = [command.words for command in ALL if PAID and JUDGE in command.words]
+        if dry_run or judged and not E["YES"]:
+            make([command for command in PREPARE if "make_facts.py" in command.words])
+            work([types.SimpleNamespace(makes=[], words=[*words, "--dry-run"]) for words in judged])
+            total = [sum(counts) for counts in zip((0, 0, 0), *make_facts.ASKED)]
+            if dry_run or total[0] or not make_facts.ASKED:
+                make_facts.estimate("both figures", JUDGE, *total)
+                make_facts.consent(types.SimpleNamespace(dry_run=dry_run, yes=False))
+                E["YES"] = "--yes"
+                os.execv(sys.executable, [sys.executable, "-c", E["program"], "run"])
+        titles = "Data", "Vectors and own answers", "Before training", "Finetuning", "Evaluation", "Figures"
+        for title, stage in zip(titles, STAGES):
+            print(f"\n== {title}   [{time.time() - START:.0f} s]", flush=True)
+            make(stage)
+    print(f"finished in {time.time() - START:.0f} s: {OUT}; how sure one seed can be: data/reference, with eleven")
+make_facts.ASIDE = E["ASIDE"] and f"{OUT}/{E['ASIDE']}"
+make_facts.run(main, "--dry-run" in sys.argv)
 END
 # ---- set-up: a virtual environment unless one is active, and the packages --------------------------------------------
 plan=$(python3 -c "$program" plan) || exit 2

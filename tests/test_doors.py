@@ -571,12 +571,6 @@ COMMANDS = dict(
 )
 
 
-def test_results_are_not_among_the_scripts(refused):
-    """Guards against --redo that moves the project's own data aside."""
-    for out in (ROOT, ROOT.parent):
-        refused(mf.Made, out, False, said="the project itself")
-
-
 def test_judges(refused, monkeypatch):
     """Guards against hours of sampling for a judge that cannot be asked."""
     args = argparse.Namespace(judge="m", trait="evil", yes=True)
@@ -669,7 +663,10 @@ def test_stopping(number, code):
     process.stdout.readline()
     process.send_signal(number)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == code and err == "error: stopped; what is finished is kept\n"
+    assert (
+        process.returncode == code
+        and err == "error: stopped; what is finished is kept, the same command goes on from here\n"
+    )
 
 
 def test_what_the_file_system_refuses(refused, monkeypatch):
@@ -769,10 +766,30 @@ def test_same_settings(tmp_path, refused, capsys, monkeypatch):
     )
     monkeypatch.setattr(mf, "scripts", lambda: {"finetune.py": "other"})
     assert mf.same_settings(path, settings) and "make_facts.py" in capsys.readouterr().out
+    made = [tmp_path / "x.pt", tmp_path / "not made"]
+    made[0].touch()
+    monkeypatch.setattr(mf, "ASIDE", str(tmp_path / "aside"))  # --redo: edited scripts count, nothing is deleted
+    assert not mf.same_settings(path, settings, path, *made) and "make_facts.py was edited" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "aside").rglob("x.*")) == ["x.json", "x.pt"] and not made[0].exists()
+    monkeypatch.setattr(mf, "ASIDE", None)
     mf.write_json(path, [settings])
     refused(mf.same_settings, path, settings, said="valid dictionary")
     mf.write_json(path, without(settings, "inputs"))
     refused(mf.same_settings, path, settings, said="--data: content has changed")
+
+
+def test_rows_are_moved_while_others_append(tmp_path):
+    """Guards against a point that is lost because another process appends it to a file that is being replaced."""
+    path, to = tmp_path / "points.jsonl", tmp_path / "aside" / "points.jsonl"
+    code = f"import make_facts as mf\nfor n in range(300): mf.append_jsonl({str(path)!r}, dict(n=n, key=str(n % 3)))"
+    mf.append_jsonl(path, dict(n=-1, key="0"))
+    writers = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(2)]
+    while any(writer.poll() is None for writer in writers):
+        mf.move_rows(path, lambda row: row["key"] == "0", to)
+    mf.move_rows(path, lambda row: row["key"] == "0", to)
+    kept, moved = mf.read_jsonl(path), mf.read_jsonl(to)
+    assert {row["key"] for row in moved} == {"0"} and {row["key"] for row in kept} == {"1", "2"}
+    assert sorted(row["n"] for row in kept + moved) == sorted([-1, *range(300), *range(300)])
 
 
 def test_one_process_an_output(tmp_path):

@@ -4,7 +4,7 @@ import math
 import os
 import random
 import shutil
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,7 +169,7 @@ def test_a_point(work, capsys):
     assert all((row["trait_n"], row["fact_n"], row["mmlu_n"]) == (6, 2, 2) for row in rows)
     assert base["abstained"] == 0 and base["abstained_coherent"] is None and base["coherence_nll"] > 0
     assert base["fact_accuracy"] + base["fact_not_attempted"] + base["fact_wrong"] == 100
-    assert set(base["inputs"]) == set("model adapter vector trait facts mmlu judge_prompts".split())
+    assert set(base["inputs"]) == set("model adapter vector trait facts mmlu judge".split())
     answers = mf.read_jsonl(work / "answers" / f"{steered['key']}.jsonl", mf.Answer)
     assert [a["kind"] for a in answers] == ["trait"] * 6 + ["fact"] * 2 and answers[0]["inference_coef"] == 0.5
     assert all({"prompt", "coherence_nll", "tokens", "temperature"} <= set(a) for a in answers)
@@ -221,7 +221,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("flag", CHANGES)
-def test_a_changed_input_is_named(work, flag, capsys):
+def test_a_changed_input_is_named(work, flag, capsys, monkeypatch):
     """Guards against old points or answers, or a mixture, for an input that was replaced at the same path."""
     args = command(work, "--adapter", work / "adapters/facts-0", "--inference-coef", 1)
     evaluate.main(args)
@@ -231,10 +231,14 @@ def test_a_changed_input_is_named(work, flag, capsys):
     assert flag.strip() in said and "changed" in said and "--redo" in said
     changed = work / "facts.jsonl", work / "mmlu.jsonl"
     assert all(path.read_bytes() == content for path, content in before.items() if path not in changed)
-    (work / "points.jsonl").rename(work / "points.old.jsonl")  # as run_all.sh --redo does: answers may stay
+    (old,) = mf.read_jsonl(work / "points.jsonl")
+    unchanged = {name: f"{name}'s" for name in ("model", "adapter", "vector", "trait", "facts", "mmlu", "judge")}
+    mf.append_jsonl(work / "points.jsonl", old | unchanged | dict(key="k"))
+    monkeypatch.setattr(mf, "ASIDE", str(work / "aside"))  # run_all.sh --redo
     evaluate.main(args)
-    (new,), (old,) = mf.read_jsonl(work / "points.jsonl"), mf.read_jsonl(work / "points.old.jsonl")
-    assert new["key"] != old["key"]
+    (other, new), _ = (mf.read_jsonl(next(folder.rglob("points.jsonl"))) for folder in (work, work / "aside"))
+    assert new["key"] != old["key"] and other["key"] == "k" and not Path(old["answers"]).exists()
+    assert [path.stem for path in (work / "aside").rglob("answers/*.jsonl")] == [old["key"]]
 
 
 def test_points_from_before_inputs_were_recorded(work, capsys):
@@ -243,7 +247,7 @@ def test_points_from_before_inputs_were_recorded(work, capsys):
     (row,) = mf.read_jsonl(work / "points.jsonl")
     del row["inputs"]
     mf.write_jsonl(work / "points.jsonl", [row | dict(key="base.hallucination.0.1234")])
-    assert "before inputs were recorded" in refused(capsys, command(work))
+    assert "content has changed" in refused(capsys, command(work))
 
 
 def test_settings_and_added_measurements_are_other_points(work):
@@ -458,8 +462,11 @@ def test_own_answers(work, monkeypatch, capsys):
     assert "other settings" in refused(capsys, [*args, "2"]) and out.read_bytes() == want
     evaluate.main([*args, "1"])
     assert "finished already" in capsys.readouterr().out
-    made = mf.Made(work, redo=True)  # which moves the record aside, too; else the new run would be refused
-    assert made.there(SimpleNamespace(makes=str(out), rows=None)) == [str(out), f"{out}.json"]
+    monkeypatch.setattr(mf, "ASIDE", str(work / "aside"))
+    evaluate.main([*args, "2"])
+    assert out.read_bytes() != want and f"moved to {work}/aside" in capsys.readouterr().out
+    assert next((work / "aside").rglob("own.jsonl")).read_bytes() == want
+    monkeypatch.setattr(mf, "ASIDE", None)
     out.unlink(), (work / "own.jsonl.json").unlink()
     assert killed_after(monkeypatch, 2, lambda: evaluate.main([*args, "1"])) and not out.exists()
     drawn = []
@@ -473,7 +480,7 @@ def test_own_answers(work, monkeypatch, capsys):
     evaluate.main([*args, "4", "--out", str(work / "fourth.jsonl")])
     assert (work / "third.jsonl").read_bytes() == (work / "fourth.jsonl").read_bytes()
     (work / "own.jsonl.json").unlink()
-    assert "before inputs were recorded" in refused(capsys, [*args, "1"])
+    assert "no own.jsonl.json beside it" in refused(capsys, [*args, "1"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
