@@ -167,26 +167,25 @@ def run(words):  # -> exit code
         torch.compiler.reset()
         torch.cuda.empty_cache()
     return code or 0
-def work(commands, parent=None):
-    for command in commands:
+def work(queue, parent=None):  # queue: a pipe with the numbers of commands, two bytes each
+    while number := os.read(queue, 2):
+        command = ALL[int.from_bytes(number)]
         if code := run(command.words) if parent in (None, os.getppid()) else 1:
-            os.read(0, 65536 if parent else 0)  # the other processes take no more
+            os.read(queue, 65536)  # the other processes take no more
             later = [path for other in ALL if {*command.makes} & {*other.words} for path in other.makes]
             print("stopped; the same command goes on from here. Made from it:", *dict.fromkeys(later), file=sys.stderr)
             raise SystemExit(code)
-def make(stage):  # JOBS processes, spread over the GPUs, each takes the next command from a pipe
-    jobs = min(int(E["JOBS"]), len(stage))
-    if jobs < 2:
-        return work(stage)
+def make(stage):  # this process and JOBS - 1 others, spread over the GPUs
     gpus = E.get("CUDA_VISIBLE_DEVICES", ",".join(line.split(",")[0] for line in E["gpus"].splitlines())).split(",")
-    (end, begin), children = os.pipe(), []
+    (queue, begin), children = os.pipe(), []
     os.write(begin, b"".join(ALL.index(command).to_bytes(2) for command in stage))
     os.close(begin)
-    for slot in range(jobs):
+    for slot in range(1, min(int(E["JOBS"]), len(stage))):
         gpu = dict(CUDA_VISIBLE_DEVICES=gpus[slot % len(gpus)]) if len(gpus) > 1 else {}
         words = [sys.executable, "-c", E["program"], "work", str(os.getpid())]
-        children.append(subprocess.Popen(words, env=E | gpu, stdin=end))
+        children.append(subprocess.Popen(words, env=E | gpu, stdin=queue))
     try:
+        work(queue)
         for child in children:
             if code := child.wait():
                 raise SystemExit(code if code > 0 else 128 - code)
@@ -195,7 +194,7 @@ def make(stage):  # JOBS processes, spread over the GPUs, each takes the next co
             child.terminate()
 def main(dry_run):
     if sys.argv[1] == "work":
-        return work((ALL[int.from_bytes(two)] for two in iter(lambda: os.read(0, 2), b"")), int(sys.argv[2]))
+        return work(0, int(sys.argv[2]))
     with make_facts.locked(f"{OUT}/run_all.sh"):
         for path in OWN:
             make_facts.read_chats(path)
@@ -205,7 +204,8 @@ def main(dry_run):
         judged = [command.words for command in ALL if PAID and JUDGE in command.words]
         if dry_run or judged and not E["YES"]:
             make([command for command in PREPARE if "make_facts.py" in command.words])
-            work([types.SimpleNamespace(makes=[], words=[*words, "--dry-run"]) for words in judged])
+            for words in judged:
+                run([*words, "--dry-run"]) and sys.exit(2)
             total = [sum(counts) for counts in zip((0, 0, 0), *make_facts.ASKED)]
             if dry_run or total[0] or not make_facts.ASKED:
                 make_facts.estimate("both figures", JUDGE, *total)
