@@ -101,8 +101,9 @@ def sample_points(model, tokenizer, rows, points, offsets, args):
     if rows[0]["kind"] == "fact":
         drawing = ev.Drawing(min(FACT_TOKENS, args.max_new_tokens), 0.0, positions=args.positions)
     for point in points:
-        about = {name: point[name] for name in ("adapter", "inference_coef", "day")}
-        about["temperature"] = drawing.temperature
+        about = {key: point[key] for key in ("adapter", "inference_coef", "day")} | dict(
+            temperature=drawing.temperature
+        )
         wanted += [(point["answers"], row | about, n, -point["inference_coef"]) for n, row in enumerate(rows)]
     title = f"{Path(points[0]['adapter'] or 'base').name}: {rows[0]['kind']}"
     return ev.sample_answers(model, tokenizer, wanted, drawing, offsets, title)
@@ -131,8 +132,8 @@ def token_logprobs(model, reads, wanted, title, offsets=None, coef=0.0, position
 
 
 def measure_mmlu(model, tokenizer, questions, point, offsets):
-    """Sets mmlu_accuracy; -> [a value for each choice, of which the highest counts as the answer] of each question.
-    letter: the letter's log-probability; cloze: the mean log-probability of the choice's tokens."""
+    """Sets mmlu_accuracy; -> [values of its choices] a question, the highest counts as its answer: the log-probability
+    of the letter; cloze: the mean one of the choice's tokens."""
     scoring, reads, wanted, lengths = point["mmlu_scoring"], [], [], []
     for row in questions:
         prompt, continuations = choice_prompts(row, scoring)
