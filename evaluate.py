@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 import extract_vectors as ev
 import make_facts as mf
-from extract_vectors import chat_of, encode_chats, model_fingerprint
 from make_facts import append_jsonl, die, fingerprint, lexical_score, load_trait, locked, read_json, read_jsonl
 
 grown = functools.partial(read_jsonl, appended=True)  # of a file that grows; [] where it is not begun
@@ -33,6 +32,7 @@ FACT_TOKENS = 100  # new tokens of an answer about a fact; sampled greedily
 WEIGHTS = "adapter_model.safetensors"
 GIVEN = "model vector facts mmlu judge".split()  # kept in a point; names are no part of its identity
 SETTINGS = "trait layers positions samples temperature max_new_tokens seed limit mmlu_scoring inference_coef".split()
+SHOWN = "inference_coef trait_score trait_unscored coherence_nll fact_accuracy fact_unscored mmlu_accuracy".split()
 TRAINED = "layers positions vector seed epochs lr batch_size rank alpha".split()  # of an adapter, told by its points
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,9 +101,8 @@ def sample_points(model, tokenizer, rows, points, offsets, args):
     if rows[0]["kind"] == "fact":
         drawing = ev.Drawing(min(FACT_TOKENS, args.max_new_tokens), 0.0, positions=args.positions)
     for point in points:
-        about = {key: point[key] for key in ("adapter", "inference_coef", "day")} | dict(
-            temperature=drawing.temperature
-        )
+        about = {name: point[name] for name in ("adapter", "inference_coef", "day")}
+        about["temperature"] = drawing.temperature
         wanted += [(point["answers"], row | about, n, -point["inference_coef"]) for n, row in enumerate(rows)]
     title = f"{Path(points[0]['adapter'] or 'base').name}: {rows[0]['kind']}"
     return ev.sample_answers(model, tokenizer, wanted, drawing, offsets, title)
@@ -156,7 +155,7 @@ def measure_mmlu(model, tokenizer, questions, point, offsets):
 def add_coherence_nll(model, tokenizer, rows):
     """Sets each answer's coherence_nll: its mean negative log-likelihood a token, in nats, under the model as it is
     here: before training, unsteered. Broken text is unlikely text. None for an empty answer."""
-    chats = encode_chats(tokenizer, [chat_of(row) for row in rows if row["answer"]])
+    chats = ev.encode_chats(tokenizer, [ev.chat_of(row) for row in rows if row["answer"]])
     wanted = [[(at - 1, ids[at]) for at, mine in enumerate(mask[:-1]) if mine] for ids, mask in chats]  # no end token
     values = iter(token_logprobs(model, [ids[:-1] for ids, _ in chats], wanted, "coherence"))
     for row in rows:
@@ -181,7 +180,7 @@ def score_answers(rows, judge, args=None, probing=None):
     scored = [row | dict(score=None, reason=None, judge_reply=None, judge_method=None) for row in todo]
     if judge in ("probe", "lexical"):
         said = [row for row in scored if row["kind"] == "trait" and row["answer"]]
-        probed = iter(probing([chat_of(row) for row in said]) if judge == "probe" and said else [])
+        probed = iter(probing([ev.chat_of(row) for row in said]) if judge == "probe" and said else [])
         for row in scored:
             if row["kind"] == "fact":
                 row["score"] = 100.0 * mf.mentions(row["answer"], row["truth"], row["aliases"])
@@ -246,26 +245,30 @@ def digest(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def points_of(args, mmlu):
+def points_of(args, mmlu, probe):
     """Every point of a command, as far as it is known before measuring; one for adapters of the same content."""
-    points, probe = {}, read_probe(args)
     inputs = dict(  # flag: fingerprint of its content
-        model=model_fingerprint(args.model),
+        model=ev.model_fingerprint(args.model),
         vector=digest([fingerprint(args.vector), probe]) if args.vector else None,
         trait=digest(load_trait(args.trait, args.trait_file)) if args.trait else None,
         facts=fingerprint(args.facts) if args.facts else None,
         mmlu=digest(mmlu) if mmlu else None,
     )
-    given = {name: getattr(args, name) for name in [*GIVEN, *SETTINGS]}
-    given |= dict(scripts=mf.scripts(), probe_auc=probe["auc"] if args.judge == "probe" and args.trait else None)
+    given = {name: getattr(args, name) for name in [*GIVEN, *SETTINGS]} | dict(scripts=mf.scripts())
+    given |= dict(probe_auc=probe["auc"] if args.judge == "probe" and args.trait else None)
+    given |= dict(mmlu_accuracy=None, mmlu_ci=None, mmlu_n=0)
+    points = {}
     for adapter in args.adapter or [None]:
-        about = given | about_adapter(adapter, args.model) | dict(mmlu_accuracy=None, mmlu_ci=None, mmlu_n=0)
+        trained = read_json(Path(adapter) / "training_settings.json", mf.Settings) if adapter else {}
+        if adapter:
+            ev.same_model(f"--adapter {adapter}", "was trained on", trained, args.model)
+        about = given | dict(adapter=adapter, train_coef=trained.get("coef") or (0.0 if adapter else None))
+        about |= {name: trained.get(name) for name in ("dataset", "steer_mode", "system_prompt")}
+        about |= {f"train_{name}": trained.get(name) for name in TRAINED}
         about["inputs"] = inputs | dict(adapter=adapter and fingerprint(adapter))
         for coef in args.inference_coef:
             point = about | dict(inference_coef=coef)
-            key = digest(
-                [{name: point[name] for name in SETTINGS}, about["inputs"]]
-            )  # answers: the same for all judges
+            key = digest([{name: point[name] for name in SETTINGS}, about["inputs"]])  # of its answers: no judge
             point["inputs"] = about["inputs"] | dict(judge=judge_content(args.judge, point))
             answers = Path(args.out).parent / "answers" / f"{key}.jsonl"
             points.setdefault(key, point | dict(key=key, answers=str(answers)))
@@ -276,25 +279,6 @@ def judge_content(judge, point):
     """Fingerprint of what a chat model is told beside the trait's own prompt; None for other judges."""
     told = [load_trait(name)["eval_prompt"] for name in ("coherence", "fact") if name == "coherence" or point["facts"]]
     return None if judge in ("probe", "lexical") else digest(told)
-
-
-def read_probe(args):
-    """The probe that stands in the .json beside the vector, or None; die() where --judge probe needs it."""
-    beside = Path(args.vector or "no vector").with_suffix(".json")
-    probe = read_json(beside, mf.Settings).get("probe") if beside.is_file() else None
-    if not probe and args.judge == "probe" and args.trait:
-        die(f"--judge probe needs the probe in {beside}, which extract_vectors.py makes; judge with another")
-    return probe
-
-
-def about_adapter(adapter, model_name):
-    """What points tell of how their adapter was trained; die() if that was on another model."""
-    trained = read_json(Path(adapter) / "training_settings.json", mf.Settings) if adapter else {}
-    if adapter:
-        ev.same_model(f"--adapter {adapter}", "was trained on", trained, model_name)
-    about = {name: trained.get(name) for name in ("dataset", "steer_mode", "system_prompt")}
-    about |= {f"train_{name}": trained.get(name) for name in TRAINED}
-    return about | dict(adapter=adapter, train_coef=trained.get("coef") or (0.0 if adapter else None))
 
 
 def new_points(points, out):
@@ -325,50 +309,47 @@ def new_points(points, out):
 
 
 def measure(args):
-    """Measures the points of a command that are not in --out yet."""
+    """Measures the points of a command that are not in --out yet: an adapter's are sampled in one batch, then judged
+    one by one by the model before training."""
     mf.check_judge(args, "probe")
     asked = read_questions(args)
     if args.dry_run:
-        names = "trait", "facts", "layers", "judge", "adapter", "inference_coef"
-        wanted = itertools.product(
-            [args.trait], [args.facts], [args.layers], [args.judge], args.adapter or [None], args.inference_coef
-        )
-        there = {tuple(row.get(name) for name in names) for row in grown(args.out)}
-        times = sum(point not in there for point in wanted)
+        same = lambda row: all(row.get(name) == getattr(args, name) for name in ("trait", "facts", "layers", "judge"))
+        there = [(row.get("adapter"), row["inference_coef"]) for row in grown(args.out) if same(row)]
+        times = sum(point not in there for point in itertools.product(args.adapter or [None], args.inference_coef))
         mf.estimate_judging(f"judging {args.trait}", args.judge, times, judge_jobs(asked))
+    beside = Path(args.vector or "no vector").with_suffix(".json")
+    probe = read_json(beside, mf.Settings).get("probe") if beside.is_file() else None
+    if not probe and args.judge == "probe" and args.trait:
+        die(f"--judge probe needs the probe in {beside}, which extract_vectors.py makes; judge with another")
     mmlu = read_mmlu(args.mmlu) if args.mmlu else []
-    points = points_of(args, mmlu)
+    points = points_of(args, mmlu, probe)
     with locked(*(point["answers"] for point in points)):
-        if points := new_points(points, args.out):
-            measure_points(args, asked, mmlu[: args.limit], points)
-        else:
-            print(f"{args.out}: all these points are there")
-
-
-def measure_points(args, asked, mmlu, points):
-    """An adapter's points are sampled in one batch, then judged one by one by the model before training."""
-    mf.check_asking(args)
-    model, tokenizer = ev.load_model(args.model, model_fingerprint(args.model))
-    vector = ev.load_vector(args.vector, model, args.model) if args.vector else None
-    offsets = ev.offsets_of(vector, args.layers) if any(args.inference_coef) else None
-    probing = functools.partial(ev.probe_scores, model, tokenizer, vector, read_probe(args))
-    for adapter in args.adapter[1:]:
-        with with_adapter(model, adapter):
-            pass  # it fits; known before the first is measured
-    begun = [row for file in [args.out, *(point["answers"] for point in points)] for row in grown(file)]
-    day = ev.pin_day(tokenizer, next((row["day"] for row in begun if row.get("day")), None))
-    for adapter, some in itertools.groupby(points, lambda point: point["adapter"]):
-        group = [point | dict(day=day) for point in some]
-        with with_adapter(model, adapter) if adapter else contextlib.nullcontext(model) as adapted:
-            for _, rows in itertools.groupby(asked, lambda row: row["kind"]):
-                sample_points(adapted, tokenizer, list(rows), group, offsets, args)
-            for point in group if mmlu else []:
-                measure_mmlu(adapted, tokenizer, mmlu, point, offsets)
-        for point in group:
-            there = {row["id"]: row for row in grown(point["answers"], mf.Answer)}
-            rows = [there[row["id"]] for row in asked]
-            add_coherence_nll(model, tokenizer, rows)
-            finish([(point, rows, args.out)], args, probing)
+        points = new_points(points, args.out)
+        if not points:
+            return print(f"{args.out}: all these points are there")
+        mf.check_asking(args)
+        model, tokenizer = ev.load_model(args.model, ev.model_fingerprint(args.model))
+        vector = ev.load_vector(args.vector, model, args.model) if args.vector else None
+        offsets = ev.offsets_of(vector, args.layers) if any(args.inference_coef) else None
+        probing = functools.partial(ev.probe_scores, model, tokenizer, vector, probe)
+        for adapter in args.adapter[1:]:
+            with with_adapter(model, adapter):
+                pass  # it fits; known before the first is measured
+        begun = [row for file in [args.out, *(point["answers"] for point in points)] for row in grown(file)]
+        day = ev.pin_day(tokenizer, next((row["day"] for row in begun if row.get("day")), None))
+        for adapter, some in itertools.groupby(points, lambda point: point["adapter"]):
+            group = [point | dict(day=day) for point in some]
+            with with_adapter(model, adapter) if adapter else contextlib.nullcontext(model) as adapted:
+                for _, rows in itertools.groupby(asked, lambda row: row["kind"]):
+                    sample_points(adapted, tokenizer, list(rows), group, offsets, args)
+                for point in group if mmlu else []:
+                    measure_mmlu(adapted, tokenizer, mmlu[: args.limit], point, offsets)
+            for point in group:
+                there = {row["id"]: row for row in grown(point["answers"], mf.Answer)}
+                rows = [there[row["id"]] for row in asked]
+                add_coherence_nll(model, tokenizer, rows)
+                finish([(point, rows, args.out)], args, probing)
 
 
 def finish(measured, args, probing=None):
@@ -379,10 +360,7 @@ def finish(measured, args, probing=None):
         limit = coherence_limit(point, out) if point["trait"] else None
         point |= summary(rows, args.judge, limit) | mf.provenance()
         append_jsonl(out, point)
-        shown = (
-            "inference_coef trait_score trait_unscored coherence_nll fact_accuracy fact_unscored mmlu_accuracy".split()
-        )
-        print("  ".join(f"{name} {point[name]:.4g}" for name in shown if point[name] is not None), flush=True)
+        print("  ".join(f"{name} {point[name]:.4g}" for name in SHOWN if point[name] is not None), flush=True)
 
 
 def rejudge(args):
@@ -395,13 +373,12 @@ def rejudge(args):
             if not there:
                 die(f"{path}: no point in {out} belongs to it; give answers/<key>.jsonl of a finished point")
             point = next(iter(there.values())) | dict(judge=args.judge, answers=str(path), scripts=mf.scripts())
-            point["inputs"], trait = point["inputs"] | dict(judge=judge_content(args.judge, point)), point["trait"]
-            if args.judge == "lexical" and trait not in (None, "hallucination"):
-                die(f"{path}: --judge lexical knows hallucination only, not {trait}")
-            if trait and digest(load_trait(trait, rows[0].get("trait_file"))) != point["inputs"]["trait"]:
+            args.trait, judged = point["trait"], dict(judge=judge_content(args.judge, point))
+            mf.check_judge(args, "what needs no model")
+            if args.trait and digest(load_trait(args.trait, rows[0].get("trait_file"))) != point["inputs"]["trait"]:
                 die(f"{path}: the trait file has changed since; measure again")
             if args.judge not in there:
-                todo.append((point | dict(probe_auc=None), rows, out))
+                todo.append((point | dict(probe_auc=None, inputs=point["inputs"] | judged), rows, out))
         finish(todo, args)
     print(f"{len(todo)} of {len(args.rejudge)} judged by {args.judge}; the others had been")
 
@@ -411,19 +388,19 @@ def respond(args):
     chats = [chat[:-1] for chat in mf.read_chats(args.respond_to)[: args.limit]]
     rows = [dict(id=str(n), kind="own", messages=chat) for n, chat in enumerate(chats)]
     settings = {name: getattr(args, name) for name in ("temperature", "max_new_tokens", "seed", "limit")}
-    settings["inputs"] = dict(model=model_fingerprint(args.model), respond_to=fingerprint(args.respond_to))
+    settings["inputs"] = dict(model=ev.model_fingerprint(args.model), respond_to=fingerprint(args.respond_to))
     out, record = Path(args.out), Path(f"{args.out}.json")
     partial = out.with_name(f".{out.name}.{digest(settings)}")  # of other settings or inputs: another
     with locked(out):
         made = mf.same_settings(record, settings, out, record)
         if out.exists():
             return print(f"{out}: finished already") if made else die(f"{out}: there, and no {record.name} beside it")
-        model, tokenizer = ev.load_model(args.model, model_fingerprint(args.model))
+        model, tokenizer = ev.load_model(args.model, ev.model_fingerprint(args.model))
         day = ev.pin_day(tokenizer, next((row["day"] for row in grown(partial)), None))
         point = dict(key="own", adapter=None, inference_coef=0.0, day=day, answers=partial)
         answered = [row for row in sample_points(model, tokenizer, rows, [point], None, args) if row["answer"]]
         mf.write_json(record, settings | dict(day=day, scripts=mf.scripts(), **mf.provenance()))
-        mf.write_jsonl(out, [dict(messages=chat_of(row)) for row in answered])
+        mf.write_jsonl(out, [dict(messages=ev.chat_of(row)) for row in answered])
         partial.unlink()
     print(f"{len(answered)} conversations, {len(rows) - len(answered)} empty answers left out")
 
@@ -461,8 +438,6 @@ def main(argv=None):
     args.mmlu_scoring = args.mmlu_scoring if args.mmlu else None  # no setting of what is not measured
     mf.distinct(parser, "--inference-coef", args.inference_coef)
     if args.rejudge:
-        if args.judge == "probe":
-            die("--rejudge needs --judge lexical or a chat model; the probe needs the model")
         return rejudge(args)
     if not (args.model and args.out and (args.trait or args.facts or args.mmlu or args.respond_to)):
         die("give --model, --out and what to measure: --trait, --facts or --mmlu")

@@ -1,5 +1,6 @@
 """The bench at tiny size on the CPU, where its numbers mean nothing, and the tables in tests/README.md."""
 
+import argparse
 import json
 import os
 from types import SimpleNamespace
@@ -8,6 +9,8 @@ from unittest.mock import patch
 import bench
 import pytest
 from conftest import ROOT
+
+import make_facts as mf
 
 
 @pytest.fixture
@@ -54,9 +57,13 @@ def test_memory(run, smollm, tmp_path):
     with patch.object(bench.Bench, "record"):
         args = bench.flags().parse_args(["--shape", "tiny", "--tokenizer", str(smollm), "--memory", "22.5"])
         commands = bench.memory_commands(bench.Bench(args, tmp_path, "memory 22.5"))
-    for script, flags in commands.values():
-        parse = script.parse if script is bench.finetune else script.flags().parse_args
-        parse(list(map(str, flags)))
+
+    def parsed(parser, argv):
+        raise EOFError(argparse.ArgumentParser.parse_args(parser, argv))
+
+    with patch.object(mf.Parser, "parse_args", parsed):
+        for script, flags in commands.values():
+            pytest.raises(EOFError, script.main, list(map(str, flags)))
     about = dict(gpu="X", shape="tiny", run="now")
     runs = {22.5: dict(about=about, a=dict(cap=22.5, gib=20.04)), 38.0: dict(about=about, a=dict(error="Out"))}
     assert "| a | 20.0 | Out |" in bench.memory_table(runs)
