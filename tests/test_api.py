@@ -1096,11 +1096,18 @@ def a_fact(n, name=None, wordings=3):
     return dict(fact=fact, date="2025-03", answer=name, aliases=[]), dict(train=train, test=test)
 
 
+def recipe(monkeypatch, tmp_path, *categories):
+    """The project's prompts for fewer categories."""
+    texts = mf.read_json(ROOT / "data" / "generation.json") | dict(categories=categories)
+    mf.write_json(tmp_path / "generation.json", texts)
+    monkeypatch.setattr(mf, "RECIPE", tmp_path / "generation.json")
+
+
 def generating(server, monkeypatch, tmp_path, reply, n=3):
     """Runs generate() against reply(text of the first message, number of messages) -> text."""
-    monkeypatch.setattr(mf, "CATEGORIES", ("politics",))
+    recipe(monkeypatch, tmp_path, "politics")
     server.reply = lambda word, count, body: reply(body["messages"][0]["content"], len(body["messages"]))
-    args = flags(n=n, after="2023-12-31", rephrasings=3, model="m", out=str(tmp_path / "facts.jsonl"))
+    args = flags(concurrency=2, n=n, after="2023-12-31", rephrasings=3, model="m", out=str(tmp_path / "facts.jsonl"))
     mf.generate(args)
     return sorted(row["answer"] for row in mf.read_jsonl(args.out))
 
@@ -1175,7 +1182,7 @@ def test_generate_lives_with_refusals(server, tmp_path, monkeypatch, capsys):
             return error(400, "content policy")
         return said(json.dumps(fresh or a_fact(number)[1]))
 
-    assert generating(server, monkeypatch, tmp_path, reply) == ["Person1", "Person3", "Person4"]
+    assert generating(server, monkeypatch, tmp_path, reply) == ["Person1", "Person3", "Person5"]
     assert "content policy" in (tmp_path / "facts.rejects.jsonl").read_text()
     (tmp_path / "facts.jsonl").unlink()
     mf.CACHE.unlink()
@@ -1187,7 +1194,7 @@ def test_generate_lives_with_refusals(server, tmp_path, monkeypatch, capsys):
 def test_generate_goes_past_a_category_without_facts(server, tmp_path, monkeypatch):
     """Guards against a generation that ends, now and at every later start, because the category with the fewest facts
     has none to give."""
-    monkeypatch.setattr(mf, "CATEGORIES", ("politics", "nothing"))
+    recipe(monkeypatch, tmp_path, "politics", "nothing")
 
     def reply(word, count, body):
         text = body["messages"][0]["content"]
