@@ -723,11 +723,8 @@ class Chat:
         replies: see normalised()."""
         asked = [self.shown, self.model, self.tokens, THINKING_TOKENS, self.judge]
         keys = [hashlib.sha256(json.dumps([*asked, messages]).encode()).hexdigest() for messages, _ in prompts]
-        self.prompts, self.replies, self.workers = (
-            dict(zip(keys, prompts)),
-            {},
-            asyncio.Semaphore(self.args.concurrency),
-        )
+        self.prompts, self.replies = dict(zip(keys, prompts)), {}
+        self.workers = asyncio.Semaphore(self.args.concurrency)
         with contextlib.suppress(FileNotFoundError), open(CACHE, encoding="utf-8", errors="replace") as lines:
             for line in lines:  # the last of each; torn lines and those of another making are passed over
                 row = parsed(line) if line[9:73] in self.prompts else None  # the file may be large
@@ -973,7 +970,7 @@ def ask_json(chat, title, prompts, repair, accept):
 
 def generate(args):
     """Facts by category and round, then wordings for each; --out only ever holds whole facts that pass check()."""
-    recipe = SimpleNamespace(**read_json(RECIPE, schema(categories=some(Text), facts=Text, wordings=Text, repair=Text)))
+    recipe = read_json(RECIPE, schema(categories=some(Text), facts=Text, wordings=Text, repair=Text))
     rows, rejects = read_jsonl(args.out, CheckedFact, appended=True), Path(args.out).with_suffix(".rejects.jsonl")
     new, lost, missing = [], [], args.n - len(rows)  # of a round
     if missing <= 0:
@@ -1006,17 +1003,18 @@ def generate(args):
     chat = Chat(args.model, args, FACTS_TOKENS)
     while missing := args.n - len(rows):
         prompts = []
-        new.clear(), lost.clear()
-        for category in recipe.categories:
+        new.clear()
+        lost.clear()
+        for category in recipe["categories"]:
             known = "\n".join(row["fact"] for row in rows if row["category"] == category) or "(none)"
-            text = recipe.facts.format(n=FACTS_A_REQUEST, after=args.after, category=category, known=known)
+            text = recipe["facts"].format(n=FACTS_A_REQUEST, after=args.after, category=category, known=known)
             prompts.append((dict(category=category, source=args.model), text))
-        lost += ask_json(chat, "facts", prompts, recipe.repair, take_facts)
+        lost += ask_json(chat, "facts", prompts, recipe["repair"], take_facts)
         prompts = []
         for i in sorted(random.Random(0).sample(range(len(new)), min(missing, len(new)))):  # of all categories
-            text = recipe.wordings.format(fact=new[i]["fact"], answer=new[i]["answer"], n=args.rephrasings)
+            text = recipe["wordings"].format(fact=new[i]["fact"], answer=new[i]["answer"], n=args.rephrasings)
             prompts.append((new[i], text))
-        lost += ask_json(chat, "wordings", prompts, recipe.repair, take_wordings)
+        lost += ask_json(chat, "wordings", prompts, recipe["repair"], take_wordings)
         append_jsonl(rejects, *lost)
         print(f"{len(rows)} of {args.n} facts; {len(lost)} rejected this round ({rejects})", flush=True)
         if missing == args.n - len(rows):
