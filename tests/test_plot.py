@@ -92,9 +92,9 @@ def compared(points, facts=True):
     return plot.comparisons(plot.table(points), facts)
 
 
-def summary(points, folder=NOWHERE):
+def summary(points, folder=NOWHERE, answers=()):
     points = plot.table(points)
-    return plot.summary(points, points, plot.comparisons(points, facts=True), folder, {})
+    return plot.summary(points, points, plot.comparisons(points, facts=True), folder, dict(answers))
 
 
 def texts_of(axis):
@@ -146,11 +146,25 @@ def test_no_sweep_mixes_settings():
     assert [p for c in compared(MIXED) if "rank 8" in c.title for p in sorted(c.points.trait_score)] == [34, 78]
 
 
-def test_each_trait_shows_its_main_judge():
+def test_each_trait_shows_its_main_judge(tmp_path):
     """Guards against figures that mix judges, or lose a trait that only one of them scored."""
+
+    def shown(*some):
+        mf.write_jsonl(tmp_path / "points.jsonl", some)
+        points = plot.read_points(tmp_path / "points.jsonl")
+        return list(points[points.shown].trait_score)
+
     some = [point(1.0), point(2.0, judge="lexical"), point(3.0, trait="evil", judge="probe")]
-    assert list(plot.of_main_judge(plot.table(some)).trait_score) == [2.0, 3.0]  # of equally many, the last one
-    assert list(plot.of_main_judge(plot.table([*some, point(4.0)])).trait_score) == [1.0, 3.0, 4.0]
+    assert shown(*some) == [2.0, 3.0]  # of equally many, the last one
+    assert shown(*some, point(4.0)) == [1.0, 3.0, 4.0]
+    assert shown(*some, some[0]) == [3.0, 1.0]  # a point counts once
+
+
+def test_before_training_is_what_was_measured_last():
+    """Guards against a level before training of older settings than the points it is compared with."""
+    some = [BEFORE, BEFORE | dict(trait_score=35.0, samples=9.0, key="again"), point(80.0), point(9.0, trait="evil")]
+    levels = {c.trait: c.base.trait_score for c in compared(some)}
+    assert levels["hallucination"] == 35 and math.isnan(levels["evil"])
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -205,10 +219,10 @@ def test_no_mean_over_one_seed_among_many(drawn):
 def test_hollow_over_a_tenth_unscored(kind, drawn):
     """Guards against marks that look sound though over 10% of answers or of facts have no score, in each figure."""
     key = f"{kind}_unscored"
-    hollow = lambda *some: plot.hollow(plot.table(some).sum(numeric_only=True))
+    hollow = lambda *some: list(plot.curve(plot.table(some), "trait_score").hollow) == [True]
     assert not hollow(point(1.0, **{f"{kind}_n": 18, key: 2}))  # a tenth is not over a tenth
     assert hollow(point(1.0, **{f"{kind}_n": 17, key: 2}))
-    assert not hollow(point(1.0, **{key: 2}), point(1.0, trait_n=90, fact_n=90))  # seeds together
+    assert hollow(point(1.0, **{key: 2}), point(1.0))  # one of two seeds
     lost = {"train_coef": 1.0, key: 2}
     more = [p | dict(dataset="mine", fact_accuracy=None) for p in (PLAIN, point(30.0, **lost))]
     some = [BEFORE, PLAIN, point(30.0, **lost), *more]
@@ -339,7 +353,6 @@ def test_a_method_that_was_not_tried(drawn):
         plot.figure1(compared(some), None)
         axes = drawn[-1][0].axes
         assert tuple(axis.get_title() for axis in axes) == expected
-        assert [axis.get_xlim() for axis in axes] == [pytest.approx((-0.05, 1.05))] * 2  # no ticks around 0 alone
         assert set(texts_of(axes[1])) == (set() if prompted in some else {"hallucination", "facts", "MMLU"})
 
 
@@ -378,7 +391,7 @@ def test_own_data_sets_and_traits_are_drawn(drawn):
     assert lines_of(third[3], color_of("trait_score")) == [([0, 2], [60, 7])] and not third[1].lines
     assert [line.get_ydata()[0] for line in third[3].lines if line.get_linestyle() == ":"] == [20, 50]
     assert set(texts_of(third[3])) == {"trait score", "MMLU"}
-    assert {"ten", "mine", "facts"} < set(plot.points_table(plot.table(some)).dataset)
+    assert {"ten", "mine", "facts"} < {row[0] for row in rows_of(some)}
 
 
 def test_figure_2_is_in_the_posts_order(drawn):
@@ -497,9 +510,9 @@ def test_headline_takes_the_smallest_coefficient_in_the_interval():
 
 
 def rows_of(points):
-    """The table of all points as lists, its head first; no row twice."""
-    found = plot.points_table(plot.table(points)).drop_duplicates()
-    return [list(found), *found.to_numpy().tolist()]
+    """The table of all points as lists, its head first."""
+    head, _, *rows = summary(points).split("## All points")[1].split("\n\n")[1].strip().split("\n")
+    return [row.strip("| ").split(" | ") for row in (head, *rows)]
 
 
 def test_columns_only_where_points_differ():
@@ -507,7 +520,9 @@ def test_columns_only_where_points_differ():
     rows twice, "None", and the missing shown as a number."""
     evil = steered("train_coef", 1.0, 5.0, trait="evil", train_vector="vectors/evil.pt")
     again = PLAIN | dict(key="again", layers="10-20")  # coefficient 0 with another choice of blocks: the same row
-    narrow = rows_of([BEFORE, PLAIN, again, steered("train_coef", 1.0, 5.0, train_vector="vectors/v.pt"), evil])
+    narrow = rows_of(
+        [BEFORE, PLAIN, again, steered("train_coef", 1.0, 5.0, train_vector="vectors/hallucination.pt"), evil]
+    )
     assert narrow[0][:7] == "dataset trait train_coef train_seed trait_score trait_n trait_unscored".split()
     assert len(narrow) == 5 and narrow[1][:8] == "before training|hallucination|-|-|20 [17, 23]|10|0|1".split("|")
     assert "None" not in str(narrow) and "nan" not in str(narrow)
@@ -549,10 +564,14 @@ def test_judges_are_compared_on_the_same_answers():
     def row(i, probe, gpt):
         return dict(id=f"h-{i}", trait="hallucination", scores=dict(probe=dict(score=probe), gpt=dict(score=gpt)))
 
+    def table(*rows):
+        text = summary([PLAIN], answers=dict(key=rows)).split("## All points")[0]
+        return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
+
     rows = [row(i, a, b) for i, (a, b) in enumerate([(10, 1), (20, 3), (30, 2), (40, 4)])] + [row(9, None, 5.0)]
     rows.append(dict(id="f", scores=dict(probe=dict(score=0.0), gpt=dict(score=0.0))))
-    assert plot.agreement(dict(key=rows)) == [
+    assert table(*rows) == [
         ["facts", "gpt, probe", "1", "-", "+0.0"],
         ["hallucination", "gpt, probe", "4", "0.80", "+22.5"],
     ]
-    assert plot.agreement(dict(key=[dict(id="x", scores=dict(probe=dict(score=1.0)))])) == []
+    assert table(dict(id="x", scores=dict(probe=dict(score=1.0)))) == []
