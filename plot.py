@@ -235,6 +235,7 @@ def grid(cells, columns, metrics, size):
             title.append("(no points)")
         elif not points.coef.any():
             title.append("(plain finetuning only)")
+            axis.update_datalim([(0, 0), (1, 0)])  # 0 alone is no scale
         axis.set(title="\n".join(title), ylabel=textwrap.fill(row, 38) if place.is_first_col() else "")
     plt.setp(axes[-1], xlabel="steering coefficient")
     return figure
@@ -359,7 +360,7 @@ def summary(points, shown, found, folder, answers):
 
 
 def read_rows(files, packed, key, schema):
-    """{name: its JSONL file} -> {name: rows}; without a file those rows of the packed one that have the name as `key`."""
+    """{name: its JSONL file} -> {name: rows}; without a file the packed one's rows with the name as `key`."""
     rest = defaultdict(list)
     for line in lzma.open(packed) if packed.exists() else []:
         row = mf.validated(mf.parsed(line, packed), schema, packed)

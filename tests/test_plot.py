@@ -353,6 +353,8 @@ def test_a_method_that_was_not_tried(drawn):
         plot.figure1(compared(some), None)
         axes = drawn[-1][0].axes
         assert tuple(axis.get_title() for axis in axes) == expected
+        for axis in axes:  # no ticks around 0 alone
+            assert "plain" not in axis.get_title() or axis.get_xlim() == pytest.approx((-0.05, 1.05))
         assert set(texts_of(axes[1])) == (set() if prompted in some else {"hallucination", "facts", "MMLU"})
 
 
@@ -544,7 +546,9 @@ def test_what_to_distrust_is_said(tmp_path):
         probe = dict(row=8, zero=0.0, hundred=1.0, auc=auc)
         mf.write_json(tmp_path / "vectors" / f"{name}.json", dict(model="toy", probe=probe))
     mf.write_json(tmp_path / "vectors" / "other.json", dict(model="toy"))
-    some = [PLAIN, point(70.0, adapter="a2"), point(1.0, adapter="a3", train_rank=8), BEFORE]
+    some = [PLAIN, point(9.0, trait="evil", adapter="a2"), point(70.0, adapter="a2"), BEFORE]
+    some += [point(1.0, adapter="a3", train_rank=8)]  # another recipe; and vectors of two traits:
+    some += [steered("train_coef", 1.0, 5.0, trait=t, train_vector=f"v/{t}.pt", adapter=t) for t in plot.TRAITS]
     found = headline(some, tmp_path)
     assert found[-3:-1] == ["Probe of evil: row 8, AUC 0.82.", "Probe of sycophancy: row 8, AUC 0.67, weak."]
     assert found[-1].startswith("a, a2: each has the settings of another one")
