@@ -14,6 +14,7 @@ import functools
 import math
 import os
 import pickle
+import re
 import shutil
 import time
 from collections import namedtuple
@@ -23,7 +24,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners import lora
+from torch.nn.utils import clip_grad_norm_, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -32,9 +34,10 @@ import make_facts as mf
 
 MAX_TOKENS = 2048  # a longer conversation is left out, counted and said
 WARM_UP = 5  # steps, but at most a tenth of them
-SHARE = 0.05  # of the time goes to checkpoints, at most
+CHECKPOINT = 60  # seconds from one to the next
 FILL = 64  # rows that become graphs are filled up to a multiple of this many tokens, from 1,024 on to coarser ones
 GRAPHS = 32  # shapes of rows that are captured, at most
+OUT_OF_MEMORY = "OutOfMemoryError|out of memory|not enough memory|can't allocate memory|ALLOC_FAILED"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss, and steering under it
@@ -47,40 +50,36 @@ def shape_of(chats):
     return Shape(sum(lengths), sum(sum(is_answer) for _, is_answer in chats), max(lengths, default=0), len(chats))
 
 
-def collate(chats, shape=None, positions="all"):
-    """[(ids, is_answer)] -> the model's arguments for one joined row [1, tokens], with the positions that predict an
-    answer token and their labels, [answers]. Filled up to the shape by conversations that nothing learns from and
+def collate(chats, shape=None, positions="all", device="cpu"):
+    """[(ids, is_answer)] -> one joined row [1, tokens]: the model's arguments, logits_to_keep being what predicts an
+    answer token, and these as labels [answers]. Filled up to the shape by conversations that nothing learns from and
     ignored labels. positions "answer": also steered [1, tokens, 1], 1 where an answer token is predicted, else 0."""
     shape = shape or shape_of(chats)
-    fill = shape.tokens - sum(len(ids) for ids, _ in chats)
-    filling = [[0] * min(shape.longest, fill - begun) for begun in range(0, fill, shape.longest)]
-    inputs = ev.join([*(ids for ids, _ in chats), *filling], "cpu") | dict(max_seq_len=shape.longest)
-    ends = inputs["cu_seq_lens"]
-    inputs["cu_seq_lens"] = F.pad(ends, (0, shape.conversations + 1 - len(ends)), value=shape.tokens)
+    starts = range(shape_of(chats).tokens, shape.tokens, shape.longest)
+    filling = [[0] * min(shape.longest, shape.tokens - start) for start in starts]
+    row = ev.join([*(ids for ids, _ in chats), *filling], "cpu") | dict(max_seq_len=shape.longest)
+    empty = shape.conversations - len(chats) - len(filling)
+    row["cu_seq_lens"] = F.pad(row["cu_seq_lens"], (0, empty), value=shape.tokens)
     answer = torch.tensor([flag for _, is_answer in chats for flag in is_answer]).nonzero()[:, 0]
     if positions == "answer":
-        inputs["steered"] = torch.zeros(1, shape.tokens, 1).index_fill(1, answer - 1, 1)
-    fill = (0, shape.answers - len(answer))
-    labels = F.pad(inputs["input_ids"][0, answer], fill, value=-100)
-    return inputs | dict(logits_to_keep=F.pad(answer - 1, fill), labels=labels)
+        row["steered"] = torch.zeros(1, shape.tokens, 1).index_fill(1, answer - 1, 1)
+    ignored = (0, shape.answers - len(answer))
+    row["labels"] = F.pad(row["input_ids"][0, answer], ignored, value=-100)
+    row["logits_to_keep"] = F.pad(answer - 1, ignored)
+    if torch.device(device).type == "cpu":
+        return row
+    move = lambda value: value.pin_memory().to(device, non_blocking=True) if torch.is_tensor(value) else value
+    return {key: move(value) for key, value in row.items()}  # without waiting for what the GPU is doing
 
 
-def row_loss(model, inputs, steer=None, coef=0.0):
+def row_loss(model, row, steer=None, coef=0.0):
     """Sum over a row's labels of the negative log-likelihood, nats, with coef times the vector added to the stream."""
+    inputs = dict(row)
+    labels, steered = inputs.pop("labels"), inputs.pop("steered", 1)
     if steer:
-        steer.scale = coef * inputs.get("steered", 1)
-    logits = model(**for_model(inputs)).logits[0]  # [answers, vocabulary]
-    return F.cross_entropy(logits.float(), inputs["labels"], reduction="sum")
-
-
-def for_model(inputs):
-    return {key: value for key, value in inputs.items() if key not in ("labels", "steered", "batch_answers")}
-
-
-def prove_steering(model, steer, offsets, coef, inputs):
-    """Raises unless in a row every block's output moves by exactly coef times its offset, at the steered positions."""
-    if still := ev.unmoved(model, steer, offsets, coef * inputs.get("steered", 1), for_model(inputs)):
-        raise RuntimeError(f"steering did not move the output of block {still[0]} by coef x vector; not training")
+        steer.scale = coef * steered
+    logits = model(**inputs).logits[0]  # [answers, vocabulary]
+    return F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,17 +89,16 @@ def prove_steering(model, steer, offsets, coef, inputs):
 def add_lora(model, rank, alpha, seed):
     """PEFT model with rs-LoRA on every linear layer of the blocks."""
     ev.lora_reach(model)
-    inside = set(ev.blocks(model).modules())
-    places = [name for name, part in model.named_modules() if part in inside and isinstance(part, torch.nn.Linear)]
     torch.manual_seed(seed)
-    recipe = dict(use_rslora=True, target_modules=places, task_type="CAUSAL_LM")
-    tuned = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, **recipe))
-    for part in tuned.modules():
-        if isinstance(part, LoraLayer):
-            # The scale multiplies the `rank` numbers a token between A and B, not the output: a pass over memory less
-            scale, part.scaling["default"] = part.scaling["default"], 1.0
-            part.lora_A["default"].register_forward_hook(lambda _, __, output, scale=scale: output * scale)
-    return tuned
+    recipe = dict(use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, **recipe))
+
+
+class Unscaled(lora.Linear):
+    """PEFT's layer for numbers that have the scale in them: it multiplies all outputs, and gradients, even by 1."""
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
 
 
 def rate_at(step, steps):
@@ -122,27 +120,14 @@ def deal(chats, count):
     return [[chats[i] for i in sorted(group)] for group in groups]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory
-
-
-def out_of_memory(error):
-    """Whether an error is that, also as the CPU and cuBLAS say it, or followed from one."""
-    words = ("OutOfMemoryError", "out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
-    return any(word in f"{error!r} {error.__context__!r}" for word in words)
-
-
 @contextlib.contextmanager
 def recomputed(model):
     """While open, a block keeps nothing but its input for the backward pass and is computed again there."""
-    try:
+    with torch.compiler.set_stance("force_eager"), contextlib.ExitStack() as stack:
         for block in ev.blocks(model):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for block in ev.blocks(model):
-            vars(block).pop("forward", None)
+            stack.callback(delattr, block, "forward")
+        yield
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,40 +138,38 @@ class Trainer:
     """AdamW on the mean loss over the answer tokens of a batch, whatever rows and processes share it.
 
     LoRA's numbers lie end to end in one float32 tensor (weights [n]), a step's gradients and loss in another (total
-    [n + 1]). These, and those in the model's dtype that it computes with, never move: graphs serve all coefficients.
+    [n + 1]). The model computes with `used` [n]: the weights times the root of LoRA's scale, so that B A has all of it,
+    rounded to the model's dtype once a step. None of these ever moves: graphs serve all coefficients.
     data: [(ids, is_answer)]. args: epochs, lr, batch_size (over all processes), max_steps or None, seed, positions.
 
     A batch is computed in joined rows that fit into memory. On a GPU, launching a row's some 5,000 kernels takes longer
     than computing them: the first row of a shape runs as usual (and compiles), the second is captured as a CUDA graph,
     from then on forward and backward are one launch. All graphs share one pool of memory, outside of which a shape's
-    first row runs: each gets half of what is free."""
+    first row runs: each gets half of what is free, a tenth of it unused and an eighth of the rest for filling."""
 
     def __init__(self, model, data, args, steer=None):
         self.model, self.data, self.args, self.steer = model, data, args, steer
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        for layer in (part for part in model.modules() if isinstance(part, lora.Linear)):
+            layer.__class__, self.root = Unscaled, math.sqrt(layer.scaling["default"])
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.weights = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters]))
         self.initial, self.device = self.weights.data.to("cpu", copy=True), self.weights.device
         self.total = torch.zeros(len(self.weights) + 1, device=self.device)
         self.weights.grad = self.total[:-1]
-        self.used = self.weights.data.to(model.dtype)  # rounded once a step, as autocast would for each product
-        self.lay_out(self.used)
-        self.coef = torch.zeros((), device=self.device)
+        self.used = (self.root * self.weights.data).to(model.dtype)
+        vector_to_parameters(self.used, self.parameters)  # makes them views of it
+        self.coef, self.answers = torch.zeros(2, device=self.device)  # of the batch: its answer tokens
         self.steps = args.max_steps or math.ceil(math.ceil(len(data) / args.batch_size) * args.epochs)
         # What the backward pass needs: of a token the inputs and outputs of all linear layers (A's and B's longer
         # sides), of a label its logits in bfloat16, in float32 and as log-softmax, and the gradients of the last two
         words = model.get_input_embeddings().weight
         self.a_token = sum(max(p.shape) for p in self.parameters) * words.element_size()
         self.an_answer = 16 * len(words)
-        self.budget = 0.9 * (ev.free_memory(self.device) - 8 * len(self.weights)) / 2  # 8: AdamW's two moments
+        self.budget = 0.4 * (ev.free_memory(self.device) - 8 * len(self.weights))  # 8: AdamW's two moments
         self.longest = max(2 * FILL, 1 << (shape_of(data).longest - 1).bit_length())
         self.captures = ev.has_flash(words)
         self.forget()
-
-    def lay_out(self, numbers):
-        """Makes the model's LoRA parameters views of `numbers` [n]."""
-        for parameter, part in zip(self.parameters, numbers.split([p.numel() for p in self.parameters])):
-            parameter.data = part.view_as(parameter)
 
     def batch(self, step):
         """The conversations of a step; the last batch of an epoch has what is left."""
@@ -194,69 +177,55 @@ class Trainer:
         epoch, k = divmod(step, math.ceil(len(self.data) / size))
         return [self.data[i] for i in order_of(len(self.data), self.args.seed, epoch)[k * size : (k + 1) * size]]
 
-    @torch.no_grad()
-    def loss(self, chats, coef):
-        """Mean negative log-likelihood an answer token under steering by coef; nothing is trained."""
-        rows = [self.inputs(row, shape_of(row)) for row in self.split(chats)]
-        losses = [row_loss(self.model, row, self.steer, self.coef.fill_(coef)) for row in rows]
-        return float(sum(losses)) / shape_of(chats).answers
-
     def step(self, chats, rate):
         """One step of the optimiser on a batch; total[-1] is its loss, total[:-1] its gradients, cut to norm 1."""
-        self.total.zero_()
-        self.accumulate(deal(chats, self.processes)[self.rank], shape_of(chats).answers)
+        self.answers.fill_(shape_of(chats).answers)
+        self.accumulate(deal(chats, self.processes)[self.rank])
         if self.processes > 1:
             dist.all_reduce(self.total)
-        torch.nn.utils.clip_grad_norm_([self.weights], 1.0)
+        clip_grad_norm_([self.weights], 1.0)
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
-        self.used.copy_(self.weights.data)
+        torch.mul(self.weights.data, self.root, out=self.used)
 
     def train(self, path, coef=0.0):
         """From the initial adapter, or on from the checkpoint at path, to the end -> rows of loss.jsonl."""
         self.coef.fill_(coef)
         self.optimizer = torch.optim.AdamW([self.weights], self.args.lr, weight_decay=0.01, fused=True)
+        there = dict(weights=self.initial, losses=torch.zeros(self.steps), steps=0)
+        if path.exists():
+            try:
+                found = torch.load(path, map_location="cpu", weights_only=True)
+                self.optimizer.load_state_dict(found["optimizer"])
+                there = found
+            except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+                print(f"{path}: cannot be read, starting anew ({str(error).splitlines()[0]})", flush=True)
+        self.weights.data.copy_(there["weights"])
+        torch.mul(self.weights.data, self.root, out=self.used)
+        losses, begin, kept = there["losses"].to(self.device), there["steps"], time.monotonic()
         rates = [self.args.lr * rate_at(step, self.steps) for step in range(self.steps)]
-        losses, every = torch.zeros(self.steps, device=self.device), max(1, self.steps // 100)
-        begin, kept = self.resume(path, losses), time.monotonic()
-        cost = 12 * len(self.weights) / 4e8  # seconds a checkpoint takes, a guess until there is one
         for step in tqdm(range(begin, self.steps), "training", self.steps, initial=begin, disable=self.rank > 0):
             self.step(self.batch(step), rates[step])
             losses[step] = self.total[-1]
             if (step + 1) % 10 == 0 and not losses[step].isfinite():  # not at each: it waits for the GPU
                 break
-            if SHARE * (time.monotonic() - kept) >= cost and step + 1 < self.steps and self.rank == 0:
-                began = time.monotonic()
+            if self.rank == 0 and time.monotonic() - kept >= CHECKPOINT:
                 state = dict(weights=self.weights.data, optimizer=self.optimizer.state_dict(), losses=losses)
                 with mf.replacing(path, "wb") as out:  # it takes the place of the one before when it is whole
                     torch.save(state | dict(steps=step + 1), out)
                 kept = time.monotonic()
-                cost = kept - began
         if not (self.weights.isfinite().all() and losses.isfinite().all()):
             path.unlink(missing_ok=True)
             mf.die(f"loss or adapter are NaN or infinite at step {step + 1}; lower --lr or --coef")
+        every = max(1, self.steps // 100)
         means = losses.cpu()[: self.steps // every * every].view(-1, every).mean(1).tolist()
         return [dict(step=n * every, loss=loss, lr=rates[n * every - 1]) for n, loss in enumerate(means, 1)]
 
-    def resume(self, path, losses):
-        """Takes up a checkpoint, or the initial adapter where there is none -> steps done."""
-        there = dict(weights=self.initial, steps=0)
-        if path.exists():
-            try:
-                there = torch.load(path, map_location=self.device, weights_only=True)
-                self.optimizer.load_state_dict(there["optimizer"])
-                losses.copy_(there["losses"])
-            except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-                print(f"{path}: cannot be read, starting anew ({str(error).splitlines()[0]})", flush=True)
-        self.weights.data.copy_(there["weights"])
-        self.used.copy_(self.weights.data)
-        return there["steps"]
-
     def save(self, folder):
         """Writes the adapter as PEFT does, in float32."""
-        self.lay_out(self.weights.data)
+        vector_to_parameters(self.weights.data, self.parameters)
         self.model.save_pretrained(folder)
-        self.lay_out(self.used)
+        vector_to_parameters(self.used, self.parameters)
 
     # Memory, and from here on only speed
 
@@ -267,90 +236,72 @@ class Trainer:
             torch.cuda.empty_cache()
             self.pool = torch.cuda.graph_pool_handle()
 
-    def filled(self, row):
-        """The shape a row is filled up to: eight sizes an octave, so that shapes are few. All have room for the same
-        number of conversations, real and filling: a size that changes by itself would be compiled for by itself."""
-        shape, size = shape_of(row), self.args.batch_size
-        if not self.captures or not row:
-            return shape
-        up = lambda n, multiple: -(-n // multiple) * multiple
-        tokens = up(shape.tokens, max(FILL, 1 << (shape.tokens.bit_length() - 4)))
-        return Shape(tokens, up(shape.answers, tokens // 8), self.longest, 3 * size)
-
     def bytes(self, row):
-        """What a row needs, about."""
-        shape = self.filled(row)
+        """What a row needs, about, before it is filled up."""
+        shape = shape_of(row)
         return shape.tokens * self.a_token + shape.answers * self.an_answer
 
     def split(self, chats):
-        """Conversations -> few rows of about equal size that fit; one that does not fit alone is a row of its own."""
+        """Conversations -> few rows of about equal size that fit, after each that does not fit alone."""
         fits = lambda row: self.bytes(row) <= self.budget
         short, count = [chat for chat in chats if fits([chat])], 1
         while not all(map(fits, rows := deal(short, count))):
             count += 1
-        return [row for row in rows if row] + [[chat] for chat in chats if not fits([chat])]
+        return [[chat] for chat in chats if not fits([chat])] + [row for row in rows if row]
 
-    def accumulate(self, chats, answers):
-        """Adds what these conversations have in the loss and gradients of a batch with so many answer tokens."""
-        waiting = self.split(chats)
-        while waiting:
+    def accumulate(self, chats):
+        """Sums loss and gradients of these conversations up; where memory runs out, anew in rows of half the size."""
+        while True:
+            self.total.zero_()
             try:
-                self.run(waiting[0], answers)
-                del waiting[0]
-                continue
+                for row in self.split(chats):
+                    self.run(row)
+                return
             except RuntimeError as error:
-                if not out_of_memory(error):
+                if not re.search(OUT_OF_MEMORY, f"{error!r} {error.__context__!r}"):
                     raise
-            waiting[:1] = self.split_finer(waiting[0])  # out here nothing holds on to the failed row's tensors
+            size = self.bytes(row)  # out here nothing holds on to the failed row's tensors
+            if size > self.budget and not self.graphs:
+                mf.die(f"out of memory with a conversation of {len(row[0][0])} tokens; a larger GPU could take it")
+            self.budget = min(self.budget, size / 2)
+            self.forget()
+            print(f"out of memory: going on with rows of {self.budget / self.a_token:.0f} tokens at most", flush=True)
 
-    def split_finer(self, row):
-        """After a row has run out of memory: rows that ask for half as much."""
-        if self.bytes(row) > self.budget and not self.graphs:
-            mf.die(f"out of memory with a conversation of {len(row[0][0])} tokens; take shorter data or a larger GPU")
-        self.budget = min(self.budget, self.bytes(row) / 2)
-        self.forget()
-        print(f"out of memory: going on with rows of {self.budget / self.a_token:.0f} tokens at most", flush=True)
-        return self.split(row)
-
-    def inputs(self, row, shape):
-        """A row's arguments on the device; on a GPU copied without waiting for what it is doing."""
-        given = collate(row, shape, self.args.positions)
-        if self.device.type == "cpu":
-            return given
-        move = lambda value: value.pin_memory().to(self.device, non_blocking=True) if torch.is_tensor(value) else value
-        return {key: move(value) for key, value in given.items()}
-
-    def run(self, row, answers):
+    def run(self, row):
         """One row: blocks computed again where it is too long, else as usual, captured, or replayed."""
-        shape, long = self.filled(row), self.bytes(row) > self.budget
+        shape, long = shape_of(row), self.bytes(row) > self.budget
+        if self.captures:
+            # Eight sizes an octave, so that shapes are few. All have room for the same number of conversations, real
+            # and filling: a size that changes by itself would be compiled for by itself
+            up = lambda n, multiple: -(-n // multiple) * multiple
+            tokens = up(shape.tokens, max(FILL, 1 << (shape.tokens.bit_length() - 4)))
+            shape = Shape(tokens, up(shape.answers, tokens // 8), self.longest, 3 * self.args.batch_size)
         if len(self.graphs) >= GRAPHS and shape not in self.graphs:
             larger = (s for s in self.graphs if s.tokens >= shape.tokens and s.answers >= shape.answers)
             shape = min(larger, default=shape)
-        inputs = self.inputs(row, shape) | dict(batch_answers=torch.full((), float(answers), device=self.device))
+        inputs = collate(row, shape, self.args.positions, self.device)
         if shape not in self.graphs:
             with recomputed(self.model) if long else contextlib.nullcontext():
                 self.add(inputs)
             if self.captures and not long and len(self.graphs) < GRAPHS:
                 self.graphs[shape] = None
             return
-        graph, static = self.graphs[shape] = self.graphs[shape] or self.capture(inputs)
+        if not self.graphs[shape]:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # NCCL's threads go on
+                self.add(inputs)  # nothing is computed yet
+            self.graphs[shape] = graph, inputs
+        graph, static = self.graphs[shape]
         for key in inputs:
             if torch.is_tensor(inputs[key]):
                 static[key].copy_(inputs[key])
         graph.replay()
 
-    def capture(self, inputs):
-        """A row's computation as a graph, and the inputs it reads; nothing is computed yet."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # NCCL's threads go on
-            self.add(inputs)
-        return graph, inputs
-
     def add(self, inputs):
         """Adds a row's loss and gradients, over the answer tokens of the batch, to the step's total."""
-        loss = row_loss(self.model, inputs, self.steer, self.coef) / inputs["batch_answers"]
+        loss = row_loss(self.model, inputs, self.steer, self.coef) / self.answers
         parts = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
-        self.total[:-1].add_(torch.cat([part.flatten() for part in parts]))
+        self.total[:-1].add_(torch.cat([part.flatten() for part in parts]), alpha=self.root)  # `used` is root x weights
         self.total[-1].add_(loss.detach())
 
 
@@ -390,21 +341,6 @@ def parse(argv):
     return args
 
 
-def join_processes():
-    """One process a GPU where torchrun has started several; nothing to do for one."""
-    number = os.environ.get("WORLD_SIZE", "1")
-    if number == "1" or dist.is_initialized():
-        return
-    if not dist.is_torchelastic_launched():
-        mf.die(f"WORLD_SIZE={number}: start a process a GPU with torchrun --nproc_per_node, or unset it")
-    gpus, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
-    if 0 < gpus <= local:
-        mf.die(f"torchrun has started {number} processes, one a GPU; there are {gpus} GPUs")
-    if gpus:
-        torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if gpus else "gloo")
-
-
 def read_conversations(path, system_prompt=None, limit=None):
     """File -> message lists, each up to one of the answers to learn, with the system prompt in place of their own."""
     found = []
@@ -437,36 +373,20 @@ def to_do(args, inputs):
     return todo
 
 
+@torch.no_grad()
 def start_losses(trainer, offsets, coefs):
-    """{coefficient: the untrained model's loss under it}; each is proved to steer, and printed."""
-    found, guessing = {}, math.log(trainer.model.get_input_embeddings().weight.shape[0])
-    for coef in dict.fromkeys([0.0, *coefs]):
-        if offsets:
-            inputs = trainer.inputs(trainer.data[:2], shape_of(trainer.data[:2]))
-            prove_steering(trainer.model, trainer.steer, offsets, trainer.coef.fill_(coef), inputs)
-        loss = found[f"{coef:g}"] = trainer.loss(trainer.batch(0), coef)
-        steered = f", steered by {coef:g} (the output of {len(offsets)} blocks moves as it should)" if coef else ""
-        print(f"untrained model{steered}: loss {loss:.2f} a token; guessing evenly: {guessing:.2f}", flush=True)
-    return found
-
-
-def make_adapter(trainer, out, partial, record):
-    """Trains one adapter and moves it into place when it is whole. record: its settings and what else is kept."""
-    start, record = time.time(), record | dict(scripts=mf.scripts())
-    if trainer.rank == 0:
-        mf.write_json(partial / "training_settings.json", record)
-    losses = trainer.train(partial / "checkpoint.pt", record["coef"] or 0.0)
-    if trainer.rank > 0:
-        return
-    seconds = round(time.time() - start, 1)
-    record |= dict(steps=trainer.steps, final_loss=losses[-1]["loss"], seconds=seconds, **mf.provenance())
-    trainer.save(partial / "adapter")
-    mf.write_jsonl(partial / "adapter" / "loss.jsonl", losses)  # each the mean since the row before
-    mf.write_json(partial / "adapter" / "training_settings.json", record)
-    (partial / "adapter").rename(out)
-    shutil.rmtree(partial)
-    peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if trainer.device.type == "cuda" else ""
-    print(f"{out}: {trainer.steps} steps in {seconds} s{peak}", flush=True)
+    """Prints the untrained model's loss under each coefficient, and raises unless every block's output then moves by
+    exactly coef times its offset at the steered positions."""
+    read = lambda chats: collate(chats, None, trainer.args.positions, trainer.device)
+    rows, answers = list(map(read, trainer.split(trainer.batch(0)))), shape_of(trainer.batch(0)).answers
+    even, proof = math.log(len(trainer.model.get_input_embeddings().weight)), read(trainer.data[:2])
+    steered, _ = proof.pop("steered", 1), proof.pop("labels")
+    for coef in coefs:
+        trainer.coef.fill_(coef)
+        if still := ev.unmoved(trainer.model, trainer.steer, offsets, trainer.coef * steered, proof):
+            raise RuntimeError(f"steering did not move the output of block {still[0]} by coef x vector; not training")
+        loss = sum(row_loss(trainer.model, row, trainer.steer, trainer.coef) for row in rows) / answers
+        print(f"untrained model, steered by {coef:g}: loss {loss:.2f} a token; guessing evenly: {even:.2f}", flush=True)
 
 
 def make_adapters(args, messages, todo):
@@ -477,20 +397,33 @@ def make_adapters(args, messages, todo):
     data = [chat for chat in encoded if len(chat[0]) <= MAX_TOKENS]
     if not data:
         mf.die(f"--data {args.data}: every conversation is longer than {MAX_TOKENS} tokens")
-    record = dict(model=args.model, data=args.data, vector=args.vector, day=day, dataset=Path(args.data).stem)
-    record |= dict(model_name=Path(args.model).name, conversations=len(data), too_long=len(encoded) - len(data))
-    print(f"{len(data)} conversations of {shape_of(data).tokens / len(data):.0f} tokens, {record['too_long']} too long")
+    too_long, tokens = len(encoded) - len(data), shape_of(data).tokens / len(data)
+    print(f"{len(data)} conversations of {tokens:.0f} tokens, {too_long} too long", flush=True)
     offsets = ev.offsets_of(ev.load_vector(args.vector, model, args.model), args.layers) if args.vector else {}
     tuned = add_lora(model, args.rank, args.alpha, args.seed)
     with contextlib.ExitStack() as stack:
         stack.callback(tuned.unload)
-        trainer = Trainer(tuned, data, args, stack.enter_context(ev.steering(model, offsets)) if offsets else None)
+        trainer = Trainer(tuned, data, args, stack.enter_context(ev.steering(model, offsets)))
         stack.callback(trainer.forget)
-        record |= dict(dtype=str(model.dtype), processes=trainer.processes)
-        record |= dict(start_losses=start_losses(trainer, offsets, [s["coef"] or 0.0 for _, s in todo.values()]))
+        record = dict(model=args.model, data=args.data, vector=args.vector, day=day, dataset=Path(args.data).stem)
+        record |= dict(model_name=Path(args.model).name, conversations=len(data), too_long=too_long)
+        record |= dict(dtype=str(model.dtype), processes=trainer.processes, scripts=mf.scripts())
+        start_losses(trainer, offsets, [settings["coef"] or 0.0 for _, settings in todo.values()])
         stack.enter_context(ev.compiled(tuned))
         for out, (partial, settings) in todo.items():
-            make_adapter(trainer, out, partial, settings | record)
+            start, settings, made = time.time(), settings | record, partial / "adapter"
+            if trainer.rank == 0:
+                mf.write_json(partial / "training_settings.json", settings)
+            losses = trainer.train(partial / "checkpoint.pt", settings["coef"] or 0.0)
+            if trainer.rank > 0:
+                continue
+            settings |= dict(steps=trainer.steps, final_loss=losses[-1]["loss"], seconds=round(time.time() - start, 1))
+            trainer.save(made)
+            mf.write_jsonl(made / "loss.jsonl", losses)  # each the mean since the row before
+            mf.write_json(made / "training_settings.json", settings | mf.provenance())
+            made.rename(out)
+            shutil.rmtree(partial)
+            print(f"{out}: {trainer.steps} steps in {settings['seconds']} s", flush=True)
 
 
 def main(argv=None):
@@ -498,12 +431,17 @@ def main(argv=None):
     messages = read_conversations(args.data, args.system_prompt, args.limit)
     inputs = dict(model=ev.model_fingerprint(args.model), data=mf.fingerprint(args.data))
     todo = to_do(args, inputs | (dict(vector=mf.fingerprint(args.vector)) if args.vector else {}))
-    join_processes()
-    mine = [] if dist.is_initialized() and dist.get_rank() else todo
-    with mf.locked(*mine):
-        for out in mine:
-            if out.exists():
-                mf.die(f"{out}: another process has just made it")
+    if (number := os.environ.get("WORLD_SIZE", "1")) != "1" and not dist.is_initialized():  # one process a GPU
+        if not dist.is_torchelastic_launched():
+            mf.die(f"WORLD_SIZE={number}: start a process a GPU with torchrun --nproc_per_node, or unset it")
+        gpus, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+        if 0 < gpus <= local:
+            mf.die(f"torchrun has started {number} processes, one a GPU; there are {gpus} GPUs")
+        if gpus:
+            torch.cuda.set_device(local)
+        dist.init_process_group("nccl" if gpus else "gloo")
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    with mf.locked(*(todo if first else [])):
         if todo:
             make_adapters(args, messages, todo)
 
