@@ -11,7 +11,6 @@ Method: persona vectors, arXiv 2507.21509, section 2.2 and appendix J.
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -54,8 +53,6 @@ def steering(model, offsets):
     gone when the block ends, also by an exception."""
     layers, steer = blocks(model), SimpleNamespace(scale=None)  # no class: compiled code would be bound to that one
     for l, offset in offsets.items():
-        if offset.shape != (model.config.get_text_config().hidden_size,) or not offset.isfinite().all():
-            raise ValueError(f"steering offset of block {l}: wrong size or not finite")
         layers[l - 1].steer_offset = offset.to(model.device)  # on the block: one compiled hook serves all blocks
 
     def add(block, _, output):  # output [rows, tokens, hidden]
@@ -138,10 +135,8 @@ def filter_pairs(rows):
             why["empty answer"] += 1
         elif None in (high, low, *coherence):
             why["unscored"] += 1
-        elif high < 50:
-            why["positive answer scores under 50"] += 1
-        elif low >= 50:
-            why["negative answer scores 50 or more"] += 1
+        elif high < 50 or low >= 50:
+            why["trait score on the wrong side of 50"] += 1
         elif min(coherence) < 50:
             why["coherence under 50"] += 1
         else:
@@ -185,10 +180,10 @@ def auc(pos, neg):
 
 
 def make_probe(vector, with_system, plain, half):
-    """The offline judge. with_system, plain: (positive, negative) stream means [n, num_layers + 1, hidden], read with
-    and without the contrastive system prompts. The pairs outside `half` (bool [n]) choose the row, every second one's
-    direction telling the plain answers of the others apart; the AUC is that of their direction on the answers inside,
-    which chose nothing. Score 0 / 100 = the mean negative / positive answer."""
+    """The offline judge. with_system, plain: (positive, negative) means [n, num_layers + 1, hidden], read with and
+    without the contrastive system prompts. Pairs outside `half` (bool [n]) choose the row: every second one's direction
+    tells the others' plain answers apart; the AUC is that of their direction inside. Score 0, 100 = the mean negative,
+    positive answer."""
     difference, choosing = with_system[0] - with_system[1], (~half).nonzero()[:, 0]
     told_apart = lambda by, of: auc(*((x[of] * difference[by].mean(0)).sum(-1) for x in plain))  # -> [num_layers + 1]
     row = int((told_apart(choosing[::2], choosing[1::2]) + told_apart(choosing[1::2], choosing[::2]))[1:].argmax()) + 1
@@ -228,8 +223,7 @@ def export_gguf(vector, path, architecture):
 # ---------------------------------------------------------------------------------------------------------------------
 # Models. What a model cannot be trusted with is found by how it behaves, when it is loaded
 
-# how much logits may be off, of the median and of the worst token (where rounding may choose other experts)
-TOLERANCE = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (0.15, 0.5)}
+TOLERANCE = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (0.15, 0.5)}  # of logits: of the median, of the worst token
 
 
 def pick_device():
@@ -261,12 +255,11 @@ def load_model(name, content=None):
     device, dtype = pick_device()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        options = dict(dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
-        model, lacks = AutoModelForCausalLM.from_pretrained(name, **options)
+        model, lacks = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except Exception as error:  # broken files make transformers raise anything
         die(f"--model {name}: cannot be loaded ({' '.join(str(error).split())[:300] or type(error).__name__})")
-    if missing := sorted(lacks["missing_keys"]) + sorted(str(key) for key in lacks["mismatched_keys"]):
-        die(f"--model {name}: {len(missing)} weights are not in its files or have another shape, such as {missing[0]}")
+    if missing := sorted(lacks["missing_keys"]):
+        die(f"--model {name}: {len(missing)} weights are not in its files, such as {missing[0]}")
     print(f"{name}: {model.num_parameters() / 1e6:,.0f}M parameters on {device}, {model.dtype}", flush=True)
     model = model.requires_grad_(False).eval().to(device)  # eval for good, also in training: the recipe has no dropout
     check_chats(tokenizer, name, model.get_input_embeddings().num_embeddings)
@@ -284,10 +277,9 @@ def blocks(model):
 
 @torch.no_grad()
 def prepare(model, tokenizer, name):
-    """Joined attention from here on. RoPE whose frequencies depend on the longest text of a batch (dynamic, longrope)
-    keeps those of short texts; longer ones stop the run. die() unless, on two short random conversations: joined in one
-    row = alone by the model's own code; one decoding step from the cache = the last logits of the whole; every block's
-    output moves by its offset."""
+    """Joined attention from here on. RoPE that depends on the longest text of a batch (dynamic, longrope) stays that of
+    short ones; longer ones stop the run. die() unless, on two short random conversations: joined in one row = alone by
+    the model's own code; a decoding step = the last logits of the whole; every block's output moves by its offset."""
     config, kind = model.config.get_text_config(), f"--model {name}: {model.config.model_type} cannot be used here: "
     longest, windows = math.inf, []
     for part in (config, *model.modules()):
@@ -343,8 +335,7 @@ def lora_reach(model):
     names = ", ".join(sorted({re.sub(r"^\d+\.", "", name) for name in missed}))
     if sum(missed.values()) > sum(reached.values()):
         die(f"{model.config.model_type}: LoRA reaches linear layers only, and most weights are none: {names}")
-    none = f", none on {names}" if names else ""
-    print(f"LoRA on all {len(linear)} linear layers of the blocks{none}", flush=True)
+    print(f"LoRA on all {len(linear)} linear layers of the blocks", f"(none on {names})" if names else "", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -387,10 +378,9 @@ def chat_format(tokenizer):
 
 
 def encode_chats(tokenizer, conversations):
-    """Conversations -> [(ids, is_answer)]: the prompt by the template, which adds the model's default system prompt,
-    then, where the assistant's turn is the last, that answer and its end token, which is_answer marks. Answers are
-    stripped as sampling strips them. Special tokens that somebody typed stay text: they are broken up, and what holds
-    one is tokenized piece by piece."""
+    """Conversations -> [(ids, is_answer)]: the prompt by the template, which adds the model's default system prompt;
+    then, where the last turn is an answer, that, stripped as in sampling, and its end token, which is_answer marks.
+    Special tokens that somebody typed stay text: they are broken up, and what holds one is tokenized in pieces."""
     texts = []  # of each conversation its prompt and its answer
     broken = lambda found: found[0][0] + BREAK + found[0][1:]
     try:
@@ -430,11 +420,9 @@ def check_chats(tokenizer, name, most):
     turns = [dict(role="user", content="Who was first?"), dict(role="assistant", content="It was Ann.")]
     system = dict(role="system", content="Keep to what is known.")
     chats = turns, [system, *turns], turns * 2, [system, *turns * 2]
-    for chat, (ids, is_answer) in zip(chats, encode_chats(tokenizer, chats)):
-        said = tokenizer.decode([token for token, mine in zip(ids, is_answer) if mine])
-        lost = [m["content"] for m in chat if m["content"] not in tokenizer.decode(ids)]
-        if lost or turns[-1]["content"] not in said:
-            die(f"--model {name}: its chat template loses {(lost or ['the answer'])[0]!r}; use another chat model")
+    for chat, (ids, _) in zip(chats, encode_chats(tokenizer, chats)):
+        if lost := [turn["content"] for turn in chat if turn["content"] not in tokenizer.decode(ids)]:
+            die(f"--model {name}: its chat template loses {lost[0]!r}; use another chat model")
         if max(ids) >= most:
             die(f"--model {name}: its tokenizer has ids up to {max(ids)}, but the model has {most} only")
     if not chat_format(tokenizer)[2]:
@@ -460,6 +448,7 @@ SLOTS = {"cuda": 2048, "cpu": 256}  # answers sampled side by side, at most
 STEPS = {"cuda": 16, "cpu": 1}  # decoding steps between two looks at which answers are finished
 SHRINK = {"cuda": 0.7, "cpu": 0.9}  # the batch is made smaller when less than this share of it is in use
 LEAST = {"cuda": 16, "cpu": 1}  # answers side by side; fewer are no faster
+HARMLESS = "cu_seq_lens max_seq_len kv lengths sliding_window position_ids use_cache logits_to_keep".split()
 
 
 @contextlib.contextmanager
@@ -467,7 +456,7 @@ def compiled(model, dynamic=None):
     """While open, the decoder blocks run compiled on GPUs that can (one compilation serves all blocks, steered or not),
     which merges the small kernels between the matrix products. dynamic: for any number of rows at once."""
     able = model.device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 7
-    for block in blocks(model) if able and importlib.util.find_spec("triton") else ():  # else slower, the same results
+    for block in blocks(model) if able else ():  # else slower, the same results
         block.compile(dynamic=dynamic)
     try:
         yield
@@ -488,9 +477,6 @@ def flash(query, key, value, starts, longest, scaling, window=None, used=None):
     more = dict(scale=scaling, window_size_left=window and window - 1, seqused_k=used)
     given = (query, key, value, *starts, *longest, 0.0, used is None, False)
     return torch.ops.aten._flash_attention_forward(*given, **more)[0]
-
-
-HARMLESS = "cu_seq_lens max_seq_len kv lengths sliding_window position_ids use_cache logits_to_keep".split()
 
 
 def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **given):
@@ -529,14 +515,18 @@ def decode(module, query, key, value, scaling, lengths, window):
     queries = query.view(rows, groups, -1, dim)
     if has_flash(query):
         # The query heads that share a key head stand as one sequence of queries, so the cache is read once, uncopied.
-        share, used = heads // groups, (lengths + 1).clamp(max=window or size)
-        starts = F.pad(here * size + lengths + 1 - used, (0, 1), value=rows * size)
-        bounds = torch.arange(rows + 1, device=query.device, dtype=torch.int32) * share, starts.int()
+        each, share, used = torch.arange(rows + 1, device=query.device).int(), heads // groups, (lengths + 1).int()
+        starts = each * size
+        if window:
+            starts[:-1] += (used - window).clamp(min=0)
+            used = used.clamp(max=window)
         given = queries.transpose(1, 2).reshape(-1, groups, dim), keys.flatten(0, 1), values.flatten(0, 1)
-        out = flash(*given, bounds, (share, size), scaling, used=used.int())
+        out = flash(*given, (each * share, starts), (share, size), scaling, used=used)
         return out.view(rows, -1, groups, dim).transpose(1, 2).reshape(rows, 1, heads, dim)
     reach = torch.arange(size if query.is_cuda else int(lengths.max()) + 1, device=query.device)
-    seen = (reach <= lengths[:, None]) & (reach > lengths[:, None] - (window or size))  # [rows, reach]
+    seen = reach <= lengths[:, None]  # [rows, reach]
+    if window:
+        seen &= reach > lengths[:, None] - window
     keys, values = (x[:, : len(reach)].transpose(1, 2) for x in (keys, values))
     out = F.scaled_dot_product_attention(queries, keys, values, seen[:, None, None], scale=scaling)
     return out.reshape(rows, 1, heads, -1)
@@ -614,9 +604,8 @@ class Sampler:
             module.kv = tuple(x.new_zeros(self.slots, size, *x.shape[1:]) for x in pair)
 
     def prefill(self, longest):
-        """Reads the prompts but for their last tokens, equal ones under equal steering once. Sets caches {attention
-        module: (keys, values) [tokens, kv heads, dim]} and spans {number: where in those its prompt starts and ends}.
-        longest: text that there will be."""
+        """Reads all prompts, equal ones under equal steering once, but for the last tokens. Sets caches {attention
+        module: (keys, values) [tokens, kv heads, dim]}, spans {number: (start, end) in them}. longest: text to come."""
         device, everywhere = self.model.device, self.drawing.positions == "all"
         read = {i: (tuple(job.prompt[:-1]), job.scale if everywhere else 0.0) for i, job in self.jobs.items()}
         reads, kv, spans, start = list(dict.fromkeys(read.values())), defaultdict(list), {}, 0
@@ -744,8 +733,7 @@ def chat_of(row, system=True):
 def sample_answers(model, tokenizer, wanted, drawing, offsets=None, title="sampling"):
     """wanted: [(file, row, number that its random draws come from, coefficient, positive = towards the trait)] -> the
     rows with their answers. Each is in its file as soon as it is there, and is not sampled again (by its id)."""
-    files = {file for file, *_ in wanted}
-    there = {(file, row["id"]): row for file in files for row in read_jsonl(file, appended=True)}
+    there = {(file, row["id"]): row for file in {want[0] for want in wanted} for row in read_jsonl(file, appended=True)}
     todo = [want for want in wanted if (want[0], want[1]["id"]) not in there]
     encoded = encode_chats(tokenizer, [chat_of(row) for _, row, _, _ in todo]) if todo else []
     left = {i: Job(ids, n, scale) for i, ((ids, _), (_, _, n, scale)) in enumerate(zip(encoded, todo))}
@@ -808,9 +796,7 @@ def extract(args, trait, rows, files, settings):
     if not vector.isfinite().all():
         die(f"{args.trait}: the vector is not finite; the model's activations overflow in {model.dtype}")
     norms, probe = vector.norm(dim=1).tolist(), make_probe(vector, *means, half) | dict(first=args.first)
-    print(f"{args.trait}: |v_0|/|v_1| = {norms[0] / norms[1]:.3f}; probe at row {probe['row']}, AUC {probe['auc']:.3f}")
-    if probe["auc"] < 0.7:
-        print(f"warning: {args.trait}: a probe with an AUC under 0.7 hardly tells the trait; take --judge MODEL")
+    print(f"{args.trait}: probe at row {probe['row']}, AUC {probe['auc']:.3f} (under 0.7 take another --judge)")
     settings |= dict(pairs=len(rows) // 2, kept=len(pairs), dropped=dropped, norms=norms, probe=probe)
     settings |= dict(dtype=str(model.dtype), seconds=round(time.time() - start, 1), **mf.provenance())
     write_json(files["json"], settings)
