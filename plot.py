@@ -373,8 +373,8 @@ def report(points, text, figures, folder, answers):
     keys = "model judge judge_method temperature samples mmlu mmlu_scoring seed commit versions inputs".split()
     head, *sections = MarkdownIt("commonmark", dict(html=False)).enable("table").render(text).split("<h2>")
     adapters = points.dropna(subset="adapter").drop_duplicates("adapter")
-    paths, moved = adapters.adapter.map(Path), folder / "adapters"  # or they came with the points
-    files = {str(path): (path if path.is_dir() else moved / path.name) / "loss.jsonl" for path in paths}
+    paths, moved = adapters.adapter.map(Path), folder / "adapters"  # those that came with the points go first
+    files = {str(path): (moved / path.name if (moved / path.name).is_dir() else path) / "loss.jsonl" for path in paths}
     losses = read_rows(files, folder / "losses.jsonl.xz", "adapter", mf.Loss)
     questions, said, limit = {}, [], PAGE // max(1, sum(map(len, answers.values())))
     for number, rows in enumerate(answers.values()):
