@@ -359,6 +359,11 @@ def test_judges_side_by_side(work, monkeypatch, capsys):
     monkeypatch.setattr(mf, "judge_rows", lambda jobs, *_: jobs and pytest.fail("judged again"))
     evaluate.main(["--rejudge", str(file), str(file), "--judge", "chatty"])
     evaluate.main(command(work, "--judge", "chatty"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        evaluate.main(command(work, "--judge", "chatty", "--inference-coef", 0, 1, "--dry-run"))
+    assert "14 requests" in capsys.readouterr().out  # of the new coefficient only
+    assert "needs no model" in refused(capsys, ["--rejudge", str(file), "--judge", "probe"])
     assert before == (file.read_bytes(), (work / "points.jsonl").read_bytes())
     mf.write_jsonl(work / "points.jsonl", [one, three])  # killed after judging, before the point
     evaluate.main(["--rejudge", str(file), "--judge", "chatty"])

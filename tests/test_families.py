@@ -208,18 +208,21 @@ def training_differs(model, plain, tokenizer, vector):
 
 def choices_differ(model, plain, tokenizer, vector):
     """Log-likelihoods of the answers to multiple-choice questions, steered."""
-    point, worst = dict(mmlu_scoring="cloze", inference_coef=0.4, positions="all"), 0
-    questions = [dict(question="2 + 2 is", choices=["A", "B"]), dict(question="Sky?", choices=["blue.", "a red thing"])]
-    questions = [row | dict(answer=0) for row in questions]
-    found = evaluate.measure_mmlu(model, tokenizer, questions, point, ev.offsets_of(vector, "all"))
-    for row, values in zip(questions, found):
-        prompt, continuations = evaluate.choice_prompts(row, "cloze")
-        start = tokenizer(prompt)["input_ids"]
-        for continuation, value in zip(continuations, values):
-            ids = start + tokenizer(continuation)["input_ids"]
-            scores = logits_of(plain, ids, spread(vector, -0.4, 0, len(ids))).log_softmax(-1)
-            want = sum(scores[k - 1, ids[k]] for k in range(len(start), len(ids)))
-            worst = max(worst, off(torch.tensor(value * (len(ids) - len(start))), want))
+    questions = [("2 + 2 is", ["A", "B"]), ("Sky?", ["blue.", "a red thing"])]
+    questions = [dict(subject="x", question=text, choices=choices, answer=0) for text, choices in questions]
+    worst, offsets = 0, ev.offsets_of(vector, "all")
+    for scoring in ("letter", "cloze"):
+        point = dict(mmlu_scoring=scoring, inference_coef=0.4, positions="all")
+        found = evaluate.measure_mmlu(model, tokenizer, questions, point, offsets)
+        for row, values in zip(questions, found):
+            prompt, continuations = evaluate.choice_prompts(row, scoring)
+            start = tokenizer(prompt)["input_ids"]
+            for continuation, value in zip(continuations, values):
+                ids = start + tokenizer(continuation)["input_ids"]
+                scores = logits_of(plain, ids, spread(vector, -0.4, 0, len(ids))).log_softmax(-1)
+                want = torch.stack([scores[k - 1, ids[k]] for k in range(len(start), len(ids))])
+                assert len(want) > 1  # tokens of a letter, too
+                worst = max(worst, off(torch.tensor(value), want.sum() if scoring == "letter" else want.mean()))
     return worst
 
 
