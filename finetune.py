@@ -25,7 +25,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
-from torch.nn.utils import clip_grad_norm_, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -144,8 +143,7 @@ class Trainer:
 
     A batch is computed in joined rows that fit into memory. On a GPU, launching a row's some 5,000 kernels takes longer
     than computing them: the first row of a shape runs as usual (and compiles), the second is captured as a CUDA graph,
-    from then on forward and backward are one launch. All graphs share one pool of memory, outside of which a shape's
-    first row runs: each gets half of what is free, a tenth of it unused and an eighth of the rest for filling."""
+    from then on forward and backward are one launch. All graphs share one pool of memory, the first rows another."""
 
     def __init__(self, model, data, args, steer=None):
         self.model, self.data, self.args, self.steer = model, data, args, steer
@@ -158,7 +156,7 @@ class Trainer:
         self.total = torch.zeros(len(self.weights) + 1, device=self.device)
         self.weights.grad = self.total[:-1]
         self.used = (self.root * self.weights.data).to(model.dtype)
-        vector_to_parameters(self.used, self.parameters)  # makes them views of it
+        torch.nn.utils.vector_to_parameters(self.used, self.parameters)  # makes them views of it
         self.coef, self.answers = torch.zeros(2, device=self.device)  # of the batch: its answer tokens
         self.steps = args.max_steps or math.ceil(math.ceil(len(data) / args.batch_size) * args.epochs)
         # What the backward pass needs: of a token the inputs and outputs of all linear layers (A's and B's longer
@@ -166,7 +164,8 @@ class Trainer:
         words = model.get_input_embeddings().weight
         self.a_token = sum(max(p.shape) for p in self.parameters) * words.element_size()
         self.an_answer = 16 * len(words)
-        self.budget = 0.4 * (ev.free_memory(self.device) - 8 * len(self.weights))  # 8: AdamW's two moments
+        free = ev.free_memory(self.device) - 8 * len(self.weights)  # 8: AdamW's two moments
+        self.budget = 0.4 * free  # half of it for the graphs, half for first rows, a fifth of each for filling
         self.longest = max(2 * FILL, 1 << (shape_of(data).longest - 1).bit_length())
         self.captures = ev.has_flash(words)
         self.forget()
@@ -183,7 +182,7 @@ class Trainer:
         self.accumulate(deal(chats, self.processes)[self.rank])
         if self.processes > 1:
             dist.all_reduce(self.total)
-        clip_grad_norm_([self.weights], 1.0)
+        torch.nn.utils.clip_grad_norm_([self.weights], 1.0)
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
         torch.mul(self.weights.data, self.root, out=self.used)
@@ -223,18 +222,16 @@ class Trainer:
 
     def save(self, folder):
         """Writes the adapter as PEFT does, in float32."""
-        vector_to_parameters(self.weights.data, self.parameters)
+        torch.nn.utils.vector_to_parameters(self.weights.data, self.parameters)
         self.model.save_pretrained(folder)
-        vector_to_parameters(self.used, self.parameters)
+        torch.nn.utils.vector_to_parameters(self.used, self.parameters)
 
     # Memory, and from here on only speed
 
     def forget(self):
         """Drops the captured graphs and their memory."""
         self.graphs, self.pool = {}, None  # {Shape: None, or (graph, the inputs it reads)}
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            self.pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()
 
     def bytes(self, row):
         """What a row needs, about, before it is filled up."""
@@ -271,8 +268,7 @@ class Trainer:
         """One row: blocks computed again where it is too long, else as usual, captured, or replayed."""
         shape, long = shape_of(row), self.bytes(row) > self.budget
         if self.captures:
-            # Eight sizes an octave, so that shapes are few. All have room for the same number of conversations, real
-            # and filling: a size that changes by itself would be compiled for by itself
+            # Few sizes: eight an octave, and one number of conversations, real and filling; each is compiled for
             up = lambda n, multiple: -(-n // multiple) * multiple
             tokens = up(shape.tokens, max(FILL, 1 << (shape.tokens.bit_length() - 4)))
             shape = Shape(tokens, up(shape.answers, tokens // 8), self.longest, 3 * self.args.batch_size)
@@ -290,7 +286,7 @@ class Trainer:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # NCCL's threads go on
                 self.add(inputs)  # nothing is computed yet
-            self.graphs[shape] = graph, inputs
+            self.graphs[shape], self.pool = (graph, inputs), graph.pool()
         graph, static = self.graphs[shape]
         for key in inputs:
             if torch.is_tensor(inputs[key]):
@@ -343,11 +339,9 @@ def parse(argv):
 
 def read_conversations(path, system_prompt=None, limit=None):
     """File -> message lists, each up to one of the answers to learn, with the system prompt in place of their own."""
-    found = []
+    found, system = [], [dict(role="system", content=system_prompt)] if system_prompt else []
     for messages in mf.read_chats(path)[:limit]:
-        if system_prompt:
-            own = messages[0]["role"] == "system"
-            messages = [dict(role="system", content=system_prompt), *messages[own:]]
+        messages = [*system, *(turn for turn in messages if not system or turn["role"] != "system")]
         found += [messages[:n] for n, turn in enumerate(messages, 1) if turn["role"] == "assistant"]
     return found
 
@@ -377,15 +371,15 @@ def to_do(args, inputs):
 def start_losses(trainer, offsets, coefs):
     """Prints the untrained model's loss under each coefficient, and raises unless every block's output then moves by
     exactly coef times its offset at the steered positions."""
+    model, steer, batch = trainer.model, trainer.steer, trainer.batch(0)
     read = lambda chats: collate(chats, None, trainer.args.positions, trainer.device)
-    rows, answers = list(map(read, trainer.split(trainer.batch(0)))), shape_of(trainer.batch(0)).answers
-    even, proof = math.log(len(trainer.model.get_input_embeddings().weight)), read(trainer.data[:2])
+    proof, rows = read(trainer.data[:2]), [read(row) for row in trainer.split(batch)]
     steered, _ = proof.pop("steered", 1), proof.pop("labels")
+    even = math.log(len(model.get_input_embeddings().weight))
     for coef in coefs:
-        trainer.coef.fill_(coef)
-        if still := ev.unmoved(trainer.model, trainer.steer, offsets, trainer.coef * steered, proof):
+        if still := ev.unmoved(model, steer, offsets, trainer.coef.fill_(coef) * steered, proof):
             raise RuntimeError(f"steering did not move the output of block {still[0]} by coef x vector; not training")
-        loss = sum(row_loss(trainer.model, row, trainer.steer, trainer.coef) for row in rows) / answers
+        loss = sum(row_loss(model, row, steer, trainer.coef) for row in rows) / shape_of(batch).answers
         print(f"untrained model, steered by {coef:g}: loss {loss:.2f} a token; guessing evenly: {even:.2f}", flush=True)
 
 
@@ -440,8 +434,7 @@ def main(argv=None):
         if gpus:
             torch.cuda.set_device(local)
         dist.init_process_group("nccl" if gpus else "gloo")
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    with mf.locked(*(todo if first else [])):
+    with mf.locked(*(todo if not dist.is_initialized() or dist.get_rank() == 0 else [])):
         if todo:
             make_adapters(args, messages, todo)
 
