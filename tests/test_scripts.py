@@ -170,7 +170,7 @@ def test_whole_chain(work, vector, script, smollm):
     fields = (
         "model adapter dataset steer_mode train_coef inference_coef layers positions trait trait_score trait_ci "
         "trait_n trait_unscored coherence fact_accuracy fact_ci fact_n mmlu_accuracy mmlu_ci mmlu_n mmlu_scoring judge "
-        "seed seconds"
+        "seed"
     )
     assert set(fields.split()) <= set(points[0])
     answers = mf.read_jsonl(points[1]["answers"])
