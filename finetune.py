@@ -375,12 +375,12 @@ def start_losses(trainer, offsets, coefs):
     read = lambda chats: collate(chats, None, trainer.args.positions, trainer.device)
     proof, rows = read(trainer.data[:2]), [read(row) for row in trainer.split(batch)]
     steered, _ = proof.pop("steered", 1), proof.pop("labels")
-    even = math.log(len(model.get_input_embeddings().weight))
     for coef in coefs:
         if still := ev.unmoved(model, steer, offsets, trainer.coef.fill_(coef) * steered, proof):
             raise RuntimeError(f"steering did not move the output of block {still[0]} by coef x vector; not training")
         loss = sum(row_loss(model, row, steer, trainer.coef) for row in rows) / shape_of(batch).answers
-        print(f"untrained model, steered by {coef:g}: loss {loss:.2f} a token; guessing evenly: {even:.2f}", flush=True)
+        start = f"untrained model, steered by {coef:g} in {len(offsets)} blocks: loss {loss:.2f} a token"
+        print(f"{start}; guessing evenly: {math.log(len(model.get_input_embeddings().weight)):.2f}", flush=True)
 
 
 def make_adapters(args, messages, todo):

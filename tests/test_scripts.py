@@ -119,7 +119,7 @@ def test_whole_chain(work, vector, script, smollm):
     code, out, err = script(
         "finetune.py", *train(work, "facts", "--steer-mode", "preventative", "--vector", vector, "--coef", 0.5)
     )
-    assert code == 0 and "blocks moves as it should" in out, err
+    assert code == 0 and "steered by 0.5 in 2 blocks" in out, err
     from peft import PeftModel
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
