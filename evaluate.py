@@ -245,7 +245,7 @@ def digest(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def points_of(args, mmlu, probe):
+def points_of(args, asked, mmlu, probe):
     """Every point of a command, as far as it is known before measuring; one for adapters of the same content."""
     inputs = dict(  # flag: fingerprint of its content
         model=ev.model_fingerprint(args.model),
@@ -256,7 +256,6 @@ def points_of(args, mmlu, probe):
     )
     given = {name: getattr(args, name) for name in [*GIVEN, *SETTINGS]} | dict(scripts=mf.scripts())
     given |= dict(probe_auc=probe["auc"] if args.judge == "probe" and args.trait else None)
-    given |= dict(mmlu_accuracy=None, mmlu_ci=None, mmlu_n=0)
     points = {}
     for adapter in args.adapter or [None]:
         trained = read_json(Path(adapter) / "training_settings.json", mf.Settings) if adapter else {}
@@ -269,16 +268,15 @@ def points_of(args, mmlu, probe):
         for coef in args.inference_coef:
             point = about | dict(inference_coef=coef)
             key = digest([{name: point[name] for name in SETTINGS}, about["inputs"]])  # of its answers: no judge
-            point["inputs"] = about["inputs"] | dict(judge=judge_content(args.judge, point))
+            point["inputs"] = about["inputs"] | dict(judge=judge_content(args.judge, asked))
             answers = Path(args.out).parent / "answers" / f"{key}.jsonl"
             points.setdefault(key, point | dict(key=key, answers=str(answers)))
     return list(points.values())
 
 
-def judge_content(judge, point):
-    """Fingerprint of what a chat model is told beside the trait's own prompt; None for other judges."""
-    told = [load_trait(name)["eval_prompt"] for name in ("coherence", "fact") if name == "coherence" or point["facts"]]
-    return None if judge in ("probe", "lexical") else digest(told)
+def judge_content(judge, rows):
+    """Fingerprint of the prompts that a chat model gets for these rows; None for other judges."""
+    return None if judge in ("probe", "lexical") else digest(sorted({prompt for *_, prompt in judge_jobs(rows)}))
 
 
 def new_points(points, out):
@@ -323,7 +321,7 @@ def measure(args):
     if not probe and args.judge == "probe" and args.trait:
         die(f"--judge probe needs the probe in {beside}, which extract_vectors.py makes; judge with another")
     mmlu = read_mmlu(args.mmlu) if args.mmlu else []
-    points = points_of(args, mmlu, probe)
+    points = points_of(args, asked, mmlu, probe)
     with locked(*(point["answers"] for point in points)):
         points = new_points(points, args.out)
         if not points:
@@ -360,7 +358,7 @@ def finish(measured, args, probing=None):
         limit = coherence_limit(point, out) if point["trait"] else None
         point |= summary(rows, args.judge, limit) | mf.provenance()
         append_jsonl(out, point)
-        print("  ".join(f"{name} {point[name]:.4g}" for name in SHOWN if point[name] is not None), flush=True)
+        print("  ".join(f"{name} {point[name]:.4g}" for name in SHOWN if point.get(name) is not None), flush=True)
 
 
 def rejudge(args):
@@ -373,7 +371,7 @@ def rejudge(args):
             if not there:
                 die(f"{path}: no point in {out} belongs to it; give answers/<key>.jsonl of a finished point")
             point = next(iter(there.values())) | dict(judge=args.judge, answers=str(path), scripts=mf.scripts())
-            args.trait, judged = point["trait"], dict(judge=judge_content(args.judge, point))
+            args.trait, judged = point["trait"], dict(judge=judge_content(args.judge, rows))
             mf.check_judge(args, "what needs no model")
             if args.trait and digest(load_trait(args.trait, rows[0].get("trait_file"))) != point["inputs"]["trait"]:
                 die(f"{path}: the trait file has changed since; measure again")
