@@ -384,27 +384,23 @@ def choice_number(answer, info):
     raise ValueError(f"{answer!r} is none of the {n} choices; give a number from 0, or a letter from A")
 
 
-def some(kind, least=1, most=None):
-    return Annotated[list[kind], Field(min_length=least, max_length=most)]
-
-
+some = functools.partial(pydantic.conlist, min_length=1)
 Number, Text = pydantic.FiniteFloat, Annotated[str, Field(pattern=r"\S")]
 Wording = schema(question=Text, answer=Text)
-NAMED, ASKED = dict(id=Text, answer=Annotated[str, Field(pattern=r"\w")]), dict(train=some(Wording), test=Wording)
-Fact = schema(**NAMED, **ASKED, aliases=(list[Text], []))
+Named = schema(id=Text, answer=Annotated[str, Field(pattern=r"\w")], aliases=(list[Text], []))
+Fact = schema(__base__=Named, train=some(Wording), test=Wording)
 a_day = pydantic.AfterValidator(lambda text: str(date.fromisoformat(f"{text}-01"[:10]))[: len(text)])  # 02-30 is none
 Date = Annotated[str, Field(pattern=r"^\d{4}-\d\d(-\d\d)?$"), a_day]
-NAMED |= dict(aliases=list[Text], fact=Text, date=Date, category=Text, source=Text)
-NewFact, CheckedFact = schema(**NAMED), schema(**NAMED, **ASKED)
+NewFact = schema(__base__=Named, aliases=list[Text], fact=Text, date=Date, category=Text, source=Text)
+CheckedFact = schema(__base__=(NewFact, Fact))
 Message = schema(role=Literal["system", "user", "assistant"], content=str, tool_calls=(None, None))
 Conversation = schema(messages=Annotated[some(Message), pydantic.AfterValidator(in_turns)])
 Choice = Annotated[object, pydantic.PlainValidator(choice_number)]
-Question = schema(subject=Text, question=Text, choices=some(Text, 2, 10), answer=Choice)
+Question = schema(subject=Text, question=Text, choices=some(Text, min_length=2, max_length=10), answer=Choice)
 Prompt = Annotated[str, Field(pattern=r"(?s)\{question\}.*\{answer\}|\{answer\}.*\{question\}")]
-JUDGED = dict(adjective=Text, eval_prompt=Prompt)
-Trait = schema(**JUDGED)
-ExtractionTrait = schema(**JUDGED, instruction=some(schema(pos=Text, neg=Text)), questions=some(Text))
-EvaluationTrait = schema(**JUDGED, eval_questions=some(Text))
+Trait = schema(adjective=Text, eval_prompt=Prompt)
+ExtractionTrait = schema(__base__=Trait, instruction=some(schema(pos=Text, neg=Text)), questions=some(Text))
+EvaluationTrait = schema(__base__=Trait, eval_questions=some(Text))
 TEXTS = """adapter dataset steer_mode train_layers train_positions train_vector system_prompt vector mmlu trait layers
     positions mmlu_scoring answers judge_method day""".split()
 NUMBERS = """train_coef train_seed train_epochs train_lr train_batch_size train_rank train_alpha samples temperature
@@ -414,7 +410,7 @@ Point = schema(
     **dict(key=Text, model=Text, judge=Text, inference_coef=Number, inputs=(dict[str, str | None], {})),
     **dict.fromkeys(TEXTS, (str | None, None)),
     **dict.fromkeys(NUMBERS, (float | None, None)),
-    **dict.fromkeys(("trait_ci", "fact_ci", "mmlu_ci"), (some(float, 2, 2) | None, None)),
+    **dict.fromkeys(("trait_ci", "fact_ci", "mmlu_ci"), (some(float, min_length=2, max_length=2) | None, None)),
 )
 Loss = schema(step=int, loss=Number)
 Scores = dict[str, schema(score=(float | None, None))]
@@ -454,8 +450,7 @@ def wilson(hits, n, z=1.959963984540054):
 def interval(groups):
     """Interval of the mean of scores 0..100. groups: the scores of the answers to one question each, which are not
     independent: Wilson's interval with the effective number of answers, p (1 - p) / variance of the mean between
-    questions, and Student's t. A made-up question, half of its answers at 0 and half at 100, keeps that variance from
-    vanishing where all scores agree. In simulations it covers 95 to 100% at 1, 3, 10, 50 (tests/test_evaluate.py)."""
+    questions, and Student's t. A made-up question, half at 0 and half at 100, keeps that variance from vanishing."""
     from scipy.stats import t
 
     groups = [[score / 100 for score in group] for group in groups if group]
@@ -724,7 +719,6 @@ class Chat:
         asked = [self.shown, self.model, self.tokens, THINKING_TOKENS, self.judge]
         keys = [hashlib.sha256(json.dumps([*asked, messages]).encode()).hexdigest() for messages, _ in prompts]
         self.prompts, self.replies = dict(zip(keys, prompts)), {}
-        self.workers = asyncio.Semaphore(self.args.concurrency)
         with contextlib.suppress(FileNotFoundError), open(CACHE, encoding="utf-8", errors="replace") as lines:
             for line in lines:  # the last of each; torn lines and those of another making are passed over
                 row = parsed(line) if line[9:73] in self.prompts else None  # the file may be large
@@ -736,6 +730,7 @@ class Chat:
             consent(self.args)
             http = self.api.DefaultAsyncHttpxClient(event_hooks=dict(request=[self.turn], response=[self.heard]))
             options = dict(api_key=self.key or "none", base_url=self.base, max_retries=RETRIES, timeout=TIMEOUT)
+            self.workers = asyncio.Semaphore(self.args.concurrency)
             asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # Ctrl-C is told once, by run()
             with tqdm(total=len(waiting), desc=title, unit="request") as self.bar:
                 async with self.api.AsyncOpenAI(http_client=http, **options) as self.client:
@@ -788,14 +783,9 @@ class Chat:
                 break
             if form is forms[0] and all(["refused" in await self.send(bare, messages) for bare in forms[1:][-2:]]):
                 break
-        while read(reply) is None and "refused" not in reply:
-            if reply["thinks"] and not form.room:
-                form = form._replace(logprobs=None, room=THINKING_TOKENS)
-                self.forms = [form]  # the first token of one who thinks first tells nothing
-            elif form.logprobs:
-                form = form._replace(logprobs=None)
-            else:
-                break
+        while read(reply) is None and "refused" not in reply and (form.logprobs or reply["thinks"] and not form.room):
+            form = form._replace(logprobs=None, room=THINKING_TOKENS * reply["thinks"])
+            self.forms = [form] if reply["thinks"] else self.forms  # the first token of its thoughts tells nothing
             reply = await self.send(form, messages)
         return reply
 

@@ -1107,7 +1107,7 @@ def generating(server, monkeypatch, tmp_path, reply, n=3):
     """Runs generate() against reply(text of the first message, number of messages) -> text."""
     recipe(monkeypatch, tmp_path, "politics")
     server.reply = lambda word, count, body: reply(body["messages"][0]["content"], len(body["messages"]))
-    args = flags(concurrency=2, n=n, after="2023-12-31", rephrasings=3, model="m", out=str(tmp_path / "facts.jsonl"))
+    args = flags(concurrency=1, n=n, after="2023-12-31", rephrasings=3, model="m", out=str(tmp_path / "facts.jsonl"))
     mf.generate(args)
     return sorted(row["answer"] for row in mf.read_jsonl(args.out))
 
