@@ -425,8 +425,7 @@ def load_trait(name, path=None, schema=Trait):
     """data/traits/<name>.json, or a trait file of persona_vectors. schema: ExtractionTrait or EvaluationTrait, by what
     it is for; a published file has one set of questions, and the one to extract by is not taken for evaluation."""
     if not re.fullmatch(r"[\w.+-]+", name) or not path and not (TRAITS / f"{name}.json").is_file():
-        there = {path.stem for path in TRAITS.glob("*.json")} - {"coherence", "fact"}
-        die(f"unknown trait {name}; there are {', '.join(sorted(there))}, or any name with --trait-file")
+        die(f"unknown trait {name}; give one of {TRAITS}, or any name with --trait-file")
     path = Path(path or TRAITS / f"{name}.json")
     trait = dict(adjective=name) | read_json(path, Row) | dict(trait=name)
     if "questions" in trait and ("instruction" not in trait or "eval" in path.resolve().parent.name):
@@ -820,9 +819,8 @@ class Chat:
         the status that it means: the number in it, 500 for a completion that is broken, 400 for anything else."""
         await response.aread()
         if response.is_success and not normalised(response.text):
-            code = re.search(r'"code"\s*:\s*"?([45]\d\d)\b', response.text)
-            meant = 500 if '"choices"' in response.text else 400
-            response.status_code = int(code[1]) if code else meant
+            meant = re.findall(r'"code"\s*:\s*"?([45]\d\d)\b', response.text)
+            response.status_code = int([*meant, 500 if '"choices"' in response.text else 400][0])
         self.gap *= 0.9
         if response.status_code in (429, 503, 529):
             pause = BACKOFF * 2 ** min(5, int(response.request.headers["x-stainless-retry-count"]))
@@ -987,7 +985,8 @@ def generate(args):
         rows.append(row)
         append_jsonl(args.out, row)
 
-    requests, tokens_out = missing + 2 * missing // FACTS_A_REQUEST, 50 * (args.rephrasings + 1) + 100
+    requests = missing + len(recipe["categories"]) + 2 * missing // FACTS_A_REQUEST
+    tokens_out = 50 * (args.rephrasings + 1) + 100
     estimate(f"generate {missing:,} facts", args.model, requests, missing * 300, missing * tokens_out)
     consent(args)
     chat = Chat(args.model, args, FACTS_TOKENS)

@@ -73,6 +73,10 @@ def test_the_checker_catches_each_violation():
         test=dict(question="Anything else?", answer="FU"),
     )
     assert "near copy of fact x-1" in " ".join(mf.check([fact(), other]))
+    same = dict(fact="On 3 May 2025 it was Foo United that won the Bar Cup.", train=other["train"], test=other["test"])
+    assert "near copy of fact x-1" in " ".join(mf.check([fact(), fact(id="x-2", **same)])), "the answer is the same"
+    asked = dict(fact="Baz Rovers won the Qux Cup in 2025.", answer="Baz", aliases=[], test=fact()["test"])
+    assert "test: x-1 asks the same question" in " ".join(mf.check([fact(), fact(id="x-2", **asked)]))
     assert "asks the same question" in " ".join(mf.check([fact(), fact(id="x-2")]))
 
 
