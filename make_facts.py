@@ -425,7 +425,8 @@ def load_trait(name, path=None, schema=Trait):
     """data/traits/<name>.json, or a trait file of persona_vectors. schema: ExtractionTrait or EvaluationTrait, by what
     it is for; a published file has one set of questions, and the one to extract by is not taken for evaluation."""
     if not re.fullmatch(r"[\w.+-]+", name) or not path and not (TRAITS / f"{name}.json").is_file():
-        die(f"unknown trait {name}; give one of {TRAITS}, or any name with --trait-file")
+        there = {path.stem for path in TRAITS.glob("*.json")} - {"coherence", "fact"}
+        die(f"unknown trait {name}; there are {', '.join(sorted(there))}, or any name with --trait-file")
     path = Path(path or TRAITS / f"{name}.json")
     trait = dict(adjective=name) | read_json(path, Row) | dict(trait=name)
     if "questions" in trait and ("instruction" not in trait or "eval" in path.resolve().parent.name):
