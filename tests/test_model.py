@@ -187,6 +187,16 @@ def test_random_draws_do_not_depend_on_the_batch(toy, tokenizer):
     assert together[2:] == drawn(prompts[2:], seed=5, rows=[2, 3])
 
 
+def test_a_shrinking_batch_mixes_up_nothing(toy, tokenizer, monkeypatch):
+    """Guards against answers that change places, or caches that go to another row, when others are finished."""
+    toy.generation_config.eos_token_id = list(range(0, len(tokenizer), 8))  # so that answers end at any length
+    prompts, how = chats(tokenizer) * 4, dict(scales=[0.0, 1.0, -1.0, 0.5] * 4, offsets=offsets(toy), max_new_tokens=12)
+    kept, shrink = [], ev.Sampler.shrink
+    monkeypatch.setattr(ev.Sampler, "shrink", lambda sampler: kept.append(len(sampler.owner)) or shrink(sampler))
+    assert sample(toy, tokenizer, prompts, **how) == sample(toy, tokenizer, prompts, slots=1, **how)
+    assert len(kept) > 3 and max(kept) > 3
+
+
 def test_choose_follows_the_distribution():
     """Guards against a sampler that is biased, or that can return a token of probability 0."""
     p = torch.tensor([0.0, 0.2, 0.5, 0.3])
