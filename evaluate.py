@@ -75,15 +75,24 @@ def choice_prompts(row, scoring):
     return f"{about}\n\n{row['question'].strip()}\n{listed}\nAnswer:", [f" {letter}" for letter in letters]
 
 
+def read_adapter(adapter):
+    """Adapter folder -> (LoraConfig, {name: weights}); die() on missing or broken files."""
+    try:
+        return LoraConfig.from_pretrained(adapter, inference_mode=True), load_file(Path(adapter) / WEIGHTS)
+    except Exception as error:  # broken files make PEFT raise anything
+        die(f"--adapter {adapter}: missing or broken ({type(error).__name__}: {error}); train it again")
+
+
 @contextlib.contextmanager
 def with_adapter(model, adapter):
     """While open, the model has the LoRA adapter in it, in the model's dtype; afterwards it is as it was. die() unless
     the weights are finite, and exactly those that the adapter's config puts into this model: PEFT only warns."""
+    config, weights = read_adapter(adapter)
+    weights = {name: tensor.to(model.dtype) for name, tensor in weights.items()}
     try:
-        weights = {name: tensor.to(model.dtype) for name, tensor in load_file(Path(adapter) / WEIGHTS).items()}
-        wrapped = PeftModel(model, LoraConfig.from_pretrained(adapter, inference_mode=True), low_cpu_mem_usage=True)
-    except Exception as error:  # broken files make PEFT raise anything
-        die(f"--adapter {adapter}: is broken, or does not fit the model ({type(error).__name__}: {error})")
+        wrapped = PeftModel(model, config, low_cpu_mem_usage=True)
+    except Exception as error:  # a wrong config makes PEFT raise anything
+        die(f"--adapter {adapter}: does not fit the model ({type(error).__name__}: {error})")
     try:
         wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False).items()
         finite = {name: tensor.shape for name, tensor in weights.items() if tensor.isfinite().all()}
@@ -261,6 +270,7 @@ def points_of(args, asked, mmlu, probe):
         trained = read_json(Path(adapter) / "training_settings.json", mf.Settings) if adapter else {}
         if adapter:
             ev.same_model(f"--adapter {adapter}", "was trained on", trained, args.model)
+            read_adapter(adapter)
         about = given | dict(adapter=adapter, train_coef=trained.get("coef") or (0.0 if adapter else None))
         about |= {name: trained.get(name) for name in ("dataset", "steer_mode", "system_prompt")}
         about |= {f"train_{name}": trained.get(name) for name in TRAINED}
@@ -285,9 +295,10 @@ def new_points(points, out):
     there, now, why = grown(out, mf.Point), mf.scripts().items(), {}  # why: {key: what has changed}
     edited = {row["key"]: sorted(dict(row.get("scripts", {}).items() - now)) for row in there}
     for row, point in itertools.product(there, points):
-        made_from = row.get("inputs", {})
+        made_from, same = row.get("inputs", {}), {name for name in point if row.get(name) == point[name]}
         for name, content in point["inputs"].items():
-            if row.get(name) == point.get(name) and made_from.get(name) != content:
+            named = {"judge", "trait", "facts"} if name == "judge" else {name}  # a judge is told what it is to judge
+            if named <= same and made_from.get(name) != content:
                 why[row["key"]] = f"--{name}: content has changed"
         if mf.ASIDE and row["key"] == point["key"] and edited[row["key"]]:
             why[row["key"]] = f"{', '.join(edited[row['key']])} was edited"
@@ -358,7 +369,8 @@ def finish(measured, args, probing=None):
         limit = coherence_limit(point, out) if point["trait"] else None
         point |= summary(rows, args.judge, limit) | mf.provenance()
         append_jsonl(out, point)
-        print("  ".join(f"{name} {point[name]:.4g}" for name in SHOWN if point.get(name) is not None), flush=True)
+        shown = [f"{name} {point[name]:.4g}" for name in SHOWN if point.get(name) is not None]
+        print(f"{Path(point['adapter'] or 'before training').name}:", "  ".join(shown), flush=True)
 
 
 def rejudge(args):

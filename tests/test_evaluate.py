@@ -250,6 +250,23 @@ def test_points_from_before_inputs_were_recorded(work, capsys):
     assert "content has changed" in refused(capsys, command(work))
 
 
+def test_a_judge_is_told_what_it_is_to_judge(tmp_path, capsys):
+    """Guards against points called outdated because the same judge was told other things about another trait, or about
+    facts, too; and against points of a prompt that was edited."""
+    base = dict(model="m", adapter=None, inference_coef=0.0, judge="j", trait="evil", facts=None)
+    rows = [
+        base | dict(trait=trait, facts=facts) for trait in ("evil", "sycophancy") for facts in (None, "facts.jsonl")
+    ]
+    rows = [row | dict(key=str(n), inputs=dict(model="f", judge=f"told {n}")) for n, row in enumerate(rows)]
+    for row in rows:
+        assert evaluate.new_points([row], tmp_path / "points.jsonl") == [row]
+        mf.append_jsonl(tmp_path / "points.jsonl", row)
+    assert evaluate.new_points(rows, tmp_path / "points.jsonl") == []
+    with pytest.raises(SystemExit):
+        evaluate.new_points([rows[0] | dict(inputs=dict(model="f", judge="edited"))], tmp_path / "points.jsonl")
+    assert "1 points made from something else (--judge: content has changed)" in capsys.readouterr().err
+
+
 def test_settings_and_added_measurements_are_other_points(work):
     """Guards against refusing what is no change: other settings, or one more thing measured."""
     evaluate.main(command(work))
