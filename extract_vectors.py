@@ -824,8 +824,8 @@ def main(argv=None):
     inputs = dict(model=model_fingerprint(args.model), trait_file=content)
     settings = {key: getattr(args, key) for key in keys} | dict(inputs=inputs, scripts=mf.scripts())
     with mf.locked(files["pt"]):
-        made = mf.same_settings(files["json"], settings, *files.values())
-        if not made and any(path.exists() for path in files.values()):
+        begun = lambda: files["answers.jsonl"].exists() or files["pt"].exists()
+        if begun() and not mf.same_settings(files["json"], settings, *files.values()) and begun():
             die(f"{args.out}: no {files['json'].name} in it says what {args.trait} was made from; choose another --out")
         if files["pt"].exists():
             print(f"{files['pt']}: finished already")
