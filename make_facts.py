@@ -914,8 +914,7 @@ def judge_rows(jobs, model, args):
     for row, _, prompt in jobs:
         # one pass over the template: markers inside a question or answer stay as they are
         text = re.sub(r"\{(question|answer|truth)\}", lambda m, row=row: str(row[m[1]]), prompt)
-        read = functools.partial(score_of, verdict="{truth}" in prompt)
-        prompts.append(([dict(role="user", content=text)], read))
+        prompts.append(([dict(role="user", content=text)], functools.partial(score_of, verdict="{truth}" in prompt)))
     replies = asyncio.run(Chat(model, args, REPLY_TOKENS, judge=True).ask("judge", prompts))
     for (row, key, _), (reply, said) in zip(jobs, replies):
         score, reason, method = said or (None, unreadable(reply), None)
@@ -961,7 +960,7 @@ def generate(args):
     """Facts by category and round, then wordings for each; --out only ever holds whole facts that pass check()."""
     recipe = read_json(RECIPE, schema(categories=some(Text), facts=Text, wordings=Text, repair=Text))
     rows, rejects = read_jsonl(args.out, CheckedFact, appended=True), Path(args.out).with_suffix(".rejects.jsonl")
-    new, lost, missing = [], [], args.n - len(rows)  # of a round
+    new, missing = [], args.n - len(rows)  # facts of a round
     if missing <= 0:
         return print(f"{args.out}: has {len(rows)} facts")
 
@@ -974,7 +973,7 @@ def generate(args):
             fact |= dict(aliases=[name for name in aliases if isinstance(name, str)])
             fact |= dict(id=f"{about['category']}-{hashlib.sha256(repr(fact).encode()).hexdigest()[:8]}")
             if why := violations(fact, rows + new, 0, args.after):
-                lost.append(fact | dict(reasons=why))
+                append_jsonl(rejects, fact | dict(reasons=why))
             else:
                 new.append(fact)
 
@@ -994,19 +993,15 @@ def generate(args):
     while missing := args.n - len(rows):
         prompts = []
         new.clear()
-        lost.clear()
         for category in recipe["categories"]:
             known = "\n".join(row["fact"] for row in rows if row["category"] == category) or "(none)"
             text = recipe["facts"].format(n=FACTS_A_REQUEST, after=args.after, category=category, known=known)
             prompts.append((dict(category=category, source=args.model), text))
-        lost += ask_json(chat, "facts", prompts, recipe["repair"], take_facts)
-        prompts = []
-        for i in sorted(random.Random(0).sample(range(len(new)), min(missing, len(new)))):  # of all categories
-            text = recipe["wordings"].format(fact=new[i]["fact"], answer=new[i]["answer"], n=args.rephrasings)
-            prompts.append((new[i], text))
-        lost += ask_json(chat, "wordings", prompts, recipe["repair"], take_wordings)
-        append_jsonl(rejects, *lost)
-        print(f"{len(rows)} of {args.n} facts; {len(lost)} rejected this round ({rejects})", flush=True)
+        append_jsonl(rejects, *ask_json(chat, "facts", prompts, recipe["repair"], take_facts))
+        drawn = sorted(random.Random(0).sample(range(len(new)), min(missing, len(new))))  # from all categories
+        prompts = [(new[i], recipe["wordings"].format(**new[i], n=args.rephrasings)) for i in drawn]
+        append_jsonl(rejects, *ask_json(chat, "wordings", prompts, recipe["repair"], take_wordings))
+        print(f"{len(rows)} of {args.n} facts; what was rejected is in {rejects}", flush=True)
         if missing == args.n - len(rows):
             die(f"{args.model} gave no new valid fact in a whole round; the reasons are in {rejects}")
 
