@@ -595,4 +595,4 @@ def test_a_vector_belongs_to_its_inputs(extraction, folder, tmp_path, capsys):
     assert "model" in refused(capsys, extract)
     (tmp_path / "out/cheer.json").unlink()
     (tmp_path / "out/cheer.pt").unlink()
-    assert "no .json" in refused(capsys, extract)
+    assert "no cheer.json" in refused(capsys, extract)
