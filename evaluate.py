@@ -342,9 +342,6 @@ def measure(args):
         vector = ev.load_vector(args.vector, model, args.model) if args.vector else None
         offsets = ev.offsets_of(vector, args.layers) if any(args.inference_coef) else None
         probing = functools.partial(ev.probe_scores, model, tokenizer, vector, probe)
-        for adapter in args.adapter[1:]:
-            with with_adapter(model, adapter):
-                pass  # it fits; known before the first is measured
         begun = [row for file in [args.out, *(point["answers"] for point in points)] for row in grown(file)]
         day = ev.pin_day(tokenizer, next((row["day"] for row in begun if row.get("day")), None))
         for adapter, some in itertools.groupby(points, lambda point: point["adapter"]):

@@ -32,7 +32,7 @@ fi
 for name in $( (grep -o "[{][A-Z_]*:*=" run_all.sh | tr -d "{:="; printf "%s\n" ${!COEFS_@}) | sort -u); do
     [ -z "${!name+set}" ] || echo "from the environment: $name=${!name}" >&2
 done
-HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore::FutureWarning
+HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore::FutureWarning PYTHONUNBUFFERED=1
 : "${profile:=${mode/plan/demo}}" "${OUT:=out/$profile}"
 case $profile in
 paper)  # the rest is what the scripts do by themselves
@@ -61,7 +61,7 @@ esac
 : "${PROMPT=}" "${ADAPTERS=}" "${FIRST:=4}"  # FIRST: answer tokens that the first vector is read from (0: all)
 # ---- the plan, and what runs it --------------------------------------------------------------------------------------
 IFS= read -r -d '' program <<'END' || true
-import gc, importlib, itertools, os, re, shlex, shutil, subprocess, sys, time, types
+import contextlib, gc, importlib, itertools, os, re, select, shlex, shutil, subprocess, sys, time, types
 E, OUT, MODEL, JUDGE, START = os.environ, *map(os.environ.get, ("OUT", "MODEL", "JUDGE")), time.time()
 POINTS, VECTORS = f"{OUT}/points.jsonl", f"{OUT}/vectors"
 PAID = [] if JUDGE in ("probe", "lexical") else ["--judge", JUDGE, *E["YES"].split()]
@@ -167,35 +167,32 @@ def run(words):  # -> exit code
         torch.compiler.reset()
         torch.cuda.empty_cache()
     return code or 0
-def work(queue, parent=None):  # queue: a pipe with the numbers of commands, two bytes each
-    while number := os.read(queue, 2):
-        command = ALL[int.from_bytes(number)]
-        if code := run(command.words) if parent in (None, os.getppid()) else 1:
-            os.read(queue, 65536)  # the other processes take no more
-            later = [path for other in ALL if {*command.makes} & {*other.words} for path in other.makes]
-            print("stopped; the same command goes on from here. Made from it:", *dict.fromkeys(later), file=sys.stderr)
-            raise SystemExit(code)
-def make(stage):  # this process and JOBS - 1 others, spread over the GPUs
-    gpus = E.get("CUDA_VISIBLE_DEVICES", ",".join(line.split(",")[0] for line in E["gpus"].splitlines())).split(",")
-    (queue, begin), children = os.pipe(), []
-    os.write(begin, b"".join(ALL.index(command).to_bytes(2) for command in stage))
-    os.close(begin)
-    for slot in range(1, min(int(E["JOBS"]), len(stage))):
-        gpu = dict(CUDA_VISIBLE_DEVICES=gpus[slot % len(gpus)]) if len(gpus) > 1 else {}
-        words = [sys.executable, "-c", E["program"], "work", str(os.getpid())]
-        children.append(subprocess.Popen(words, env=E | gpu, stdin=queue))
-    try:
-        work(queue)
-        for child in children:
-            if code := child.wait():
-                raise SystemExit(code if code > 0 else 128 - code)
-    finally:
-        for child in children:
-            child.terminate()
+def work(done):  # one of JOBS processes: takes numbers of commands from stdin, and sends them to done with exit codes
+    while number := os.read(0, 2):
+        os.write(done, number + bytes([run(ALL[int.from_bytes(number)].words) & 255]))
 def main(dry_run):
     if sys.argv[1] == "work":
-        return work(0, int(sys.argv[2]))
-    with make_facts.locked(f"{OUT}/run_all.sh"):
+        make_facts.stop = lambda number, _: sys.exit(128 + number)  # the first process says that it was stopped
+        return make_facts.run(work, int(sys.argv[2]))
+    (queue, begin), (finished, done), children = os.pipe(), os.pipe(), []
+    gpus = E.get("CUDA_VISIBLE_DEVICES", ",".join(line.split(",")[0] for line in E["gpus"].splitlines())).split(",")
+    def make(stage):  # by processes that live through all stages
+        os.write(begin, b"".join(ALL.index(command).to_bytes(2) for command in stage))
+        for _ in stage:
+            while not select.select([finished], [], [], 1)[0]:
+                all(child.poll() is None for child in children) or make_facts.die("one of its processes was killed")
+            *number, code = os.read(finished, 3)
+            if code:
+                makes = ALL[int.from_bytes(number)].makes
+                later = dict.fromkeys(path for other in ALL if {*makes} & {*other.words} for path in other.makes)
+                print("stopped; the same command goes on from here. Made from it:", *later, file=sys.stderr)
+                raise SystemExit(code)
+    with make_facts.locked(f"{OUT}/run_all.sh"), contextlib.ExitStack() as stack:
+        for slot in range(int(E["JOBS"])):
+            gpu = dict(CUDA_VISIBLE_DEVICES=gpus[slot % len(gpus)]) if len(gpus) > 1 and E["JOBS"] != "1" else {}
+            words = [sys.executable, "-c", E["program"], "work", str(done)]
+            children.append(subprocess.Popen(words, env=E | gpu, stdin=queue, pass_fds=[done]))
+            stack.callback(children[-1].terminate)
         for path in OWN:
             make_facts.read_chats(path)
         make_facts.read_jsonl(E["FACTS_FILE"], make_facts.Fact)
