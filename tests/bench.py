@@ -932,12 +932,12 @@ def two_gpus_table(found):
     for kind in ("facts", "medical"):
         if "ratio" in (row := found.get(f"{kind}, two against one", {})):
             one, two = (1e3 * found[f"{kind}, {n}"]["seconds"] for n in ("1 GPU", "2 GPUs"))
-            apart = f"{row['loss']:.3f} | {100 * row['lora_b']:.1f}%"
+            apart = f"{row['loss']:.3f} | " + (f"{100 * row['lora_b']:.1f}%" if "lora_b" in row else "not measured")
             text.append(f"| {kind} | {one:.1f} | {two:.1f} | {row['ratio']:.2f} | {apart} |")
         else:
             text.append(f"| {kind} | {found.get(f'{kind}, two GPUs', {}).get('error', 'not measured')} | | | | |")
     about = found["about"]
-    text.append(f"\n{about['gpu']}, {about['shape']}, {about['run']}; a partial last batch included.")
+    text.append(f"\n{about['gpu']}, {about['shape']}, {about['run']}.")
     return "\n".join(text + [about["note"]] * ("note" in about))
 
 
