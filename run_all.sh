@@ -28,6 +28,7 @@ if [ -z "$mode" ]; then
     mode=demo; [ -z "${OPENAI_API_KEY:-}" ] || ! echo "$gpus" | awk '$2 > 22000 { f = 1 } END { exit !f }' || mode=paper
     echo "profile $mode (a GPU of 24 GiB and OPENAI_API_KEY choose paper)"
 fi
+
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 for name in $( (grep -o "[{][A-Z_]*:*=" run_all.sh | tr -d "{:="; printf "%s\n" ${!COEFS_@}) | sort -u); do
     [ -z "${!name+set}" ] || echo "from the environment: $name=${!name}" >&2
@@ -59,6 +60,7 @@ esac
 : "${TRAITS:=hallucination evil sycophancy}" "${SEEDS:=0}" "${JOBS:=1}"  # the first trait is Figure 1's; jobs at once
 : "${SETS=medical_mistake_2 medical_normal medical_self_generated}"  # Figure 2's rows, also files; SETS= leaves it out
 : "${PROMPT=}" "${ADAPTERS=}" "${FIRST:=4}"  # FIRST: answer tokens that the first vector is read from (0: all)
+
 # ---- the plan, and what runs it --------------------------------------------------------------------------------------
 IFS= read -r -d '' program <<'END' || true
 import contextlib, gc, importlib, itertools, os, re, select, shlex, shutil, subprocess, sys, time, types
@@ -151,7 +153,7 @@ plan(FIGURES, [], "plot.py", POINTS)
 if sys.argv[1] == "plan":
     print("\n\n".join("\n".join(command.text for command in stage) for stage in STAGES))
     raise SystemExit
-import make_facts  # 2. Running: in this process, so that imports and models are paid once
+import make_facts  # 2. Running: by JOBS processes, in each of which imports and models are paid once
 ALL = sum(STAGES, [])
 def run(words):  # -> exit code
     print("--", shlex.join(words), flush=True)
@@ -217,6 +219,7 @@ def main(dry_run):
 make_facts.ASIDE = E["ASIDE"] and f"{OUT}/{E['ASIDE']}"
 make_facts.run(main, "--dry-run" in sys.argv)
 END
+
 # ---- set-up: a virtual environment unless one is active, and the packages --------------------------------------------
 plan=$(python3 -c "$program" plan) || exit 2
 if [ "$mode" = plan ]; then echo "$plan"; exit; fi
