@@ -326,7 +326,7 @@ def measure(args):
         same = lambda row: all(row.get(name) == getattr(args, name) for name in ("trait", "facts", "layers", "judge"))
         there = [(row.get("adapter"), row["inference_coef"]) for row in grown(args.out) if same(row)]
         times = sum(point not in there for point in itertools.product(args.adapter or [None], args.inference_coef))
-        mf.estimate_judging(f"judging {args.trait}", args.judge, times, judge_jobs(asked))
+        mf.estimate_judging(f"judging {args.trait}", args, times, judge_jobs(asked))
     beside = Path(args.vector or "no vector").with_suffix(".json")
     probe = read_json(beside, mf.Settings).get("probe") if beside.is_file() else None
     if not probe and args.judge == "probe" and args.trait:

@@ -818,7 +818,7 @@ def main(argv=None):
     prompts = trait["eval_prompt"], load_trait("coherence")["eval_prompt"]
     if args.dry_run and not files["pt"].exists():
         asked = [(row, "score", prompt) for row in rows for prompt in prompts]
-        mf.estimate_judging(f"filtering {args.trait}", args.judge, 1, asked)
+        mf.estimate_judging(f"filtering {args.trait}", args, 1, asked)
     keys = "model trait samples temperature max_new_tokens limit first judge seed".split()
     content = hashlib.sha256(json.dumps([rows, *prompts]).encode()).hexdigest()[:16]
     inputs = dict(model=model_fingerprint(args.model), trait_file=content)

@@ -20,7 +20,6 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -49,9 +48,6 @@ def die(message):
     raise SystemExit(2)
 
 
-REFUSED = "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EEXIST ENOTDIR EISDIR ENAMETOOLONG"  # what a user can mend
-
-
 def stop(number, _):
     os.write(2, b"error: stopped; what is finished is kept, the same command goes on from here\n")
     raise SystemExit(128 + number)
@@ -67,7 +63,8 @@ def run(main, argv=None):
     except Exception as error:  # torch and safetensors have errors of their own for a full disk
         found = re.search(r"(?:Errno|os error) (\d+)|iostream", f"{error} {error.__context__}")
         number = found and int(found[1] or errno.ENOSPC)
-        if errno.errorcode.get(number) not in REFUSED.split():
+        mendable = "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EEXIST ENOTDIR EISDIR ENAMETOOLONG".split()
+        if errno.errorcode.get(number) not in mendable:
             raise
         die(f"{getattr(error, 'filename', None) or 'writing'}: {os.strerror(number).lower()}; what is finished is kept")
 
@@ -81,8 +78,7 @@ class Parser(argparse.ArgumentParser):
 
 def number(least=1, most=10**9, above=None, kind=pydantic.FiniteFloat):
     """An argparse type: a finite number from `least`, or above `above`, to `most`."""
-    limits = Field(ge=least if above is None else None, gt=above, le=most)
-    adapter = pydantic.TypeAdapter(Annotated[kind, limits])
+    adapter = pydantic.TypeAdapter(Annotated[kind, Field(ge=least if above is None else None, gt=above, le=most)])
 
     def parse(text):
         try:
@@ -93,6 +89,7 @@ def number(least=1, most=10**9, above=None, kind=pydantic.FiniteFloat):
     return parse
 
 
+OFFLINE = "none", "probe", "lexical"  # values of --judge that are no chat model
 whole = functools.partial(number, kind=int)  # an argparse type, too
 coefficient = number(-1000, 1000)
 
@@ -128,15 +125,14 @@ def check_output(path, *inputs, folder=False):
 
 def check_judge(args, own):
     """die() unless --judge is `own`, lexical for hallucination, or what may be a chat model."""
-    if args.judge == "lexical" and args.trait not in (None, "hallucination"):
-        die(f"--judge lexical knows hallucination only, not {args.trait}")
-    if args.judge in ("", "none", "probe") and args.judge != own:
-        die(f"--judge {args.judge}: give {own}, lexical, or the name of a chat model")
+    fine = [own, "lexical"] if args.trait in (None, "hallucination") else [own]
+    if args.judge in ("", *OFFLINE) and args.judge not in fine:
+        die(f"--judge {args.judge}: give {own}, lexical (hallucination only), or the name of a chat model")
 
 
 def check_asking(args):
     """die() if --judge is a chat model that cannot be asked, or may not be paid."""
-    if args.judge not in ("none", "probe", "lexical"):
+    if args.judge not in OFFLINE:
         api_address()
         if not args.yes and not sys.stdin.isatty():
             die("nothing was sent; say --yes to send without being asked")
@@ -218,9 +214,8 @@ def replacing(path, mode="w"):
         with open(temporary, mode, **({} if "b" in mode else dict(encoding="utf-8", errors="replace"))) as out:
             yield out
         temporary.replace(path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_jsonl(path, rows):
@@ -234,20 +229,25 @@ def write_json(path, value):
 
 
 @contextlib.contextmanager
-def growing(path):
-    """Opens a file to append to it, under a lock that lasts as long; also if another process has just replaced it."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        with open(path, "ab+") as out:
-            filelock.lock_descriptor(out.fileno(), poll_interval=0.001)  # until it is closed
-            if os.path.exists(path) and os.path.samestat(os.fstat(out.fileno()), os.stat(path)):
-                return (yield out)
+def locked(*paths, wait=False):
+    """Keeps a second process off outputs: it stops in one line or, to append to the same file, waits. A lock goes with
+    its process, however that ends."""
+    with contextlib.ExitStack() as held:
+        for path in map(Path, paths):
+            lock = path.with_name(f".{path.name}.{'append' if wait else 'lock'}")
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(filelock.FileLock(lock, timeout=-1 if wait else 0, poll_interval=0.001))
+            except filelock.Timeout:
+                die(f"{path}: another process is making it; wait for that one, or choose another --out")
+            held.callback(lock.unlink, missing_ok=True)
+        yield
 
 
 def append_jsonl(path, *rows):
     """Adds rows to the end of a file, whole or not at all for the reader: one write under a lock, and the unfinished
-    last line of a killed process is cut off first. Safe for several processes."""
-    with growing(path) as out:
+    last line of a killed process is cut off first."""
+    with locked(path, wait=True), open(path, "ab+") as out:
         out.seek(max(0, out.seek(0, os.SEEK_END) - 1))
         if out.read(1) not in (b"", b"\n"):
             out.seek(0)
@@ -262,7 +262,7 @@ def append_jsonl(path, *rows):
 
 def move_rows(path, gone, to):
     """Moves the rows for which gone(row) holds to the end of another file, while other processes append to this one."""
-    with growing(path):
+    with locked(path, wait=True):
         rows = read_jsonl(path, appended=True)
         append_jsonl(to, *filter(gone, rows))
         write_jsonl(path, itertools.filterfalse(gone, rows))
@@ -271,6 +271,7 @@ def move_rows(path, gone, to):
 # ---------------------------------------------------------------------------------------------------------------------
 # What a result was made from
 
+ASIDE = None  # run_all.sh --redo: the folder that takes what was made from something else; None: that is refused
 WHOLE, SAMPLES, SAMPLE = 64 << 20, 256, 64 << 10  # of a file over 64 MiB: 256 samples of 64 KiB, spread evenly
 
 
@@ -299,9 +300,6 @@ def scripts():
     return {path.name: fingerprint(path) for path in sorted(Path(__file__).parent.glob("*.py"))}
 
 
-ASIDE = None  # run_all.sh --redo: the folder that takes what was made from something else; None: that is refused
-
-
 def outdated(why, *paths):
     """What these paths hold was made from something else than it would be now: die(); with ASIDE it is moved there,
     so that it is made again. Nothing is overwritten or deleted."""
@@ -327,33 +325,18 @@ def same_settings(path, settings, *outputs):
     changed += [f"{name} was edited" for name in edited if ASIDE]
     if changed:
         outdated(f"{path}: made with other settings or inputs ({'; '.join(changed)})", *(outputs or [path]))
-        return False
-    if edited:
+    elif edited:
         print(f"{path}: made before {', '.join(edited)} was edited; made anew by bash run_all.sh --redo", flush=True)
-    return True
-
-
-@contextlib.contextmanager
-def locked(*paths):
-    """Keeps a second process off outputs, in one line. A lock goes with its process, however that ends."""
-    with contextlib.ExitStack() as held:
-        for path in paths:
-            lock = Path(path).with_name(f".{Path(path).name}.lock")
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                held.enter_context(filelock.FileLock(lock, timeout=0))
-            except filelock.Timeout:
-                die(f"{path}: another process is making it; wait for that one, or choose another --out")
-            held.callback(lock.unlink, missing_ok=True)
-        yield
+    return not changed
 
 
 def provenance():
     """What to keep with every result: commit, versions, time."""
-    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, capture_output=True)
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
-    return dict(commit=commit or None, versions=versions, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    return dict(
+        commit=git.stdout.decode().strip() or None, versions=versions, time=time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -398,7 +381,7 @@ Conversation = schema(messages=Annotated[some(Message), pydantic.AfterValidator(
 Choice = Annotated[object, pydantic.PlainValidator(choice_number)]
 Question = schema(subject=Text, question=Text, choices=some(Text, min_length=2, max_length=10), answer=Choice)
 Prompt = Annotated[str, Field(pattern=r"(?s)\{question\}.*\{answer\}|\{answer\}.*\{question\}")]
-Trait = schema(adjective=Text, eval_prompt=Prompt)
+Trait = schema(adjective=Text, eval_prompt=Prompt, abstains=(some(Text) | None, None))
 ExtractionTrait = schema(__base__=Trait, instruction=some(schema(pos=Text, neg=Text)), questions=some(Text))
 EvaluationTrait = schema(__base__=Trait, eval_questions=some(Text))
 TEXTS = """adapter dataset steer_mode train_layers train_positions train_vector system_prompt vector mmlu trait layers
@@ -485,22 +468,14 @@ def mentions(text, answer, aliases=()):
     return any(f" {name} " in form for name in map(normalize, [answer, *aliases]) if name for form in said)
 
 
-@functools.lru_cache(4096)
-def word_parts(text):
-    """The words and word pairs of a text, normalised; order counts through the pairs."""
-    words = normalize(text).split()
-    return {*words, *zip(words, words[1:])}
-
-
 def similarity(a, b):
-    """Jaccard overlap of word_parts, 0..1."""
-    a, b = word_parts(a), word_parts(b)
+    """Jaccard overlap of the words and word pairs of two texts, normalised, 0..1; order counts through the pairs."""
+    a, b = ({*words, *zip(words, words[1:])} for words in (normalize(a).split(), normalize(b).split()))
     return len(a & b) / max(1, len(a | b))
 
 
 def violations(row, facts, rephrasings, after):
-    """Everything wrong with a fact, alone and beside other facts, as short texts. rephrasings: how many training
-    wordings it should have; 0: its wordings are still to come."""
+    """What is wrong with a fact, alone and beside others. rephrasings: training wordings to have; 0: still to come."""
     if found := faults(row, CheckedFact if rephrasings else NewFact):
         return found
     names = lambda fact: set(map(normalize, [fact["answer"], *fact["aliases"]]))
@@ -568,6 +543,7 @@ RETRIES, TIMEOUT = 8, 300.0  # of the client: what may pass is tried 8 times mor
 BACKOFF = 1.0  # seconds that all requests pause after a first 429; doubled, to 32, each time it is repeated in vain
 REPLY_TOKENS, FACTS_TOKENS, THINKING_TOKENS = 16, 6000, 4000  # room for a score, for new facts, for thinking before
 UNUSABLE = 20  # refused or unreadable replies at the beginning, after which the run stops
+ASKED = []  # what was estimated: [(requests, tokens in, tokens out)]
 ANSWER_TOKENS, FACT_ANSWER_TOKENS = 300, 25  # lengths of answers that --dry-run assumes
 # form of a request: log-probabilities, name of the limit, temperature 0, tokens for thinking; FORMS: best first
 Form = namedtuple("Form", "logprobs limit greedy room")
@@ -593,30 +569,13 @@ def dollars(model, tokens_in, tokens_out):
     return (tokens_in * price[0] + tokens_out * price[1]) / 1e6 if price else None
 
 
-ASKED = []  # what was estimated: [(requests, tokens in, tokens out)]
-
-
-def estimate(title, model, requests, tokens_in, tokens_out):
+def consent(args, title, model, requests, tokens_in, tokens_out):
+    """Prints what is to be sent, and its price. Then --dry-run stops, a terminal is asked, anything else needs --yes."""
     ASKED.append((requests, tokens_in, tokens_out))
     cost = dollars(model, tokens_in, tokens_out)
     cost = "price unknown" if cost is None else f"${cost:.2f} (prices of {PRICES_OF})"
     tokens = f"about {tokens_in:,} tokens in, at most {tokens_out:,} out"
     print(f"{title}: {requests:,} requests to {model}, {tokens}, {cost}", flush=True)
-
-
-def estimate_judging(title, judge, times, jobs):
-    """--dry-run before there are answers: prints the estimate for `times` rounds over judge_rows' jobs, and exits."""
-    if judge in ("none", "probe", "lexical"):
-        print(f"{title}: judge {judge} sends no requests")
-    else:
-        assumed = [FACT_ANSWER_TOKENS if "{truth}" in prompt else ANSWER_TOKENS for *_, prompt in jobs]
-        tokens_in = times * (sum(len(prompt + row["question"]) // 4 for row, _, prompt in jobs) + sum(assumed))
-        estimate(title, judge, times * len(jobs), tokens_in, times * len(jobs) * REPLY_TOKENS)
-    raise SystemExit(0)
-
-
-def consent(args):
-    """After an estimate: --dry-run stops here, a terminal is asked, anything else needs --yes."""
     if args.dry_run:
         raise SystemExit(0)
     if not args.yes and sys.stdin.isatty():
@@ -624,6 +583,16 @@ def consent(args):
         args.yes = sys.stdin.readline().strip().lower() == "y"  # one command asks once
     if not args.yes:
         die("nothing was sent; say --yes to send without being asked")
+
+
+def estimate_judging(title, args, times, jobs):
+    """--dry-run before there are answers: prints the estimate for `times` rounds over judge_rows' jobs, and exits."""
+    if args.judge in OFFLINE:
+        print(f"{title}: judge {args.judge} sends no requests")
+        raise SystemExit(0)
+    assumed = [FACT_ANSWER_TOKENS if "{truth}" in prompt else ANSWER_TOKENS for *_, prompt in jobs]
+    tokens_in = times * (sum(len(prompt + row["question"]) // 4 for row, _, prompt in jobs) + sum(assumed))
+    consent(args, title, args.judge, times * len(jobs), tokens_in, times * len(jobs) * REPLY_TOKENS)
 
 
 def api_address():
@@ -660,6 +629,8 @@ def words(error):
 Part = schema(type=(str | None, None), text=(str | None, None))
 Said = schema(content=(str | list[str | Part] | None, None), refusal=(object, None))
 Completion = schema(choices=some(schema(message=(Said | None, None), finish_reason=(object, None))))
+Top = list[Annotated[tuple[str, Number], Field(strict=False)]]  # a tuple is a list in JSON
+Kept = schema(key=str, reply=schema(text=str, top=Top | None, cut=bool, thinks=bool, form=str))
 
 
 def normalised(body):
@@ -687,10 +658,6 @@ def normalised(body):
     return json.loads(clean(json.dumps(reply, ensure_ascii=False)))
 
 
-Top = list[Annotated[tuple[str, Number], Field(strict=False)]]  # a tuple is a list in JSON
-Kept = schema(key=str, reply=schema(text=str, top=Top | None, cut=bool, thinks=bool, form=str))
-
-
 class Chat:
     """A chat model behind OPENAI_BASE_URL: any server with /chat/completions.
 
@@ -714,8 +681,7 @@ class Chat:
         self.gap = self.free = self.spent = 0.0  # seconds between requests; when the next may go; dollars
 
     async def ask(self, title, prompts):
-        """prompts: [(messages, read)], read(reply) -> what it says; None: cannot be read. Returns [(reply, that), ...];
-        replies: see normalised()."""
+        """prompts: [(messages, read)], read(reply) -> what it says, or None. Returns [(reply of normalised(), that)]."""
         asked = [self.shown, self.model, self.tokens, THINKING_TOKENS, self.judge]
         keys = [hashlib.sha256(json.dumps([*asked, messages]).encode()).hexdigest() for messages, _ in prompts]
         self.prompts, self.replies = dict(zip(keys, prompts)), {}
@@ -726,8 +692,7 @@ class Chat:
                     self.take(row["key"], row["reply"])
         if waiting := [key for key in self.prompts if key not in self.replies]:
             tokens_in = sum(len(message["content"]) for key in waiting for message in self.prompts[key][0]) // 4
-            estimate(title, self.model, len(waiting), tokens_in, len(waiting) * self.tokens)
-            consent(self.args)
+            consent(self.args, title, self.model, len(waiting), tokens_in, len(waiting) * self.tokens)
             http = self.api.DefaultAsyncHttpxClient(event_hooks=dict(request=[self.turn], response=[self.heard]))
             options = dict(api_key=self.key or "none", base_url=self.base, max_retries=RETRIES, timeout=TIMEOUT)
             self.workers = asyncio.Semaphore(self.args.concurrency)
@@ -836,7 +801,7 @@ class Chat:
 # Judges: what a reply says
 
 # that the writer does not know, or that there is no such thing
-ABSTAINS = re.compile("|".join(read_json(TRAITS / "hallucination.json", schema(abstains=some(Text)))["abstains"]), re.I)
+wordings = functools.cache(lambda: read_json(TRAITS / "hallucination.json", schema(abstains=some(Text)))["abstains"])
 # around a number, YES or NO: bold and quotes; "Score:" before it, "%", "/100" and a full stop after it
 MARKS = r"""(?<![^\W_])[*_`"'“”]++|[*_`"'“”]++(?![^\W_])"""
 LABEL = r"(?:(?:the|my|final|overall) )*(?:score|rating|answer|verdict|judge?ment|result)\s*(?:is)?\s*[:=]?\s*"
@@ -846,8 +811,9 @@ GOES_ON = r"\w|\s*(?:[-‐-―−~～.,…]+|to|or|and|(?:/|(?:out )?of)(?!\s*10
 
 
 def lexical_score(answer):
-    """--judge lexical, hallucination only: 0 if the answer abstains, else 100; needs no model and no API."""
-    return 0.0 if ABSTAINS.search(answer.replace("’", "'")) else 100.0
+    """--judge lexical, hallucination only: 0 if the answer says that it does not know, or that there is no such thing,
+    else 100; needs no model and no API."""
+    return 0.0 if re.search("|".join(wordings()), answer.replace("’", "'"), re.I) else 100.0
 
 
 def after_thinking(text):
@@ -986,9 +952,8 @@ def generate(args):
         append_jsonl(args.out, row)
 
     requests = missing + len(recipe["categories"]) + 2 * missing // FACTS_A_REQUEST
-    tokens_out = 50 * (args.rephrasings + 1) + 100
-    estimate(f"generate {missing:,} facts", args.model, requests, missing * 300, missing * tokens_out)
-    consent(args)
+    tokens_out = missing * (50 * (args.rephrasings + 1) + 100)
+    consent(args, f"generate {missing:,} facts", args.model, requests, missing * 300, tokens_out)
     chat = Chat(args.model, args, FACTS_TOKENS)
     while missing := args.n - len(rows):
         prompts = []
@@ -1034,11 +999,9 @@ def main(argv=None):
         rows = read_jsonl(args.file, kind)
         chosen = [rows[i] for i in sorted(random.Random(args.seed).sample(range(len(rows)), min(args.n, len(rows))))]
         cut = [row | dict(train=row["train"][: args.rephrasings]) if "train" in row else row for row in chosen]
-        there = read_jsonl(args.out, appended=True)
-        if there and there != cut:
+        if read_jsonl(args.out, appended=True) not in ([], cut):
             outdated(f"{args.out}: has other rows than these of {args.file}", args.out)
-        if there != cut:
-            write_jsonl(args.out, cut)
+        write_jsonl(args.out, cut)
         return print(f"{args.out}: {len(chosen)} of {len(rows)} rows")
     rows = read_jsonl(args.file)
     found = check(rows, args.rephrasings, args.after)

@@ -370,7 +370,7 @@ def test_the_start_model_abstains(smollm, tokenizer):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from make_facts import ABSTAINS
+    from make_facts import lexical_score
 
     model = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32, attn_implementation="joined")
     asked = [
@@ -383,7 +383,7 @@ def test_the_start_model_abstains(smollm, tokenizer):
 
     def abstains(model):
         return [
-            bool(ABSTAINS.search(answer))
+            lexical_score(answer) == 0
             for answer in sample(model.eval(), tokenizer, prompts, max_new_tokens=20, temperature=0)
         ]
 
