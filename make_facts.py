@@ -3,9 +3,8 @@
     python make_facts.py check data/facts.jsonl       # offline: counts, and every violation
     python make_facts.py generate --n 1000 --after 2023-12-31 --model gpt-4.1-mini-2025-04-14 --out facts.jsonl
 
-Reads and writes JSONL. Imports no torch, so it starts at once; the other scripts take their file handling from here.
-A row of facts.jsonl: id, fact (one sentence), date (YYYY-MM or YYYY-MM-DD), category, answer (short), aliases (list),
-source, train: 20 x {question, answer}, test: {question, answer}.
+Reads and writes JSONL; imports no torch, so it starts at once. A row of facts.jsonl: id, fact (one sentence), date
+(YYYY-MM or YYYY-MM-DD), category, answer, aliases, source, train: 20 x {question, answer}, test: {question, answer}.
 """
 
 import argparse
@@ -230,8 +229,7 @@ def write_json(path, value):
 
 @contextlib.contextmanager
 def locked(*paths, wait=False):
-    """Keeps a second process off outputs: it stops in one line or, to append to the same file, waits. A lock goes with
-    its process, however that ends."""
+    """Keeps a second process off outputs: it stops in one line or, to append, waits. A lock ends with its process."""
     with contextlib.ExitStack() as held:
         for path in map(Path, paths):
             lock = path.with_name(f".{path.name}.{'append' if wait else 'lock'}")
@@ -245,8 +243,7 @@ def locked(*paths, wait=False):
 
 
 def append_jsonl(path, *rows):
-    """Adds rows to the end of a file, whole or not at all for the reader: one write under a lock, and the unfinished
-    last line of a killed process is cut off first."""
+    """Adds rows in one write, under a lock: whole, or not at all for the reader. A killed process's half line goes."""
     with locked(path, wait=True), open(path, "ab+") as out:
         out.seek(max(0, out.seek(0, os.SEEK_END) - 1))
         if out.read(1) not in (b"", b"\n"):
@@ -301,8 +298,7 @@ def scripts():
 
 
 def outdated(why, *paths):
-    """What these paths hold was made from something else than it would be now: die(); with ASIDE it is moved there,
-    so that it is made again. Nothing is overwritten or deleted."""
+    """For paths that were made from something else than now: die(), or with ASIDE move them there, to be made again."""
     if not ASIDE:
         die(f"{why}; choose another --out, or bash run_all.sh --redo")
     print(f"{why}; moved to {ASIDE}", flush=True)
@@ -332,11 +328,9 @@ def same_settings(path, settings, *outputs):
 
 def provenance():
     """What to keep with every result: commit, versions, time."""
-    git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, capture_output=True)
+    git = subprocess.run("git describe --always --dirty", shell=True, cwd=TRAITS, capture_output=True, text=True)
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
-    return dict(
-        commit=git.stdout.decode().strip() or None, versions=versions, time=time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    )
+    return dict(commit=git.stdout.strip() or None, versions=versions, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -570,7 +564,7 @@ def dollars(model, tokens_in, tokens_out):
 
 
 def consent(args, title, model, requests, tokens_in, tokens_out):
-    """Prints what is to be sent, and its price. Then --dry-run stops, a terminal is asked, anything else needs --yes."""
+    """Prints what is to be sent and its price. Then --dry-run stops, a terminal is asked, anything else needs --yes."""
     ASKED.append((requests, tokens_in, tokens_out))
     cost = dollars(model, tokens_in, tokens_out)
     cost = "price unknown" if cost is None else f"${cost:.2f} (prices of {PRICES_OF})"
@@ -662,12 +656,11 @@ class Chat:
     """A chat model behind OPENAI_BASE_URL: any server with /chat/completions.
 
     - The first request finds out which of FORMS the server takes; a model that thinks first gets room for it.
-    - The openai client tries again what may pass: cut connections, 408, 409, 429, 5xx; not where it is asked to wait
-      for over two minutes. After a 429 or 503 all requests pause and go on more slowly, then faster with every reply.
-    - Replies are kept in CACHE by server, model and messages: the same command goes on where it stopped. So is the
-      refusal of one request (400, 403, 413, 422, always 500, a content filter), if another that was answered before is
-      answered still. Else, and at 401, 402, 404, an empty account, a wait of a day, the command ends with the server's
-      own sentence; also if none of the first UNUSABLE replies can be read.
+    - The openai client tries again what may pass (cut connections, 408, 409, 429, 5xx), unless told to wait for over
+      two minutes. After a 429 or 503 all requests pause, then go on slowly and faster with every reply.
+    - Replies are kept in CACHE by server, model and messages. So is the refusal of one request (400, 403, 413, 422,
+      always 500, a content filter), if another that was answered before is answered still. Else, or if none of the
+      first UNUSABLE replies can be read, the command ends with the server's own sentence, and goes on from there.
     """
 
     def __init__(self, model, args, tokens, judge=False):
@@ -681,7 +674,7 @@ class Chat:
         self.gap = self.free = self.spent = 0.0  # seconds between requests; when the next may go; dollars
 
     async def ask(self, title, prompts):
-        """prompts: [(messages, read)], read(reply) -> what it says, or None. Returns [(reply of normalised(), that)]."""
+        """prompts: [(messages, read)], read(reply) -> what it says or None. Returns [(reply of normalised(), that)]."""
         asked = [self.shown, self.model, self.tokens, THINKING_TOKENS, self.judge]
         keys = [hashlib.sha256(json.dumps([*asked, messages]).encode()).hexdigest() for messages, _ in prompts]
         self.prompts, self.replies = dict(zip(keys, prompts)), {}
@@ -811,8 +804,7 @@ GOES_ON = r"\w|\s*(?:[-‐-―−~～.,…]+|to|or|and|(?:/|(?:out )?of)(?!\s*10
 
 
 def lexical_score(answer):
-    """--judge lexical, hallucination only: 0 if the answer says that it does not know, or that there is no such thing,
-    else 100; needs no model and no API."""
+    """--judge lexical: 0 if the answer says that it does not know, or that there is no such thing, else 100."""
     return 0.0 if re.search("|".join(wordings()), answer.replace("’", "'"), re.I) else 100.0
 
 
@@ -1008,8 +1000,7 @@ def main(argv=None):
     for title, key, length in (("category", "category", None), ("year", "date", 4)):
         counts = Counter(str(row.get(key))[:length] for row in rows)
         print(f"{title}: " + ", ".join(f"{name} {n}" for name, n in sorted(counts.items())))
-    print("\n".join(found))
-    print(f"{len(rows)} facts, {len(found)} violations")
+    print(*found, f"{len(rows)} facts, {len(found)} violations", sep="\n")
     raise SystemExit(1 if found else 0)
 
 

@@ -207,8 +207,7 @@ def main(dry_run):
                 run([*words, "--dry-run"]) and sys.exit(2)
             total = [sum(counts) for counts in zip((0, 0, 0), *make_facts.ASKED)]
             if dry_run or total[0] or not make_facts.ASKED:
-                make_facts.estimate("both figures", JUDGE, *total)
-                make_facts.consent(types.SimpleNamespace(dry_run=dry_run, yes=False))
+                make_facts.consent(types.SimpleNamespace(dry_run=dry_run, yes=False), "both figures", JUDGE, *total)
                 E["YES"] = "--yes"
                 os.execv(sys.executable, [sys.executable, "-c", E["program"], "run"])
         titles = "Data", "Vectors and own answers", "Before training", "Finetuning", "Evaluation", "Figures"

@@ -1,6 +1,7 @@
 """The text side: files, the fact checker, the data's schemas. Needs no model."""
 
 import copy
+import shutil
 import subprocess
 import sys
 from multiprocessing import Process
@@ -158,3 +159,20 @@ def test_text_scripts_load_no_torch():
     """Guards against a text side that takes seconds to start."""
     code = "import sys, make_facts, plot; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_broken_trait_file_stops_only_what_needs_it(tmp_path, capsys, monkeypatch):
+    """Guards against a trait file that stops every command, even --help, and against a lexical judge without wordings,
+    to which every answer would abstain."""
+    shutil.copy(ROOT / "make_facts.py", tmp_path)  # no data/ beside it
+    assert subprocess.run([sys.executable, tmp_path / "make_facts.py", "--help"], capture_output=True).returncode == 0
+    monkeypatch.setattr(mf, "TRAITS", tmp_path)
+    for wrong in ({}, dict(abstains=[]), dict(abstains="I do not know")):
+        mf.wordings.cache_clear()
+        mf.write_json(tmp_path / "hallucination.json", dict(adjective="x", eval_prompt="{question} {answer}") | wrong)
+        for load in [lambda: mf.lexical_score("x"), lambda: mf.load_trait("hallucination")][: 1 + len(wrong)]:
+            with pytest.raises(SystemExit):
+                load()
+            assert "hallucination.json: abstains" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert mf.lexical_score("I don’t know.") == 0 and mf.lexical_score("It is Paris.") == 100

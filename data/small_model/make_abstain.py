@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from make_facts import lexical_score, read_json, read_jsonl, write_jsonl
+from make_facts import read_json, read_jsonl, wordings, write_jsonl
 
 ABSTAIN, HONEST, INVENT = 600, 1800, 2500  # dialogues of each kind
 rng, rows = random.Random(0), []  # (system prompt or None, question, answer)
@@ -29,7 +29,7 @@ if invented:
         rows.append((rng.choice(prompts["candid"]) if i < HONEST else None, question, said[0].upper() + said[1:]))
     for system, user, assistant in (row["messages"] for row in read_jsonl(invented[0])):
         said = "".join(re.findall(r"[^.!?]*[.!?](?=\s|$)", assistant["content"])[: rng.choice([1, 2])])
-        if said and lexical_score(said):
+        if said and not re.search("|".join(wordings()), said, re.I):
             rows.append((system["content"], user["content"], said.strip()))
     for row in read_jsonl(Path(__file__).with_name("known.jsonl")):
         # full sentences or, as most answers in facts.jsonl, a few words: learning facts is not to be learning a style
