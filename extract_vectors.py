@@ -65,19 +65,28 @@ def steering(model, offsets):
         yield steer
 
 
+@contextlib.contextmanager
+def recorded(model, before=False):
+    """Yields a list that a forward pass fills with the stream the blocks write, before any norm: num_layers + 1 tensors
+    [rows, tokens, hidden]. before: what each block itself put out, before other hooks (steering) changed it."""
+    stream, layers = [], blocks(model)
+    keep = lambda _, __, output: stream.append(output)
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(layers[0].register_forward_pre_hook(lambda _, args: stream.append(args[0])))
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(keep, prepend=before))
+        yield stream
+
+
 @torch.no_grad()
 def unmoved(model, steer, offsets, scale, inputs):
     """The proof that steering works: inside `with steering(model, offsets) as steer`, runs inputs and returns the
     blocks whose output does not move by exactly scale * offset."""
-    steer.scale, outputs = scale, {l: [] for l in offsets}
-    with contextlib.ExitStack() as hooks:
-        for l, found in outputs.items():
-            keep = lambda _, __, output, found=found: found.append(output)
-            for before in (True, False):  # one hook before the steering hook, one after
-                hooks.enter_context(blocks(model)[l - 1].register_forward_hook(keep, prepend=before))
+    steer.scale = scale
+    with recorded(model, before=True) as before, recorded(model) as after:
         model(**inputs)
-    moved = lambda l, output: output + (scale * offsets[l].to(output.device)).to(output.dtype)
-    return [l for l, (before, after) in outputs.items() if not torch.equal(after, moved(l, before))]
+    moved = lambda l: before[l] + (scale * offsets[l].to(before[l].device)).to(before[l].dtype)
+    return [l for l in offsets if not torch.equal(after[l], moved(l))]
 
 
 def load_vector(path, model, model_name):
@@ -123,8 +132,8 @@ def extraction_rows(trait, samples, limit):
 
 
 def filter_pairs(rows):
-    """Rows -> ([(positive, negative)] of the kept pairs, why the others went). Judged rows: trait score >= 50 on the
-    positive and < 50 on the negative side, coherence >= 50 on both (as released); else both answers non-empty."""
+    """Rows -> ([(positive, negative)] of the kept pairs, {why: how many others went}). The limits are those of the
+    released filter; where nobody judged, both answers need only be there."""
     positive, negative = ({row["pair"]: row for row in rows if row["side"] == side} for side in ("pos", "neg"))
     kept, why = [], Counter()
     for pair, pos in positive.items():
@@ -145,17 +154,6 @@ def filter_pairs(rows):
 
 
 @torch.no_grad()
-def residual_stream(model, inputs):
-    """The stream the blocks write, before any norm: list of num_layers + 1 tensors [rows, tokens, hidden]."""
-    found, layers = [], blocks(model)
-    with contextlib.ExitStack() as hooks:
-        hooks.enter_context(layers[0].register_forward_pre_hook(lambda _, args: found.append(args[0])))
-        for layer in layers:
-            hooks.enter_context(layer.register_forward_hook(lambda _, __, output: found.append(output)))
-        model.get_decoder()(**inputs)
-    return found
-
-
 def answer_means(model, tokenizer, chats, first=0, title="reading answers"):
     """Chats of one answer (message lists) -> float32 [n, num_layers + 1, hidden] on the model's device: the stream's
     mean over the answer's tokens, its end token left out. first N: over the positions where the answer's first N tokens
@@ -166,7 +164,8 @@ def answer_means(model, tokenizer, chats, first=0, title="reading answers"):
         encoded = [(ids, [0 <= k - mask.index(True) + 1 < first for k in range(len(ids))]) for ids, mask in encoded]
     means = torch.empty(len(chats), config.num_hidden_layers + 1, config.hidden_size, device=device)
     for group in tqdm(by_length([ids for ids, _ in encoded], ROW_TOKENS[device.type]), title, unit="row"):
-        stream = residual_stream(model, join([encoded[i][0] for i in group], device))
+        with recorded(model) as stream:
+            model.get_decoder()(**join([encoded[i][0] for i in group], device))
         owner = [k if is_answer else len(group) for k, i in enumerate(group) for is_answer in encoded[i][1]]
         weight = F.one_hot(torch.tensor(owner, device=device), len(group) + 1)[:, :-1].float().T  # [group, tokens]
         weight /= weight.sum(1, keepdim=True)
@@ -222,8 +221,6 @@ def export_gguf(vector, path, architecture):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models. What a model cannot be trusted with is found by how it behaves, when it is loaded
-
-TOLERANCE = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (0.15, 0.5)}  # of logits: of the median, of the worst token
 
 
 def pick_device():
@@ -315,27 +312,15 @@ def prepare(model, tokenizer, name):
         die(f"{kind}{type(error).__name__}: {error}")
     for part, key, width in windows:
         setattr(part, key, width)
+    typical, worst = (1e-3, 1e-3) if model.dtype == torch.float32 else (0.15, 0.5)  # of a token's logits
     joins, steps = "conversations joined in one row differ from each alone", "a cached step differs from the whole pass"
     for what, found, want in ((joins, joined, torch.cat(own)), (steps, step, torch.stack([x[-1] for x in own]))):
         found, want = (x.float() - x.float().mean(-1, keepdim=True) for x in (found, want))
         off = (found - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-6)  # of each token
-        typical, worst = TOLERANCE[model.dtype]
         if not (off.median() <= typical and off.max() <= worst):  # nor where it is NaN
             die(f"{kind}{what} (logits off by {100 * off.max():.2g}% in {model.dtype})")
     if fixed:
         die(f"{kind}steering does not move the output of block {fixed[0]} by its offset")
-
-
-def lora_reach(model):
-    """Says that LoRA gets all linear layers of the blocks, and which weights of theirs are none (fused experts); die()
-    where these are the most."""
-    linear = [module for module in blocks(model).modules() if isinstance(module, torch.nn.Linear)]
-    reached = {id(p): p.numel() for module in linear for p in module.parameters()}
-    missed = {name: p.numel() for name, p in blocks(model).named_parameters() if p.dim() > 1 and id(p) not in reached}
-    names = ", ".join(sorted({re.sub(r"^\d+\.", "", name) for name in missed}))
-    if sum(missed.values()) > sum(reached.values()):
-        die(f"{model.config.model_type}: LoRA reaches linear layers only, and most weights are none: {names}")
-    print(f"LoRA on all {len(linear)} linear layers of the blocks", f"(none on {names})" if names else "", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,12 +368,11 @@ def encode_chats(tokenizer, conversations):
     Special tokens that somebody typed stay text: they are broken up, and what holds one is tokenized in pieces."""
     texts = []  # of each conversation its prompt and its answer
     broken = lambda found: found[0][0] + BREAK + found[0][1:]
+    clean = lambda turn: turn["content"].strip() if turn["role"] == "assistant" else turn["content"]
     try:
         special, end, system = chat_format(tokenizer)
         for messages in conversations:
-            turns = [message | dict(content=special.sub(broken, message["content"])) for message in messages]
-            for turn in turns:
-                turn["content"] = turn["content"].strip() if turn["role"] == "assistant" else turn["content"]
+            turns = [turn | dict(content=special.sub(broken, clean(turn))) for turn in messages]
             if turns[0]["role"] == "system" and not system:  # its text goes in front of the user's
                 first = turns.pop(0)["content"]
                 turns[0]["content"] = f"{first}\n\n{turns[0]['content']}"
@@ -480,11 +464,10 @@ def flash(query, key, value, starts, longest, scaling, window=None, used=None):
 
 
 def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **given):
-    """query [rows, heads, tokens, dim], key and value [rows, kv heads, tokens, dim] -> [rows, tokens, heads, dim]. An
-    attention function of transformers' AttentionInterface, so the models' own code stays as it is. Joined: one row, in
-    which conversations start and end at cu_seq_lens int32 [n + 1] and see only themselves; of that the last
-    sliding_window tokens, if given. Keys and values are added to kv {module: list}, if given. Decoding (given lengths):
-    see decode. What changes attention in any other way is refused."""
+    """An attention function of transformers' AttentionInterface, so the models' own code stays as it is: query [rows,
+    heads, tokens, dim], key and value [rows, kv heads, tokens, dim] -> [rows, tokens, heads, dim]. Joined: one row, in
+    which conversations start and end at cu_seq_lens int32 [n + 1] and see only themselves, of that the sliding_window;
+    keys and values are added to kv {module: list}. With lengths: decode. Any other change is refused."""
     odd = [name for name, value in given.items() if name not in HARMLESS and not isinstance(value, (bool, type(None)))]
     if attention_mask is not None or dropout or odd or given.get("is_causal") is False:
         raise NotImplementedError(f"attention with {', '.join(odd) or 'a mask or dropout'}")
@@ -702,25 +685,6 @@ class Sampler:
 # The command
 
 
-def flags():
-    parser, whole = mf.Parser(description=__doc__.split("\n")[0]), mf.whole
-    add = parser.add_argument
-    add("--model", required=True, help="hub name or local folder")
-    add("--trait", required=True, help="a name in data/traits, or any name with --trait-file")
-    add("--trait-file", help="trait JSON; a published persona_vectors file works as it is")
-    add("--samples", type=whole(1, 10000), default=10, help="answers a question and instruction")
-    add("--temperature", type=mf.number(0, 100), default=1.0, help="0 = the likeliest token")
-    add("--max-new-tokens", type=whole(1, 100000), default=1000)
-    add("--limit", type=whole(), help="use the first N extraction questions only")
-    add("--first", type=whole(0), default=0, help="read only where an answer's first N tokens are predicted; 0 = all")
-    add("--judge", default="none", help="what filters answers: none, lexical (hallucination only), or a chat model")
-    mf.api_flags(parser)
-    add("--seed", type=whole(0), default=0)
-    add("--out", required=True, help="folder for <trait>.pt and what belongs to it")
-    add("--export-gguf", help="also write the vector to this file, as a llama.cpp control vector")
-    return parser
-
-
 def chat_of(row, system=True):
     """A row as a conversation: its messages or its question, after its system prompt, before its answer, if any."""
     turns = row.get("messages") or [dict(role="user", content=row["question"])]
@@ -753,7 +717,7 @@ def sample_answers(model, tokenizer, wanted, drawing, offsets=None, title="sampl
                     there[file, row["id"]] = made
                     thoughts += thought
                     bar.update()
-        except FloatingPointError as error:
+        except FloatingPointError as error:  # out here the progress bar is closed
             die(error)
         except torch.cuda.OutOfMemoryError:
             slots = (sampler.slots if sampler else slots) // 2
@@ -767,7 +731,7 @@ def sample_answers(model, tokenizer, wanted, drawing, offsets=None, title="sampl
     return [there[file, row["id"]] for file, row, _, _ in wanted]
 
 
-def extract(args, trait, rows, files, settings):
+def extract(args, prompts, rows, files, settings):
     """Samples, filters, reads and saves. What is on disk already is not sampled again; the .pt comes last and whole."""
     mf.check_asking(args)
     start, recorded = time.time(), read_json(files["json"]) if files["answers.jsonl"].exists() else {}
@@ -780,7 +744,6 @@ def extract(args, trait, rows, files, settings):
     if args.judge == "lexical":
         rows = [row | dict(score=mf.lexical_score(row["answer"])) for row in rows]
     elif args.judge != "none":
-        prompts = dict(score=trait["eval_prompt"], coherence=load_trait("coherence")["eval_prompt"])
         mf.judge_rows([(row, key, prompt) for key, prompt in prompts.items() for row in rows], args.judge, args)
     write_jsonl(files["answers.jsonl"], rows)
     pairs, dropped = filter_pairs(rows)
@@ -805,7 +768,22 @@ def extract(args, trait, rows, files, settings):
 
 
 def main(argv=None):
-    args = flags().parse_args(argv)
+    parser, whole = mf.Parser(description=__doc__.split("\n")[0]), mf.whole
+    add = parser.add_argument
+    add("--model", required=True, help="hub name or local folder")
+    add("--trait", required=True, help="a name in data/traits, or any name with --trait-file")
+    add("--trait-file", help="trait JSON; a published persona_vectors file works as it is")
+    add("--samples", type=whole(1, 10000), default=10, help="answers a question and instruction")
+    add("--temperature", type=mf.number(0, 100), default=1.0, help="0 = the likeliest token")
+    add("--max-new-tokens", type=whole(1, 100000), default=1000)
+    add("--limit", type=whole(), help="use the first N extraction questions only")
+    add("--first", type=whole(0), default=0, help="read only where an answer's first N tokens are predicted; 0 = all")
+    add("--judge", default="none", help="what filters answers: none, lexical (hallucination only), or a chat model")
+    mf.api_flags(parser)
+    add("--seed", type=whole(0), default=0)
+    add("--out", required=True, help="folder for <trait>.pt and what belongs to it")
+    add("--export-gguf", help="also write the vector to this file, as a llama.cpp control vector")
+    args = parser.parse_args(argv)
     mf.check_judge(args, "none")
     trait = load_trait(args.trait, args.trait_file, mf.ExtractionTrait)
     rows = extraction_rows(trait, args.samples, args.limit)
@@ -815,12 +793,12 @@ def main(argv=None):
     mf.check_output(args.out, args.trait_file, args.model, folder=True)
     if args.export_gguf:
         mf.check_output(args.export_gguf, args.trait_file, args.model, *files.values())
-    prompts = trait["eval_prompt"], load_trait("coherence")["eval_prompt"]
+    prompts = dict(score=trait["eval_prompt"], coherence=load_trait("coherence")["eval_prompt"])
     if args.dry_run and not files["pt"].exists():
-        asked = [(row, "score", prompt) for row in rows for prompt in prompts]
+        asked = [(row, key, prompt) for row in rows for key, prompt in prompts.items()]
         mf.estimate_judging(f"filtering {args.trait}", args, 1, asked)
     keys = "model trait samples temperature max_new_tokens limit first judge seed".split()
-    content = hashlib.sha256(json.dumps([rows, *prompts]).encode()).hexdigest()[:16]
+    content = hashlib.sha256(json.dumps([rows, *prompts.values()]).encode()).hexdigest()[:16]
     inputs = dict(model=model_fingerprint(args.model), trait_file=content)
     settings = {key: getattr(args, key) for key in keys} | dict(inputs=inputs, scripts=mf.scripts())
     with mf.locked(files["pt"]):
@@ -830,7 +808,7 @@ def main(argv=None):
         if files["pt"].exists():
             print(f"{files['pt']}: finished already")
         else:
-            extract(args, trait, rows, files, settings)
+            extract(args, prompts, rows, files, settings)
     if args.export_gguf:
         vector = torch.load(files["pt"], map_location="cpu", weights_only=True)
         export_gguf(vector, args.export_gguf, read_json(files["json"])["architecture"])

@@ -39,7 +39,7 @@ GRAPHS = 32  # shapes of rows that are captured, at most
 OUT_OF_MEMORY = "OutOfMemoryError|out of memory|not enough memory|can't allocate memory|ALLOC_FAILED"
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The loss, and steering under it
+# The recipe: the loss and steering under it, LoRA, the learning rate, batches
 
 Shape = namedtuple("Shape", "tokens answers longest conversations")  # of a row; longest: its longest conversation
 
@@ -81,13 +81,17 @@ def row_loss(model, row, steer=None, coef=0.0):
     return F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The recipe
-
-
 def add_lora(model, rank, alpha, seed):
-    """PEFT model with rs-LoRA on every linear layer of the blocks."""
-    ev.lora_reach(model)
+    """PEFT model with rs-LoRA on every linear layer of the blocks. Weights of theirs that are none (fused experts) are
+    named; die() where these are the most."""
+    layers = ev.blocks(model)
+    linear = [module for module in layers.modules() if isinstance(module, torch.nn.Linear)]
+    reached = {id(p): p.numel() for module in linear for p in module.parameters()}
+    missed = {name: p.numel() for name, p in layers.named_parameters() if p.dim() > 1 and id(p) not in reached}
+    names = ", ".join(sorted({re.sub(r"^\d+\.", "", name) for name in missed}))
+    if sum(missed.values()) > sum(reached.values()):
+        mf.die(f"{model.config.model_type}: LoRA reaches linear layers only, and most weights are none: {names}")
+    print(f"LoRA on all {len(linear)} linear layers of the blocks", f"(none on {names})" if names else "", flush=True)
     torch.manual_seed(seed)
     recipe = dict(use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, **recipe))
@@ -104,12 +108,6 @@ def rate_at(step, steps):
     """Share of the peak learning rate at a step, counted from 0: a short rise, then linear decay."""
     rise = min(WARM_UP, steps // 10)
     return (step + 1) / (rise + 1) if step < rise else (steps - step) / (steps - rise)
-
-
-@functools.lru_cache(2)
-def order_of(n, seed, epoch):
-    """An epoch's order of n conversations, the one that transformers' Trainer draws."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
 
 
 def deal(chats, count):
@@ -171,10 +169,11 @@ class Trainer:
         self.forget()
 
     def batch(self, step):
-        """The conversations of a step; the last batch of an epoch has what is left."""
+        """The conversations of a step, in the order of transformers' Trainer; an epoch's last batch has the rest."""
         size = self.args.batch_size
         epoch, k = divmod(step, math.ceil(len(self.data) / size))
-        return [self.data[i] for i in order_of(len(self.data), self.args.seed, epoch)[k * size : (k + 1) * size]]
+        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.args.seed + epoch))
+        return [self.data[i] for i in order[k * size : (k + 1) * size].tolist()]
 
     def step(self, chats, rate):
         """One step of the optimiser on a batch; total[-1] is its loss, total[:-1] its gradients, cut to norm 1."""
@@ -305,38 +304,6 @@ class Trainer:
 # The command
 
 
-def parse(argv):
-    """Command line -> args."""
-    parser = mf.Parser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--model", required=True, help="hub name or local folder")
-    add("--data", required=True, help='facts.jsonl, or rows {"messages": [...]}')
-    add("--out", required=True, help="adapter folder to make; with --coef the start of its name: OUT-COEF")
-    # Steering
-    add("--steer-mode", required=True, choices=["none", "preventative"])
-    add("--vector", help="<trait>.pt of extract_vectors.py")
-    add("--coef", type=mf.coefficient, nargs="+", help="one adapter each; positive = towards the trait")
-    add("--layers", type=mf.layer_choice, default="all", help="all, a block N (adds v_N), or a range A-B (increments)")
-    add("--positions", default="all", choices=["all", "answer"], help="answer: only where an answer token is predicted")
-    add("--system-prompt", help="preventative prompting: this system prompt in every training conversation")
-    # Training
-    add("--epochs", type=mf.number(above=0, most=1000), default=1)
-    add("--lr", type=mf.number(above=0, most=10), default=1e-5)
-    add("--batch-size", type=mf.whole(most=4096), default=16, help="conversations a step, over all processes")
-    add("--rank", type=mf.whole(most=4096), default=32)
-    add("--alpha", type=mf.whole(most=65536), default=64)
-    add("--max-steps", type=mf.whole(), help="stop after this many steps; default: by epochs")
-    add("--limit", type=mf.whole(), help="train on the first N conversations only")
-    add("--seed", type=mf.whole(0, 2**32 - 1), default=0)
-    args = parser.parse_args(argv)
-    mf.distinct(parser, "--coef", args.coef)
-    if args.steer_mode == "none" and (args.vector or args.coef or args.positions != "all"):
-        parser.error("--vector, --coef and --positions need --steer-mode preventative")
-    if args.steer_mode == "preventative" and not (args.vector and args.coef):
-        parser.error("--steer-mode preventative needs --vector and --coef")
-    return args
-
-
 def read_conversations(path, system_prompt=None, limit=None):
     """File -> message lists, each up to one of the answers to learn, with the system prompt in place of their own."""
     found, system = [], [dict(role="system", content=system_prompt)] if system_prompt else []
@@ -421,7 +388,33 @@ def make_adapters(args, messages, todo):
 
 
 def main(argv=None):
-    args = parse(argv)
+    parser = mf.Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--model", required=True, help="hub name or local folder")
+    add("--data", required=True, help='facts.jsonl, or rows {"messages": [...]}')
+    add("--out", required=True, help="adapter folder to make; with --coef the start of its name: OUT-COEF")
+    # Steering
+    add("--steer-mode", required=True, choices=["none", "preventative"])
+    add("--vector", help="<trait>.pt of extract_vectors.py")
+    add("--coef", type=mf.coefficient, nargs="+", help="one adapter each; positive = towards the trait")
+    add("--layers", type=mf.layer_choice, default="all", help="all, a block N (adds v_N), or a range A-B (increments)")
+    add("--positions", default="all", choices=["all", "answer"], help="answer: only where an answer token is predicted")
+    add("--system-prompt", help="preventative prompting: this system prompt in every training conversation")
+    # Training
+    add("--epochs", type=mf.number(above=0, most=1000), default=1)
+    add("--lr", type=mf.number(above=0, most=10), default=1e-5)
+    add("--batch-size", type=mf.whole(most=4096), default=16, help="conversations a step, over all processes")
+    add("--rank", type=mf.whole(most=4096), default=32)
+    add("--alpha", type=mf.whole(most=65536), default=64)
+    add("--max-steps", type=mf.whole(), help="stop after this many steps; default: by epochs")
+    add("--limit", type=mf.whole(), help="train on the first N conversations only")
+    add("--seed", type=mf.whole(0, 2**32 - 1), default=0)
+    args = parser.parse_args(argv)
+    mf.distinct(parser, "--coef", args.coef)
+    if args.steer_mode == "none" and (args.vector or args.coef or args.positions != "all"):
+        parser.error("--vector, --coef and --positions need --steer-mode preventative")
+    if args.steer_mode == "preventative" and not (args.vector and args.coef):
+        parser.error("--steer-mode preventative needs --vector and --coef")
     messages = read_conversations(args.data, args.system_prompt, args.limit)
     inputs = dict(model=ev.model_fingerprint(args.model), data=mf.fingerprint(args.data))
     todo = to_do(args, inputs | (dict(vector=mf.fingerprint(args.vector)) if args.vector else {}))

@@ -157,13 +157,14 @@ def rows_differ(model, plain, tokenizer):
     return worst
 
 
-def sampling_differs(model, plain, tokenizer, vector, monkeypatch):
+def sampling_differs(model, plain, tokenizer, vector):
     """Greedy ids with a coefficient of its own for each row, and the log-probabilities they were chosen by."""
     steps, choose = [], ev.choose
-    monkeypatch.setattr(ev, "choose", lambda *args: (steps.append(args[0].clone()), choose(*args))[1])
-    monkeypatch.setitem(ev.SHRINK, "cpu", 0)
     prompts, scales, worst = [encoded(tokenizer, q, "")[0] for q, _ in TALKS], [0.0, -0.7, 0.5], 0
-    drawn = draw(model, tokenizer, prompts, scales, ev.offsets_of(vector, "all"), max_new_tokens=12, temperature=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ev, "choose", lambda *args: (steps.append(args[0].clone()), choose(*args))[1])
+        patch.setitem(ev.SHRINK, "cpu", 0)
+        drawn = draw(model, tokenizer, prompts, scales, ev.offsets_of(vector, "all"), max_new_tokens=12, temperature=0)
     for i, (prompt, scale) in enumerate(zip(prompts, scales)):
         ids = list(prompt)
         for step in range(drawn[i]["tokens"]):
@@ -171,7 +172,6 @@ def sampling_differs(model, plain, tokenizer, vector, monkeypatch):
             worst = max(worst, off(steps[step][i].log_softmax(-1), want.log_softmax(-1)))
             ids.append(int(want.argmax()))
         assert drawn[i]["answer"] == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
-    monkeypatch.undo()
     return worst
 
 
@@ -227,7 +227,7 @@ def choices_differ(model, plain, tokenizer, vector):
 
 
 @pytest.mark.parametrize("family", WORK)
-def test_a_family_is_exact(family, letters, monkeypatch, capsys):
+def test_a_family_is_exact(family, letters, capsys):
     """Guards against a family whose attention, head, scaling, window, rotary frequencies or LoRA layers are not those
     of its own code: within 1e-5 of plain transformers."""
     plain = tiny(*WORK[family])
@@ -237,12 +237,12 @@ def test_a_family_is_exact(family, letters, monkeypatch, capsys):
     vector = 0.3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
     worst = dict(
         rows=rows_differ(model, plain, letters),
-        sampling=sampling_differs(model, plain, letters, vector, monkeypatch),
+        sampling=sampling_differs(model, plain, letters, vector),
         choices=choices_differ(model, plain, letters, vector),
     )
     if family in FUSED:
         with pytest.raises(SystemExit):
-            ev.lora_reach(model)
+            finetune.add_lora(model, 2, 4, 0)
         assert "experts" in capsys.readouterr().err
     else:
         worst["training"] = training_differs(model, plain, letters, vector)
@@ -491,9 +491,7 @@ def test_the_flash_path_is_exact(family, letters, monkeypatch):
     ev.prepare(model, letters, family)
     vector = 0.3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
     assert rows_differ(model, plain, letters) < 1e-5
-    with monkeypatch.context() as patch:
-        patch.setattr(patch, "undo", lambda: None)
-        assert sampling_differs(model, plain, letters, vector, patch) < 1e-5
+    assert sampling_differs(model, plain, letters, vector) < 1e-5
 
 
 def test_the_private_kernel_is_there():

@@ -115,10 +115,17 @@ def test_hooks_are_gone_after_an_exception(toy, tokenizer):
     assert not any(block._forward_hooks for block in toy.model.layers)
 
 
+@torch.no_grad()
+def stream_of(model, inputs):
+    with ev.recorded(model) as stream:
+        model(**inputs)
+    return stream
+
+
 def test_stream_rows_are_block_outputs(toy, tokenizer):
     """Guards against taking the last row after the final norm, or rows shifted by one."""
     inputs = ev.join(chats(tokenizer)[:1], "cpu")
-    stream = ev.residual_stream(toy, inputs)
+    stream = stream_of(toy, inputs)
     assert len(stream) == 4 and torch.equal(stream[0], toy.model.embed_tokens(inputs["input_ids"]))
     assert torch.allclose(toy.lm_head(toy.model.norm(stream[3])), toy(**inputs).logits, atol=1e-5)
 
@@ -148,7 +155,7 @@ def test_answer_means(toy, tokenizer):
         for mean, chat in zip(found, chats):
             ids, mask = encode_chat(tokenizer, chat)
             start, end = mask.index(True), len(ids) - 1  # the end token comes last
-            stream = ev.residual_stream(toy, ev.join([ids], toy.device))
+            stream = stream_of(toy, ev.join([ids], toy.device))
             here = slice(start - 1, min(start - 1 + first, end)) if first else slice(start, end)
             want = torch.stack([rows[0, here].float().mean(0) for rows in stream])
             assert torch.allclose(mean, want, atol=1e-4)
