@@ -4,9 +4,8 @@
         --vector out/paper/vectors/hallucination.pt --inference-coef 0 0.5 1 --facts data/facts.jsonl --mmlu hub \
         --judge gpt-4.1-mini-2025-04-14 --out out/paper/points.jsonl
 
-Appends one row per (adapter, coefficient) to --out; answers/<key>.jsonl beside it keeps every answer, as prompted, with
-each judge's scores. A point's key is the hash of all that it is made from: what is there is not made again. A positive
-coefficient steers AGAINST the trait (the post's x axis).
+Appends one row per (adapter, coefficient) to --out; answers/<key>.jsonl beside it keeps its answers, as prompted, with
+the judges' scores. key: hash of all that a point is made from. A positive coefficient steers AGAINST the trait.
 """
 
 import contextlib
@@ -14,7 +13,6 @@ import functools
 import hashlib
 import itertools
 import json
-import statistics
 from pathlib import Path
 
 import torch
@@ -28,12 +26,10 @@ import make_facts as mf
 from make_facts import append_jsonl, die, fingerprint, lexical_score, load_trait, locked, read_json, read_jsonl
 
 grown = functools.partial(read_jsonl, appended=True)  # of a file that grows; [] where it is not begun
-FACT_TOKENS = 100  # new tokens of an answer about a fact; sampled greedily
-WEIGHTS = "adapter_model.safetensors"
-GIVEN = "model vector facts mmlu judge".split()  # kept in a point; names are no part of its identity
+FACT_TOKENS = 100  # new tokens of an answer about a fact
+INPUTS = "model vector facts mmlu judge trait adapter".split()  # of a point: names, and fingerprints of their content
 SETTINGS = "trait layers positions samples temperature max_new_tokens seed limit mmlu_scoring inference_coef".split()
 SHOWN = "inference_coef trait_score trait_unscored coherence_nll fact_accuracy fact_unscored mmlu_accuracy".split()
-TRAINED = "layers positions vector seed epochs lr batch_size rank alpha".split()  # of an adapter, told by its points
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is asked, and how it is measured
@@ -44,11 +40,11 @@ def read_questions(args):
     rows = []
     if args.trait:
         questions = load_trait(args.trait, args.trait_file, mf.EvaluationTrait)["eval_questions"][: args.limit]
-        about = dict(kind="trait", trait=args.trait, trait_file=args.trait_file)
+        about = dict(kind="trait", trait=args.trait, trait_file=args.trait_file, temperature=args.temperature)
         for (q, question), s in itertools.product(enumerate(questions), range(args.samples)):
             rows.append(about | dict(id=f"{args.trait}-{q}-s{s}", question=question))
     for fact in read_jsonl(args.facts, mf.Fact)[: args.limit] if args.facts else []:
-        asked = dict(kind="fact", id=fact["id"], question=fact["test"]["question"])
+        asked = dict(kind="fact", id=fact["id"], question=fact["test"]["question"], temperature=0.0)
         rows.append(asked | dict(truth=fact["answer"], aliases=fact.get("aliases", [])))
     return rows
 
@@ -75,12 +71,12 @@ def choice_prompts(row, scoring):
     return f"{about}\n\n{row['question'].strip()}\n{listed}\nAnswer:", [f" {letter}" for letter in letters]
 
 
-def read_adapter(adapter):
-    """Adapter folder -> (LoraConfig, {name: weights}); die() on missing or broken files."""
+def read_adapter(folder):
+    """-> (LoraConfig, {name: weights}); die() on missing or broken files."""
     try:
-        return LoraConfig.from_pretrained(adapter, inference_mode=True), load_file(Path(adapter) / WEIGHTS)
+        return LoraConfig.from_pretrained(folder, inference_mode=True), load_file(f"{folder}/adapter_model.safetensors")
     except Exception as error:  # broken files make PEFT raise anything
-        die(f"--adapter {adapter}: missing or broken ({type(error).__name__}: {error}); train it again")
+        die(f"--adapter {folder}: missing or broken ({type(error).__name__}: {error}); train it again")
 
 
 @contextlib.contextmanager
@@ -106,12 +102,10 @@ def with_adapter(model, adapter):
 
 def sample_points(model, tokenizer, rows, points, offsets, args):
     """Rows of one kind, answered for all points in one batch; each is on disk as soon as it is there."""
-    drawing, wanted = ev.Drawing(args.max_new_tokens, args.temperature, args.seed, args.positions), []
-    if rows[0]["kind"] == "fact":
-        drawing = ev.Drawing(min(FACT_TOKENS, args.max_new_tokens), 0.0, positions=args.positions)
+    most = min(FACT_TOKENS, args.max_new_tokens) if rows[0]["kind"] == "fact" else args.max_new_tokens
+    drawing, wanted = ev.Drawing(most, rows[0]["temperature"], args.seed, args.positions), []
     for point in points:
         about = {name: point[name] for name in ("adapter", "inference_coef", "day")}
-        about["temperature"] = drawing.temperature
         wanted += [(point["answers"], row | about, n, -point["inference_coef"]) for n, row in enumerate(rows)]
     title = f"{Path(points[0]['adapter'] or 'base').name}: {rows[0]['kind']}"
     return ev.sample_answers(model, tokenizer, wanted, drawing, offsets, title)
@@ -125,9 +119,8 @@ def token_logprobs(model, reads, wanted, title, offsets=None, coef=0.0, position
     with ev.steering(model, offsets or {}) as steer:
         for group in tqdm(ev.by_length(reads, ev.ROW_TOKENS[device.type]), title, unit="row"):
             inputs = ev.join([reads[i] for i in group], device)
-            if offsets:
-                steered = [positions == "all" or at >= wanted[i][0][0] for i in group for at in range(len(reads[i]))]
-                steer.scale = torch.tensor(steered, device=device)[None, :, None] * -coef  # [1, tokens, 1]
+            steered = [positions == "all" or at >= wanted[i][0][0] for i in group for at in range(len(reads[i]))]
+            steer.scale = torch.tensor(steered, device=device)[None, :, None] * -coef  # [1, tokens, 1]
             starts = zip(inputs["cu_seq_lens"].tolist(), group)
             asked = torch.tensor([(start + at, token) for start, i in starts for at, token in wanted[i]], device=device)
             logits = model(**inputs, logits_to_keep=asked[:, 0]).logits[0]  # [wanted, vocabulary]
@@ -236,13 +229,12 @@ def summary(rows, judge, limit=None):
 
 def coherence_limit(point, out):
     """The 95% quantile of coherence_nll over the start model's own answers to this trait, or None without them."""
-    same = "trait", "temperature", "max_new_tokens"
-    identity = lambda row: [row.get(key) for key in same] + [row.get("inputs", {}).get("model")]
+    about = lambda row: [*map(row.get, ("trait", "temperature", "max_new_tokens")), row.get("inputs", {}).get("model")]
     for base in [*grown(out, mf.Point), point]:
-        if not base["adapter"] and not base["inference_coef"] and identity(base) == identity(point):
+        if not base["adapter"] and not base["inference_coef"] and about(base) == about(point):
             rows = grown(Path(out).parent / "answers" / f"{base['key']}.jsonl", mf.Answer)
             values = [row["coherence_nll"] for row in rows if row["kind"] == "trait" and row["answer"]]
-            return statistics.quantiles(values, n=20, method="inclusive")[-1] if len(values) > 1 else None
+            return torch.tensor(values, dtype=torch.float64).quantile(0.95).item() if values else None
     print("abstained_coherent is left open: the model before training has no answers here yet", flush=True)
 
 
@@ -256,31 +248,27 @@ def digest(value):
 
 def points_of(args, asked, mmlu, probe):
     """Every point of a command, as far as it is known before measuring; one for adapters of the same content."""
-    inputs = dict(  # flag: fingerprint of its content
-        model=ev.model_fingerprint(args.model),
-        vector=digest([fingerprint(args.vector), probe]) if args.vector else None,
-        trait=digest(load_trait(args.trait, args.trait_file)) if args.trait else None,
-        facts=fingerprint(args.facts) if args.facts else None,
-        mmlu=digest(mmlu) if mmlu else None,
-    )
-    given = {name: getattr(args, name) for name in [*GIVEN, *SETTINGS]} | dict(scripts=mf.scripts())
-    given |= dict(probe_auc=probe["auc"] if args.judge == "probe" and args.trait else None)
-    points = {}
+    inputs = dict(model=ev.model_fingerprint(args.model), mmlu=digest(mmlu) if mmlu else None)
+    inputs["facts"] = fingerprint(args.facts) if args.facts else None
+    inputs["vector"] = digest([fingerprint(args.vector), probe]) if args.vector else None
+    inputs["trait"] = digest(load_trait(args.trait, args.trait_file)) if args.trait else None
+    judged = dict(judge=judge_content(args.judge, asked))
+    given = {name: getattr(args, name) for name in [*INPUTS, *SETTINGS]} | dict(scripts=mf.scripts())
+    trains = [name for name in mf.Point.model_fields if name.startswith("train_")]
+    told, points = ["dataset", "steer_mode", "system_prompt", *trains], {}  # of an adapter, by its points
     for adapter in args.adapter or [None]:
         trained = read_json(Path(adapter) / "training_settings.json", mf.Settings) if adapter else {}
         if adapter:
             ev.same_model(f"--adapter {adapter}", "was trained on", trained, args.model)
             read_adapter(adapter)
-        about = given | dict(adapter=adapter, train_coef=trained.get("coef") or (0.0 if adapter else None))
-        about |= {name: trained.get(name) for name in ("dataset", "steer_mode", "system_prompt")}
-        about |= {f"train_{name}": trained.get(name) for name in TRAINED}
-        about["inputs"] = inputs | dict(adapter=adapter and fingerprint(adapter))
+        about = given | {name: trained.get(name.removeprefix("train_")) for name in told}
+        about |= dict(adapter=adapter, train_coef=trained.get("coef") or (0.0 if adapter else None))
+        made_from = inputs | dict(adapter=adapter and fingerprint(adapter))
         for coef in args.inference_coef:
-            point = about | dict(inference_coef=coef)
-            key = digest([{name: point[name] for name in SETTINGS}, about["inputs"]])  # of its answers: no judge
-            point["inputs"] = about["inputs"] | dict(judge=judge_content(args.judge, asked))
+            about |= dict(inference_coef=coef)
+            key = digest([{name: about[name] for name in SETTINGS}, made_from])  # of its answers: whoever judges them
             answers = Path(args.out).parent / "answers" / f"{key}.jsonl"
-            points.setdefault(key, point | dict(key=key, answers=str(answers)))
+            points.setdefault(key, about | dict(key=key, answers=str(answers), inputs=made_from | judged))
     return list(points.values())
 
 
@@ -292,24 +280,24 @@ def judge_content(judge, rows):
 def new_points(points, out):
     """-> those that are not in --out yet. What is there under a name of these (an adapter, a file, a trait, a judge)
     but from other content is outdated: a figure would mix them. Edited scripts are named, and count with ASIDE only."""
-    there, now, why = grown(out, mf.Point), mf.scripts().items(), {}  # why: {key: what has changed}
-    edited = {row["key"]: sorted(dict(row.get("scripts", {}).items() - now)) for row in there}
-    for row, point in itertools.product(there, points):
-        made_from, same = row.get("inputs", {}), {name for name in point if row.get(name) == point[name]}
-        for name, content in point["inputs"].items():
-            named = {"judge", "trait", "facts"} if name == "judge" else {name}  # a judge is told what it is to judge
-            if named <= same and made_from.get(name) != content:
-                why[row["key"]] = f"--{name}: content has changed"
-        if mf.ASIDE and row["key"] == point["key"] and edited[row["key"]]:
-            why[row["key"]] = f"{', '.join(edited[row['key']])} was edited"
+    names = {flag: [flag] for flag in INPUTS} | dict(judge=["judge", "trait", "facts"])  # since it is told these
+    contents = lambda row: [((flag, *map(row.get, names[flag])), row.get("inputs", {}).get(flag)) for flag in INPUTS]
+    now, keys = dict(itertools.chain(*map(contents, points))), {point["key"] for point in points}
+    there, scripts, why = grown(out, mf.Point), mf.scripts().items(), {}  # why: {key: what has changed}
+    edited = {row["key"]: dict(row.get("scripts", {}).items() - scripts) for row in there}
+    for row in there:
+        changed = [f"--{name[0]}: content has changed" for name, old in contents(row) if now.get(name, old) != old]
+        changed += [f"{name} was edited" for name in edited[row["key"]] if mf.ASIDE and row["key"] in keys]
+        if changed:
+            why[row["key"]] = changed
     if why:
         answers = [row["answers"] for row in there if row["key"] in why and row.get("answers")]
-        changes = "; ".join(sorted(set(why.values())))
+        changes = "; ".join(sorted({*itertools.chain(*why.values())}))
         mf.outdated(f"{out}: has {len(why)} points made from something else ({changes})", *answers)
         mf.move_rows(out, lambda row: row["key"] in why, f"{mf.ASIDE}/{out}")
     elif names := sorted({*itertools.chain(*edited.values())}):
         print(f"{out}: begun before {', '.join(names)} was edited; made anew by bash run_all.sh --redo", flush=True)
-    made = [(row["key"], row["judge"]) for row in there if row["key"] not in why]
+    made = {(row["key"], row["judge"]) for row in there if row["key"] not in why}
     return [point for point in points if (point["key"], point["judge"]) not in made]
 
 
@@ -318,8 +306,7 @@ def new_points(points, out):
 
 
 def measure(args):
-    """Measures the points of a command that are not in --out yet: an adapter's are sampled in one batch, then judged
-    one by one by the model before training."""
+    """Measures a command's new points: an adapter's are sampled in one batch, then judged without it, one by one."""
     mf.check_judge(args, "probe")
     asked = read_questions(args)
     if args.dry_run:
@@ -385,15 +372,15 @@ def rejudge(args):
             if args.trait and digest(load_trait(args.trait, rows[0].get("trait_file"))) != point["inputs"]["trait"]:
                 die(f"{path}: the trait file has changed since; measure again")
             if args.judge not in there:
-                todo.append((point | dict(probe_auc=None, inputs=point["inputs"] | judged), rows, out))
+                todo.append((point | dict(inputs=point["inputs"] | judged), rows, out))
         finish(todo, args)
     print(f"{len(todo)} of {len(args.rejudge)} judged by {args.judge}; the others had been")
 
 
 def respond(args):
     """The self-generated data set: the model's own sampled answers to the same questions, as {"messages": [...]}."""
-    chats = [chat[:-1] for chat in mf.read_chats(args.respond_to)[: args.limit]]
-    rows = [dict(id=str(n), kind="own", messages=chat) for n, chat in enumerate(chats)]
+    chats, about = mf.read_chats(args.respond_to)[: args.limit], dict(kind="own", temperature=args.temperature)
+    rows = [about | dict(id=str(n), messages=chat[:-1]) for n, chat in enumerate(chats)]
     settings = {name: getattr(args, name) for name in ("temperature", "max_new_tokens", "seed", "limit")}
     settings["inputs"] = dict(model=ev.model_fingerprint(args.model), respond_to=fingerprint(args.respond_to))
     out, record = Path(args.out), Path(f"{args.out}.json")

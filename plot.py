@@ -3,8 +3,7 @@
     python plot.py out/demo/points.jsonl
 
 Answers and losses come from answers/ and adapters/, or packed from answers.jsonl.xz (rows with the point's key) and
-losses.jsonl.xz (with the adapter's name). report.html is one page without network: figures, tables, answers; it and
-summary.md are templates in data/. Loads no torch.
+losses.jsonl.xz (with the adapter's name). report.html is one page without network; both texts are templates in data/.
 """
 
 import base64
@@ -49,12 +48,10 @@ WHICH = ["dataset", "trait", *METHODS, *STEERING, *RECIPE, *OTHERS]  # the table
 SETTINGS = sorted({*WHICH, "model", "seed", "mmlu_scoring", "inputs"} - {"judge", "vector", "train_vector"})  # of a key
 MEASURED = """trait_score trait_n trait_unscored fact_accuracy fact_not_attempted fact_wrong fact_n fact_unscored
     mmlu_accuracy mmlu_n coherence_nll abstained abstained_coherent coherence adapter""".split()
-LEVELS = [20, 30, 40, 60, 80]  # scores at which the methods are compared, beside the level before training
-UNSCORED = 0.1  # a point with a larger share of its answers or facts unscored is drawn hollow
 PAGE = 30_000_000  # characters of answers in report.html, about; longer answers are cut
 DATA = jinja2.FileSystemLoader(Path(__file__).parent / "data")
 TEMPLATES = jinja2.Environment(loader=DATA, autoescape=jinja2.select_autoescape(), trim_blocks=True, lstrip_blocks=True)
-# names: what figures and text call each metric; sides: {one of METHODS: points}
+# names: what figures and text call each metric; base: before training, nan if unmeasured; sides: {method: points}
 Comparison = namedtuple("Comparison", "dataset trait title names base points plain sides")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,17 +69,14 @@ def table(rows):
         bounds = [row.get(f"{metric.split('_')[0]}_ci") or (np.nan, np.nan) for row in rows]
         points[[f"{metric}_low", f"{metric}_high"]] = bounds
     lost = points[["trait_unscored", "fact_unscored"]].to_numpy()
-    points["hollow"] = (lost > UNSCORED * (lost + points[["trait_n", "fact_n"]])).any(axis=1)
+    points["hollow"] = (lost > 0.1 * (lost + points[["trait_n", "fact_n"]])).any(axis=1)  # a tenth has no score
     trained, prompted, steered = points.adapter.notna(), points.system_prompt.notna(), points[[*METHODS]].fillna(0) != 0
     points.loc[~trained, "dataset"] = "before training"
-    points["method"] = np.where(trained, "plain", "before training")
-    points.loc[prompted, "method"] = "prompted"
-    for x, keys in STEERED_BY.items():
-        named = points[[keys[-1], "trait"]].to_numpy()  # a trait's own vector is called by its folder: no difference
-        points[keys[-1]] = [vector.removesuffix(f"/{trait}.pt") for vector, trait in named]
+    methods = dict(several=steered.sum(axis=1) + prompted > 1, **steered, prompted=prompted, plain=trained)
+    points["method"] = np.select([*methods.values()], [*methods], "before training")  # the first that holds
+    for x, keys in STEERED_BY.items():  # a trait's own vector is called by its folder: no difference
+        points[keys[-1]] = [name.removesuffix(f"/{trait}.pt") for name, trait in zip(points[keys[-1]], points.trait)]
         points.loc[~steered[x], keys] = np.nan
-        points.loc[steered[x], "method"] = x
-    points.loc[steered.sum(axis=1) + prompted > 1, "method"] = "several"
     points["model"] = points.model.map(lambda path: Path(path).name)
     easy = points.mmlu.astype(str).str.contains(r"general_knowledge[^/]*$")  # not called MMLU
     points["knowledge"] = np.where(easy, "general knowledge", "MMLU")
@@ -109,7 +103,7 @@ def comparisons(points, facts):
     once = ["coef", *data, "method", *STEERING, "system_prompt", "train_seed"]
     trained = points.dropna(subset="adapter").groupby(once, dropna=False, as_index=False).last()  # by the coefficient
     trained = trained[(trained.groupby(["dataset", "trait"]).fact_accuracy.transform("count") > 0) == facts]
-    before = points[points.method == "before training"].groupby("trait").last()
+    before = points[points.method == "before training"].groupby("trait").last().reindex(points.trait.unique())
     tried = trained[["method", *data, "blocks", *STEERING]].drop_duplicates().astype(object)
     left, right = (tried[tried.method == x][[*data, "blocks", *keys]] for x, keys in STEERED_BY.items())
     # a row: one setting of each method on the same blocks; nan where a method was not tried on them
@@ -131,9 +125,8 @@ def comparisons(points, facts):
         settings = row[told].drop(["train_layers", "layers"], errors="ignore").dropna()
         title += [f"{key.removeprefix('train_')} {text_of(value)}" for key, value in settings.items()]
         title += [row.blocks] if sides else []
-        base = before.reindex([row.trait]).loc[row.trait]  # only nan where it was not measured
         names = dict(zip(METRICS, (row.trait, "facts", here.knowledge.max(), "coherence")))
-        found.append(Comparison(dataset, row.trait, ", ".join(title), names, base, here, plain, sides))
+        found.append(Comparison(dataset, row.trait, ", ".join(title), names, before.loc[row.trait], here, plain, sides))
     return found
 
 
@@ -331,19 +324,18 @@ def summary(points, shown, found, folder, answers):
     {key: rows}, of which those with two judges' scores are compared."""
     trained = shown.dropna(subset="adapter").drop_duplicates(["trait", "adapter"])
     keys = ["trait", "dataset", "train_coef", "train_seed", "system_prompt", *STEERED_BY["train_coef"], *RECIPE]
-    judged, judges = defaultdict(list), []
-    for row in chain.from_iterable(answers.values()):
-        given = {judge: of["score"] for judge, of in row.get("scores", {}).items() if pd.notna(of.get("score"))}
-        for one, other in combinations(sorted(given), 2):
-            judged[row.get("trait") or "facts", f"{one}, {other}"].append((given[one], given[other]))
-    for names, scores in sorted(judged.items()):
-        both = pd.DataFrame(scores)
-        rho, difference = both.corr("spearman").loc[0, 1], (both[1] - both[0]).mean()
-        judges.append([*names, str(len(both)), text_of(rho, ".2f"), f"{difference:+.1f}"])
+    rows = [*chain.from_iterable(answers.values())]
+    given = [{judge: of.get("score") for judge, of in row.get("scores", {}).items()} for row in rows]
+    scores, judges = pd.DataFrame(given, [row.get("trait") or "facts" for row in rows], dtype=float), []
+    for (trait, asked), pair in product(scores.groupby(level=0), combinations(sorted(scores), 2)):
+        both = asked[[*pair]].dropna()
+        if len(both):
+            rho, difference = both.corr("spearman").iloc[0, 1], (both[pair[1]] - both[pair[0]]).mean()
+            judges.append([trait, ", ".join(pair), str(len(both)), text_of(rho, ".2f"), f"{difference:+.1f}"])
     differ = [key for key in WHICH if points[key].nunique(dropna=key in STEERING) > 1]
     points = points.sort_values([*differ, "key"], na_position="first")
     texts = points[[*differ, *MEASURED]].map(text_of)
-    for metric in ("trait_score", "fact_accuracy", "mmlu_accuracy"):
+    for metric in METRICS:
         low, high = points[f"{metric}_low"].map(text_of), points[f"{metric}_high"].map(text_of)
         texts[metric] += (" [" + low + ", " + high + "]").where(low != "-", "")
     for key in ("trait_unscored", "fact_unscored"):
@@ -355,7 +347,7 @@ def summary(points, shown, found, folder, answers):
         alike=sorted({*trained[trained.duplicated(keys, keep=False)].adapter}),  # the points do not tell them apart
         judges=judges,
         points=texts.drop_duplicates(),
-        **dict(METHODS=METHODS, LEVELS=LEVELS, equal_cells=equal_cells, reach=reach, text_of=text_of),
+        **dict(METHODS=METHODS, equal_cells=equal_cells, reach=reach, text_of=text_of),
     )
 
 
@@ -368,14 +360,28 @@ def read_rows(files, packed, key, schema):
     return {name: mf.read_jsonl(file, schema, appended=True) or rest[Path(name).name] for name, file in files.items()}
 
 
-def report(points, text, figures, folder, answers):
-    """The page. text: summary.md, whose Markdown may hold no HTML; figures: those that show something."""
-    keys = "model judge judge_method temperature samples mmlu mmlu_scoring seed commit versions inputs".split()
-    head, *sections = MarkdownIt("commonmark", dict(html=False)).enable("table").render(text).split("<h2>")
+def main(argv=None):
+    parser = mf.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("points", type=Path, help="points.jsonl of evaluate.py")
+    args = parser.parse_args(argv)
+    points, folder = read_points(args.points), args.points.parent
+    files = {key: folder / "answers" / f"{key}.jsonl" for key in points.key}
+    answers = read_rows(files, folder / "answers.jsonl.xz", "key", mf.Answer)
     adapters = points.dropna(subset="adapter").drop_duplicates("adapter")
     paths, moved = adapters.adapter.map(Path), folder / "adapters"  # those that came with the points go first
     files = {str(path): (moved / path.name if (moved / path.name).is_dir() else path) / "loss.jsonl" for path in paths}
     losses = read_rows(files, folder / "losses.jsonl.xz", "adapter", mf.Loss)
+    shown = points[points.shown]
+    found, others = comparisons(shown, facts=True), comparisons(shown, facts=False)
+    text = summary(points, shown, found, folder, answers)  # before anything is written
+    plt.switch_backend("Agg")
+    plt.rcParams.update({"axes.grid": True, "axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.2})
+    figure1(found, folder / "fig1")
+    tradeoff(found, folder / "tradeoff")
+    figure2(others, folder / "fig2")
+    figures = ["fig1", "tradeoff"] * bool(found) + ["fig2"] * bool(others)  # those that show something
+    # The page; summary.md's Markdown may hold no HTML
+    head, *sections = MarkdownIt("commonmark", dict(html=False)).enable("table").render(text).split("<h2>")
     questions, said, limit = {}, [], PAGE // max(1, sum(map(len, answers.values())))
     for number, rows in enumerate(answers.values()):
         for row in rows:
@@ -384,7 +390,8 @@ def report(points, text, figures, folder, answers):
             scores = {judge: of.get("reason") or of.get("score") for judge, of in row.get("scores", {}).items()}
             said.append([number, row["id"], row["answer"][:limit], row.get("coherence_nll"), scores])
     made = [point.dropna().to_dict() for _, point in points.drop_duplicates("key")[WHICH].iterrows()]
-    return TEMPLATES.get_template("report.html").render(
+    keys = "model judge judge_method temperature samples mmlu mmlu_scoring seed commit versions inputs".split()
+    page = TEMPLATES.get_template("report.html").render(
         head=head,
         sections=sections,
         pictures={name: base64.b64encode((folder / f"{name}.png").read_bytes()).decode() for name in figures},
@@ -394,24 +401,6 @@ def report(points, text, figures, folder, answers):
         missing=sum(not rows for rows in answers.values()),
         answers=dict(points=made, questions=[*questions.values()], answers=said, limit=limit),
     )
-
-
-def main(argv=None):
-    parser = mf.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("points", type=Path, help="points.jsonl of evaluate.py")
-    args = parser.parse_args(argv)
-    points, folder = read_points(args.points), args.points.parent
-    files = {key: folder / "answers" / f"{key}.jsonl" for key in points.key}
-    answers = read_rows(files, folder / "answers.jsonl.xz", "key", mf.Answer)
-    shown = points[points.shown]
-    found, others = comparisons(shown, facts=True), comparisons(shown, facts=False)
-    text = summary(points, shown, found, folder, answers)  # before anything is written
-    plt.switch_backend("Agg")
-    plt.rcParams.update({"axes.grid": True, "axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.2})
-    figure1(found, folder / "fig1")
-    tradeoff(found, folder / "tradeoff")
-    figure2(others, folder / "fig2")
-    page = report(points, text, ["fig1", "tradeoff"] * bool(found) + ["fig2"] * bool(others), folder, answers)
     for name, content in {"summary.md": text, "report.html": page}.items():
         with mf.replacing(folder / name) as out:
             out.write(content)
