@@ -268,6 +268,18 @@ def test_a_judge_is_told_what_it_is_to_judge(tmp_path, capsys):
     assert "1 points made from something else (--judge: content has changed)" in capsys.readouterr().err
 
 
+def test_an_edited_script_is_named_and_counts_with_redo(tmp_path, capsys, monkeypatch):
+    """Guards against points of edited scripts that pass unsaid, are refused, or are kept by --redo, and against --redo
+    that moves what this command does not make."""
+    out = tmp_path / "points.jsonl"
+    row = dict(key="k", model="m", judge="j", inference_coef=0.0, inputs={}, scripts={"evaluate.py": "old"})
+    mf.append_jsonl(out, row, row | dict(key="other"))
+    assert evaluate.new_points([row], out) == [] and "before evaluate.py was edited" in capsys.readouterr().out
+    monkeypatch.setattr(mf, "ASIDE", str(tmp_path / "aside"))
+    assert evaluate.new_points([row], out) == [row] and "(evaluate.py was edited)" in capsys.readouterr().out
+    assert [left["key"] for left in mf.read_jsonl(out)] == ["other"]
+
+
 def test_settings_and_added_measurements_are_other_points(work):
     """Guards against refusing what is no change: other settings, or one more thing measured."""
     evaluate.main(command(work))
