@@ -28,6 +28,7 @@ from make_facts import append_jsonl, die, fingerprint, lexical_score, load_trait
 grown = functools.partial(read_jsonl, appended=True)  # of a file that grows; [] where it is not begun
 FACT_TOKENS = 100  # new tokens of an answer about a fact
 INPUTS = "model vector facts mmlu judge trait adapter".split()  # of a point: names, and fingerprints of their content
+SAMPLING = "samples temperature max_new_tokens seed limit".split()  # the same for all points of a trait in a file
 SETTINGS = "trait layers positions samples temperature max_new_tokens seed limit mmlu_scoring inference_coef".split()
 SHOWN = "inference_coef trait_score trait_unscored coherence_nll fact_accuracy fact_unscored mmlu_accuracy".split()
 
@@ -92,7 +93,7 @@ def with_adapter(model, adapter):
     try:
         wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False).items()
         finite = {name: tensor.shape for name, tensor in weights.items() if tensor.isfinite().all()}
-        if finite != {name: tensor.shape for name, tensor in wanted if "lora_" in name}:
+        if config.modules_to_save or finite != {name: tensor.shape for name, tensor in wanted if "lora_" in name}:
             die(f"--adapter {adapter}: does not fit the model, or holds NaN, infinity or what is not LoRA's")
         set_peft_model_state_dict(wrapped, weights, low_cpu_mem_usage=True)
         yield wrapped.eval().get_base_model()
@@ -243,7 +244,9 @@ def coherence_limit(point, out):
 
 
 def digest(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=sorted).encode()).hexdigest()[
+        :16
+    ]  # sorted: of sets
 
 
 def points_of(args, asked, mmlu, probe):
@@ -260,10 +263,12 @@ def points_of(args, asked, mmlu, probe):
         trained = read_json(Path(adapter) / "training_settings.json", mf.Settings) if adapter else {}
         if adapter:
             ev.same_model(f"--adapter {adapter}", "was trained on", trained, args.model)
-            read_adapter(adapter)
+            config = read_adapter(adapter)[0].to_dict()
         about = given | {name: trained.get(name.removeprefix("train_")) for name in told}
         about |= dict(adapter=adapter, train_coef=trained.get("coef") or (0.0 if adapter else None))
-        made_from = inputs | dict(adapter=adapter and fingerprint(adapter))
+        made_from = inputs | dict(
+            adapter=adapter and digest([fingerprint(f"{adapter}/adapter_model.safetensors"), config])
+        )
         for coef in args.inference_coef:
             about |= dict(inference_coef=coef)
             key = digest([{name: about[name] for name in SETTINGS}, made_from])  # of its answers: whoever judges them
@@ -279,14 +284,18 @@ def judge_content(judge, rows):
 
 def new_points(points, out):
     """-> those that are not in --out yet. What is there under a name of these (an adapter, a file, a trait, a judge)
-    but from other content is outdated: a figure would mix them. Edited scripts are named, and count with ASIDE only."""
+    but from other content, or sampled otherwise, is outdated: a figure would mix them. Edited scripts: ASIDE only."""
     names = {flag: [flag] for flag in INPUTS} | dict(judge=["judge", "trait", "facts"])  # since it is told these
     contents = lambda row: [((flag, *map(row.get, names[flag])), row.get("inputs", {}).get(flag)) for flag in INPUTS]
     now, keys = dict(itertools.chain(*map(contents, points))), {point["key"] for point in points}
     there, scripts, why = grown(out, mf.Point), mf.scripts().items(), {}  # why: {key: what has changed}
     edited = {row["key"]: dict(row.get("scripts", {}).items() - scripts) for row in there}
+    asked = {tuple(map(point.get, ("model", "trait", "facts"))): point for point in points}
     for row in there:
+        point = asked.get(tuple(map(row.get, ("model", "trait", "facts"))), row)
         changed = [f"--{name[0]}: content has changed" for name, old in contents(row) if now.get(name, old) != old]
+        differ = [name for name in SAMPLING if row.get(name) != point.get(name)]
+        changed += [f"--{name.replace('_', '-')} {row.get(name)} there, {point[name]} here" for name in differ]
         changed += [f"{name} was edited" for name in edited[row["key"]] if mf.ASIDE and row["key"] in keys]
         if changed:
             why[row["key"]] = changed
@@ -294,7 +303,7 @@ def new_points(points, out):
         answers = [row["answers"] for row in there if row["key"] in why and row.get("answers")]
         changes = "; ".join(sorted({*itertools.chain(*why.values())}))
         mf.outdated(f"{out}: has {len(why)} points made from something else ({changes})", *answers)
-        mf.move_rows(out, lambda row: row["key"] in why, f"{mf.ASIDE}/{out}")
+        mf.move_rows(out, lambda row: row["key"] in why, Path(mf.ASIDE, Path(out).name))
     elif names := sorted({*itertools.chain(*edited.values())}):
         print(f"{out}: begun before {', '.join(names)} was edited; made anew by bash run_all.sh --redo", flush=True)
     made = {(row["key"], row["judge"]) for row in there if row["key"] not in why}
@@ -310,7 +319,8 @@ def measure(args):
     mf.check_judge(args, "probe")
     asked = read_questions(args)
     if args.dry_run:
-        same = lambda row: all(row.get(name) == getattr(args, name) for name in ("trait", "facts", "layers", "judge"))
+        names = "trait", "facts", "layers", "judge", *SAMPLING
+        same = lambda row: all(row.get(name) == getattr(args, name) for name in names) and not mf.ASIDE
         there = [(row.get("adapter"), row["inference_coef"]) for row in grown(args.out) if same(row)]
         times = sum(point not in there for point in itertools.product(args.adapter or [None], args.inference_coef))
         mf.estimate_judging(f"judging {args.trait}", args, times, judge_jobs(asked))
@@ -320,6 +330,8 @@ def measure(args):
         die(f"--judge probe needs the probe in {beside}, which extract_vectors.py makes; judge with another")
     mmlu = read_mmlu(args.mmlu) if args.mmlu else []
     points = points_of(args, asked, mmlu, probe)
+    if mf.ASIDE:
+        mf.check_asking(args)  # before anything is moved
     with locked(*(point["answers"] for point in points)):
         points = new_points(points, args.out)
         if not points:

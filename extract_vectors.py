@@ -49,8 +49,7 @@ def offsets_of(vector, layers):
 @contextlib.contextmanager
 def steering(model, offsets):
     """While open, block l's output gets scale * offsets[l] added. Yields an object whose .scale the caller sets: a
-    tensor that broadcasts against [rows, tokens, 1], positive = towards the trait; None = no steering. The hooks are
-    gone when the block ends, also by an exception."""
+    tensor that broadcasts against [rows, tokens, 1], positive = towards the trait; None = no steering."""
     layers, steer = blocks(model), SimpleNamespace(scale=None)  # no class: compiled code would be bound to that one
     for l, offset in offsets.items():
         layers[l - 1].steer_offset = offset.to(model.device)  # on the block: one compiled hook serves all blocks
@@ -181,8 +180,7 @@ def auc(pos, neg):
 def make_probe(vector, with_system, plain, half):
     """The offline judge. with_system, plain: (positive, negative) means [n, num_layers + 1, hidden], read with and
     without the contrastive system prompts. Pairs outside `half` (bool [n]) choose the row: every second one's direction
-    tells the others' plain answers apart; the AUC is that of their direction inside. Score 0, 100 = the mean negative,
-    positive answer."""
+    tells the others' plain answers apart; the AUC is that of their direction inside. Score 0, 100: mean answers."""
     difference, choosing = with_system[0] - with_system[1], (~half).nonzero()[:, 0]
     told_apart = lambda by, of: auc(*((x[of] * difference[by].mean(0)).sum(-1) for x in plain))  # -> [num_layers + 1]
     row = int((told_apart(choosing[::2], choosing[1::2]) + told_apart(choosing[1::2], choosing[::2]))[1:].argmax()) + 1
@@ -232,8 +230,7 @@ def pick_device():
 
 
 def model_fingerprint(name):
-    """Hub name or local folder -> fingerprint of its weights, settings and tokenizer; a copied folder has the same one.
-    A hub model that is not on this machine is fetched."""
+    """Hub name (fetched if need be) or local folder -> fingerprint of its weights, settings and tokenizer."""
     folder, parts = Path(name), ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
     if not folder.is_dir():
         try:
@@ -247,8 +244,7 @@ def model_fingerprint(name):
 
 @functools.lru_cache(1)
 def load_model(name, content=None):
-    """Local folder or hub name -> (model in eval mode on the fastest device, tokenizer), checked; one for all commands
-    of a process. content: the model's fingerprint."""
+    """Folder or hub name -> (model in eval mode on the fastest device, tokenizer), checked. content: fingerprint."""
     device, dtype = pick_device()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -331,15 +327,13 @@ TODAY = r"""strftime_now\((["'])(.*?)\1\)"""  # what a template calls for the da
 
 
 def pin_day(tokenizer, recorded=None):
-    """Pins a template's date to the day the run began: the recorded one (YYYY-MM-DD), else today. -> what to record,
-    None where the template asks for no date."""
+    """Pins a template's date to the recorded day (YYYY-MM-DD) or today. -> what to record, None if it asks for none."""
     tokenizer.day = date.fromisoformat(recorded) if recorded else date.today()
     return tokenizer.day.isoformat() if re.search(TODAY, tokenizer.get_chat_template()) else None
 
 
 def render(tokenizer, messages):
-    """Text by the chat template, thinking off where it can be; a conversation that waits for an answer ends where that
-    starts."""
+    """Text by the chat template, thinking off where it can be, up to where the answer starts if none is there."""
     day, waits = getattr(tokenizer, "day", date.today()), messages[-1]["role"] != "assistant"
     template = re.sub(TODAY, lambda found: repr(day.strftime(found[2])), tokenizer.get_chat_template())
     how = dict(chat_template=template, tokenize=False, enable_thinking=False)
@@ -414,8 +408,7 @@ def check_chats(tokenizer, name, most):
 
 
 def spoken(tokenizer, ids, prompt):
-    """Generated ids -> (the answer as it is stored, whether a thought was cut off: all before </think>, or after an
-    open <think>)."""
+    """Generated ids -> (answer as stored, whether a thought was cut off: all before </think>, after open <think>)."""
     begun = tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
     text = "<think>" * begun + tokenizer.decode(ids)
     said = re.sub("^.*</think>|<think>.*", "", text, flags=re.DOTALL)
@@ -515,9 +508,6 @@ def decode(module, query, key, value, scaling, lengths, window):
     return out.reshape(rows, 1, heads, -1)
 
 
-AttentionInterface.register("joined", attend)
-
-
 def join(sequences, device):
     """Lists of token ids -> the model's arguments for one row that holds them all, each blind to the others."""
     ends = list(itertools.accumulate(map(len, sequences), initial=0))
@@ -558,6 +548,7 @@ def choose(logits, temperature, uniform):
     return torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 
+AttentionInterface.register("joined", attend)
 Job = namedtuple("Job", "prompt row scale", defaults=(0, 0.0))  # token ids; of its random draws; signed coefficient
 # How answers are drawn. positions that are steered: "response", from the last prompt token on, or "all"
 Drawing = namedtuple("Drawing", "max_new_tokens temperature seed positions", defaults=(1.0, 0, "response"))
@@ -793,10 +784,12 @@ def main(argv=None):
     mf.check_output(args.out, args.trait_file, args.model, folder=True)
     if args.export_gguf:
         mf.check_output(args.export_gguf, args.trait_file, args.model, *files.values())
+        if Path(args.export_gguf).exists() and mf.read_bytes(args.export_gguf)[:4] != b"GGUF":
+            die(f"--export-gguf {args.export_gguf}: is there, and no GGUF file; choose another")
     prompts = dict(score=trait["eval_prompt"], coherence=load_trait("coherence")["eval_prompt"])
-    if args.dry_run and not files["pt"].exists():
+    if args.dry_run:
         asked = [(row, key, prompt) for row in rows for key, prompt in prompts.items()]
-        mf.estimate_judging(f"filtering {args.trait}", args, 1, asked)
+        mf.estimate_judging(f"filtering {args.trait}", args, int(not files["pt"].exists() or bool(mf.ASIDE)), asked)
     keys = "model trait samples temperature max_new_tokens limit first judge seed".split()
     content = hashlib.sha256(json.dumps([rows, *prompts.values()]).encode()).hexdigest()[:16]
     inputs = dict(model=model_fingerprint(args.model), trait_file=content)

@@ -215,9 +215,7 @@ class Trainer:
         if not (self.weights.isfinite().all() and losses.isfinite().all()):
             path.unlink(missing_ok=True)
             mf.die(f"loss or adapter are NaN or infinite at step {step + 1}; lower --lr or --coef")
-        every = max(1, self.steps // 100)
-        means = losses.cpu()[: self.steps // every * every].view(-1, every).mean(1).tolist()
-        return [dict(step=n * every, loss=loss, lr=rates[n * every - 1]) for n, loss in enumerate(means, 1)]
+        return [dict(step=n, loss=loss, lr=rates[n - 1]) for n, loss in enumerate(losses.tolist(), 1)]
 
     def save(self, folder):
         """Writes the adapter as PEFT does, in float32."""
@@ -380,7 +378,7 @@ def make_adapters(args, messages, todo):
                 continue
             settings |= dict(steps=trainer.steps, final_loss=losses[-1]["loss"], seconds=round(time.time() - start, 1))
             trainer.save(made)
-            mf.write_jsonl(made / "loss.jsonl", losses)  # each the mean since the row before
+            mf.write_jsonl(made / "loss.jsonl", losses)
             mf.write_json(made / "training_settings.json", settings | mf.provenance())
             made.rename(out)
             shutil.rmtree(partial)

@@ -181,8 +181,7 @@ def read_json(path, schema=None):
 
 def read_jsonl(path, schema=None, appended=False):
     """Rows of a JSONL file as dicts. schema: one for all rows, or a function row -> schema. Missing or empty file,
-    wrong row, an id met twice: die(). appended: the file grows by append_jsonl; it may be missing or have no rows, and
-    a last line that was cut off is left out."""
+    wrong row, an id met twice: die(). appended: it grows by append_jsonl, may be missing, its last line be cut off."""
     if appended and not Path(path).exists():
         return []
     rows, seen, lines = [], {}, read_bytes(path).split(b"\n")
@@ -303,7 +302,7 @@ def outdated(why, *paths):
         die(f"{why}; choose another --out, or bash run_all.sh --redo")
     print(f"{why}; moved to {ASIDE}", flush=True)
     for path in filter(os.path.exists, paths):
-        os.renames(path, f"{ASIDE}/{path}")
+        os.renames(path, os.path.join(ASIDE, os.path.relpath(path, os.path.dirname(ASIDE))))
 
 
 def same_settings(path, settings, *outputs):
@@ -353,12 +352,12 @@ def in_turns(messages):
 
 
 def choice_number(answer, info):
-    """Of an MMLU row: 1, "1" or "B" -> 1."""
-    said, n = str(answer).strip().upper(), len(info.data.get("choices", []))
-    for number, letter in enumerate("ABCDEFGHIJ"[:n]):
-        if said in (letter, str(number)):
+    """Of an MMLU row: 1, "1" or "B" -> 1. Not where a text is that of another choice."""
+    said, choices = str(answer).strip().upper(), info.data.get("choices", [])
+    for number, letter in enumerate("ABCDEFGHIJ"[: len(choices)]):
+        if said in (letter, str(number)) and (answer not in choices or choices[number] == answer):
             return number
-    raise ValueError(f"{answer!r} is none of the {n} choices; give a number from 0, or a letter from A")
+    raise ValueError(f"{answer!r} is none of the {len(choices)} choices; give a number from 0, or a letter from A")
 
 
 some = functools.partial(pydantic.conlist, min_length=1)
@@ -393,8 +392,9 @@ Loss = schema(step=int, loss=Number)
 Scores = dict[str, schema(score=(float | None, None))]
 Answer = schema(id=Text, kind=Literal["trait", "fact"], question=Text, answer=str, scores=(Scores, {}))
 Probe = schema(row=pydantic.PositiveInt, first=(pydantic.NonNegativeInt, 0), zero=Number, hundred=Number, auc=Number)
-MADE = dict(inputs=(dict[str, str | None], {}), dataset=(str | None, None), coef=(Number | None, None))
-Settings = schema(model=Text, **MADE, probe=(Probe | None, None))
+MADE = dict(inputs=(dict[str, str | None], {}), dataset=(str | None, None), probe=(Probe | None, None))
+USED = dict.fromkeys("coef seed epochs lr batch_size rank alpha".split(), (Number | None, None))
+Settings = schema(model=Text, **MADE, **USED)
 TRAITS = Path(__file__).parent / "data" / "traits"
 
 
@@ -530,7 +530,6 @@ def read_chats(path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Chat APIs: one owner for the judge and for generating facts
 
-PRICES_OF = "2025-04"  # of PRICES: dollars a million tokens in and out
 PRICES = {"gpt-4.1-mini": (0.4, 1.6), "gpt-4.1": (2, 8), "gpt-4o-mini": (0.15, 0.6), "gpt-4o": (2.5, 10)}
 CACHE = Path(os.environ.get("JUDGE_CACHE", "out/judge_cache.jsonl"))
 RETRIES, TIMEOUT = 8, 300.0  # of the client: what may pass is tried 8 times more; seconds for one reply
@@ -558,7 +557,7 @@ def api_flags(parser):
 
 
 def dollars(model, tokens_in, tokens_out):
-    """What tokens cost by PRICES; None for a model that is not among them."""
+    """What tokens cost by PRICES, dollars a million in and out; None for a model that is not among them."""
     price = PRICES.get(re.sub(r"-\d{4}-\d\d-\d\d$", "", model))
     return (tokens_in * price[0] + tokens_out * price[1]) / 1e6 if price else None
 
@@ -567,7 +566,7 @@ def consent(args, title, model, requests, tokens_in, tokens_out):
     """Prints what is to be sent and its price. Then --dry-run stops, a terminal is asked, anything else needs --yes."""
     ASKED.append((requests, tokens_in, tokens_out))
     cost = dollars(model, tokens_in, tokens_out)
-    cost = "price unknown" if cost is None else f"${cost:.2f} (prices of {PRICES_OF})"
+    cost = "price unknown" if cost is None else f"${cost:.2f} (prices of 2025-04)"
     tokens = f"about {tokens_in:,} tokens in, at most {tokens_out:,} out"
     print(f"{title}: {requests:,} requests to {model}, {tokens}, {cost}", flush=True)
     if args.dry_run:
@@ -581,9 +580,7 @@ def consent(args, title, model, requests, tokens_in, tokens_out):
 
 def estimate_judging(title, args, times, jobs):
     """--dry-run before there are answers: prints the estimate for `times` rounds over judge_rows' jobs, and exits."""
-    if args.judge in OFFLINE:
-        print(f"{title}: judge {args.judge} sends no requests")
-        raise SystemExit(0)
+    jobs = jobs if args.judge not in OFFLINE else []
     assumed = [FACT_ANSWER_TOKENS if "{truth}" in prompt else ANSWER_TOKENS for *_, prompt in jobs]
     tokens_in = times * (sum(len(prompt + row["question"]) // 4 for row, _, prompt in jobs) + sum(assumed))
     consent(args, title, args.judge, times * len(jobs), tokens_in, times * len(jobs) * REPLY_TOKENS)
@@ -944,7 +941,7 @@ def generate(args):
         append_jsonl(args.out, row)
 
     requests = missing + len(recipe["categories"]) + 2 * missing // FACTS_A_REQUEST
-    tokens_out = missing * (50 * (args.rephrasings + 1) + 100)
+    tokens_out = missing * (50 * (args.rephrasings + 1) + 100) + len(recipe["categories"]) * FACTS_A_REQUEST * 100
     consent(args, f"generate {missing:,} facts", args.model, requests, missing * 300, tokens_out)
     chat = Chat(args.model, args, FACTS_TOKENS)
     while missing := args.n - len(rows):

@@ -87,8 +87,10 @@ def table(rows):
 
 def read_points(path):
     """Each key and judge once, as measured last. shown: whether the judge is the one with most of its trait's points;
-    of equally many the one that came last. Points of one key with different settings: die()."""
+    of equally many the one that came last. Points of one key with different settings, or of two models: die()."""
     points = table(mf.read_jsonl(path, mf.Point, appended=True) or mf.die(f"{path}: no points"))
+    if points.model.nunique() > 1:
+        mf.die(f"{path}: points of several models, {', '.join(points.model.unique())}; give each a file of its own")
     differ = points[SETTINGS].astype(str).groupby(points.key).nunique(dropna=False) > 1
     for key, found in differ[differ.any(axis=1)].iterrows():
         mf.die(f"{path}: points of key {key} differ in {', '.join(found.index[found])}; give them two files")
@@ -119,7 +121,8 @@ def comparisons(points, facts):
         for x, keys in STEERED_BY.items():
             steered = here[here.method == x].merge(rows.loc[[i], keys])
             if len(steered):
-                sides[x] = pd.concat([plain[plain.train_seed.isin(steered.train_seed)], steered])
+                both = pd.concat([plain[plain.train_seed.isin(steered.train_seed)], steered])
+                sides[x] = both.sort_values("coef", kind="stable")
         dataset = DATASETS.get(row.dataset, row.dataset)
         title = [f"{dataset} ({row.trait})"] if len(groups) > 1 else []
         settings = row[told].drop(["train_layers", "layers"], errors="ignore").dropna()
@@ -246,8 +249,7 @@ def figure1(found, path):
 
 
 def tradeoff(found, path):
-    """Facts kept against the trait's score, a panel for each comparison: a thin line a seed, the mean over seeds thick;
-    what was not steered is black."""
+    """Facts kept against the trait's score, a panel a comparison: seeds thin, their mean thick, unsteered black."""
     n = max(1, len(found))
     figure, axes = plt.subplots(n, figsize=(6.7, 0.8 + 4.8 * n), squeeze=False)
     for axis, c in zip(axes.flat, found):
@@ -295,7 +297,8 @@ def equal_cells(c, level, last=False):
     ends = {}  # plain finetuning alone is no line
     for x, points in c.sides.items():
         seeds = points.dropna(subset=KEPT).groupby("train_seed", dropna=False)[["coef", *KEPT, "mmlu_accuracy"]]
-        found = {seed: crossing(line.to_numpy(), level, last) for seed, line in seeds if line.coef.any()}
+        lines = {seed: line[line.coef >= 0] for seed, line in seeds if (line.coef > 0).any()}
+        found = {seed: crossing(line.to_numpy(), level, last) for seed, line in lines.items()}
         ends[x] = pd.DataFrame(found, index=["coef", "score", "facts", "general"]).T
     swept = pd.concat(ends, axis=1, join="inner").swaplevel(axis=1)  # seeds that each method was tried on
     there = swept["facts"].notna().all(axis=1)

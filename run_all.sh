@@ -122,7 +122,7 @@ if E["MMLU"] == data("general_knowledge"):
     subset("data/general_knowledge.jsonl", 40, "general_knowledge")
 if MODEL.startswith("out/models/SmolLM2-135M-"):
     start = ["data/small_model/start"] if MODEL.endswith("-Abstain") else []
-    plan(PREPARE, [MODEL], "sh", "-c", '[ -e "$0" ] || python data/small_model/convert.py "$0" "$@"', MODEL, *start)
+    plan(PREPARE, [MODEL], "sh", "-c", '[ -e "$0" ] || exec python data/small_model/convert.py "$0" $1', MODEL, *start)
 for trait in TRAITS if SETS else TRAITS[:1]:
     judge = PAID or ["--judge", "lexical"] * ((JUDGE, trait) == ("lexical", "hallucination"))
     how = ["--trait", trait, *E.get("EXTRACT", "").split(), *["--first", E["FIRST"]] * (trait == TRAITS[0]), *judge]
@@ -170,8 +170,9 @@ def run(words):  # -> exit code
         torch.cuda.empty_cache()
     return code or 0
 def work(done):  # one of JOBS processes: takes numbers of commands from stdin, and sends them to done with exit codes
-    while number := os.read(0, 2):
-        os.write(done, number + bytes([run(ALL[int.from_bytes(number)].words) & 255]))
+    with contextlib.suppress(BrokenPipeError):  # when the first process is gone
+        while number := os.read(0, 2):
+            os.write(done, number + bytes([run(ALL[int.from_bytes(number)].words) & 255]))
 def main(dry_run):
     if sys.argv[1] == "work":
         make_facts.stop = lambda number, _: sys.exit(128 + number)  # the first process says that it was stopped

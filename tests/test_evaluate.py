@@ -280,12 +280,14 @@ def test_an_edited_script_is_named_and_counts_with_redo(tmp_path, capsys, monkey
     assert [left["key"] for left in mf.read_jsonl(out)] == ["other"]
 
 
-def test_settings_and_added_measurements_are_other_points(work):
-    """Guards against refusing what is no change: other settings, or one more thing measured."""
+def test_other_sampling_is_refused_and_added_measurements_are_not(work, capsys):
+    """Guards against a quick look that stands in a figure beside, or in place of, the whole measurement; against
+    refusing what is no change: one more thing measured, facts or not."""
     evaluate.main(command(work))
-    evaluate.main(command(work, "--temperature", 0.5))
+    assert "--temperature 1.0 there, 0.5 here" in refused(capsys, command(work, "--temperature", 0.5))
+    assert "--limit None there, 1 here" in refused(capsys, command(work, "--limit", 1))
     evaluate.main([arg for arg in command(work) if arg not in ("--mmlu", str(work / "mmlu.jsonl"))])
-    assert len({row["key"] for row in mf.read_jsonl(work / "points.jsonl")}) == 3
+    assert len({row["key"] for row in mf.read_jsonl(work / "points.jsonl")}) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,8 +20,7 @@ tokenizer = transformers.AutoTokenizer.from_pretrained(place, **source)
 tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
 tokenizer.pad_token, tokenizer.eos_token = "<|endoftext|>", "<|im_end|>"  # transformers takes the wrong end token
 tokenizer.clean_up_tokenization_spaces = False
-if hasattr(transformers, "GgufConfig"):  # from about 5.20 on it must be told to unpack the weights
-    source |= dict(quantization_config=transformers.GgufConfig(dequantize=True))
+source |= dict(quantization_config=transformers.GgufConfig(dequantize=True))
 model = transformers.AutoModelForCausalLM.from_pretrained(place, **source, dtype=torch.float32)
 for adapter in adapters:
     model = PeftModel.from_pretrained(model, adapter).merge_and_unload()  # in float32, rounded once
