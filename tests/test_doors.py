@@ -805,3 +805,21 @@ def test_one_process_an_output(tmp_path):
     with mf.locked(tmp_path / "out"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_an_answer_that_is_another_choices_text(refused):
+    """Guards against "3" among the choices 1, 2, 3, 4 taken for the fourth one."""
+    row = dict(subject="s", question="2+1?", choices=["1", "2", "3", "4"], answer="3")
+    refused(mf.validated, row, mf.Question, "x:1", said="none of the 4 choices")
+    for answer, number in ((3, 3), ("C", 2)):
+        assert mf.validated(row | dict(answer=answer), mf.Question, "x:1")["answer"] == number
+
+
+def test_aside_stays_in_the_folder(tmp_path, monkeypatch):
+    """Guards against --redo with an OUT such as ../y that moves outputs beside the folder it names."""
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    mf.write_json("../y/adapters/a.json", {})
+    monkeypatch.setattr(mf, "ASIDE", "../y/before-1")
+    mf.outdated("other facts", "../y/adapters/a.json", "../y/none")
+    assert [str(path) for path in (tmp_path / "y").rglob("*.json")] == [str(tmp_path / "y/before-1/adapters/a.json")]

@@ -579,3 +579,25 @@ def test_judges_are_compared_on_the_same_answers():
         ["hallucination", "gpt, probe", "4", "0.80", "+22.5"],
     ]
     assert table(dict(id="x", scores=dict(probe=dict(score=1.0)))) == []
+
+
+def test_two_models_are_no_seeds(tmp_path, capsys):
+    """Guards against two models in one file that are averaged as if they were training seeds of one."""
+    mf.write_jsonl(tmp_path / "points.jsonl", [BEFORE, PLAIN, point(60.0, model="models/other", train_seed=1)])
+    with pytest.raises(SystemExit):
+        plot.read_points(tmp_path / "points.jsonl")
+    assert "points of several models, m, other" in capsys.readouterr().err
+
+
+def test_coefficients_below_zero_are_no_way_to_a_level(tmp_path):
+    """Guards against a curve that goes from 0 back to -1: a level is reached from 0 on."""
+    x = "inference_coef"
+    up = [BEFORE, PLAIN, steered(x, 1.0, 10.0, facts=50.0)]
+    down = [steered(x, -1.0, 95.0, facts=70.0), steered(x, -0.5, 90.0, facts=80.0)]
+    cells = []
+    for points in (up, up + down):
+        mf.write_jsonl(tmp_path / "points.jsonl", points)
+        (found,) = plot.comparisons(plot.read_points(tmp_path / "points.jsonl"), True)
+        assert found.sides[x].coef.is_monotonic_increasing
+        cells.append(plot.equal_cells(found, 45.0))
+    assert cells[0] == cells[1] and cells[0][1] == "70.0"
