@@ -517,7 +517,7 @@ def test_run_again_and_changed(real):
     assert code == 0, err
     aside, again = next(real.out.glob("before-*")), real.points()
     assert scored(again) != scored(points) and not {row["key"] for row in again} & {row["key"] for row in longer}
-    assert len(again) == 4 and [json.loads(x) for x in open(aside / "out/demo/points.jsonl")] == longer
+    assert len(again) == 4 and [json.loads(x) for x in open(aside / "points.jsonl")] == longer
     moved = {path for path in files if not path.exists()}
     assert {path.parent.name for path in moved} == {"answers"} and len(list(aside.rglob("answers/*"))) == 6
     vectors = [path for path in files if path.parent.name == "vectors"]
