@@ -381,7 +381,7 @@ TEXTS = """adapter dataset steer_mode train_layers train_positions train_vector 
     positions mmlu_scoring answers judge_method day""".split()
 NUMBERS = """train_coef train_seed train_epochs train_lr train_batch_size train_rank train_alpha samples temperature
     seed trait_score trait_n trait_unscored coherence coherence_nll abstained abstained_coherent fact_accuracy fact_n
-    fact_unscored fact_not_attempted fact_wrong mmlu_accuracy mmlu_n probe_auc""".split()
+    fact_unscored fact_not_attempted fact_wrong mmlu_accuracy mmlu_n""".split()
 Point = schema(
     **dict(key=Text, model=Text, judge=Text, inference_coef=Number, inputs=(dict[str, str | None], {})),
     **dict.fromkeys(TEXTS, (str | None, None)),
