@@ -1,6 +1,6 @@
 """The text side: new facts, traits, files, and everything that talks to a chat API.
 
-    python make_facts.py check data/facts.jsonl       # offline: counts, and every violation
+    python make_facts.py check data/facts.jsonl       # offline: every violation
     python make_facts.py generate --n 1000 --after 2023-12-31 --model gpt-4.1-mini-2025-04-14 --out facts.jsonl
 
 Reads and writes JSONL; imports no torch, so it starts at once. A row of facts.jsonl: id, fact (one sentence), date
@@ -22,7 +22,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import unicodedata
 from collections import Counter, namedtuple
@@ -53,8 +52,7 @@ def stop(number, _):
 
 
 def run(main, argv=None):
-    """Runs a script's main. Ctrl-C, SIGTERM and what the file system refuses (a full disk, missing rights) end in one
-    line, exit codes 130, 143 and 2; errors that nobody foresaw keep their traceback."""
+    """Runs a script's main. Ctrl-C, SIGTERM and what the file system refuses end in one line, codes 130, 143 and 2."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
@@ -78,13 +76,9 @@ class Parser(argparse.ArgumentParser):
 def number(least=1, most=10**9, above=None, kind=pydantic.FiniteFloat):
     """An argparse type: a finite number from `least`, or above `above`, to `most`."""
     adapter = pydantic.TypeAdapter(Annotated[kind, Field(ge=least if above is None else None, gt=above, le=most)])
-
-    def parse(text):
-        try:
-            return adapter.validate_python(text) + 0  # -0.0 -> 0.0
-        except pydantic.ValidationError as error:
-            raise argparse.ArgumentTypeError(f"{text[:40]!r}: {error.errors()[0]['msg']}") from None
-
+    parse = lambda text: adapter.validate_python(text) + 0  # -0.0 -> 0.0
+    limits = f"from {least}" if above is None else f"above {above}"
+    parse.__name__ = f"{'whole ' * (kind is int)}number {limits} to {most}"  # for argparse: "invalid ... value: 'x'"
     return parse
 
 
@@ -102,8 +96,8 @@ def layer_choice(text):
 
 
 def distinct(parser, flag, values):
-    """Stops where a value is given twice; numbers count as files' names show them (0.50 = 0.5)."""
-    names = [f"{value:g}" if isinstance(value, float) else str(value) for value in values or ()]
+    """Stops where a number is given twice; they count as files' names show them (0.50 = 0.5)."""
+    names = [f"{value:g}" for value in values or ()]
     if len(set(names)) < len(names):
         parser.error(f"argument {flag}: a value is given twice: {' '.join(names)}")
 
@@ -116,10 +110,8 @@ def check_output(path, *inputs, folder=False):
         die(f"--out {path}: is an input of this command, or in one; choose another")
     if not (there.is_file() if there == path and not folder else there.is_dir()):
         die(f"--out {path}: {there} is a {'folder' if there.is_dir() else 'file'}; choose another")
-    try:
-        (tempfile.TemporaryFile(dir=there) if there.is_dir() else open(there, "ab")).close()
-    except OSError as error:
-        die(f"--out {path}: cannot write to {there} ({error.strerror.lower()})")
+    if not os.access(there, os.W_OK):
+        die(f"--out {path}: cannot write to {there}")
 
 
 def check_judge(args, own):
@@ -272,8 +264,7 @@ WHOLE, SAMPLES, SAMPLE = 64 << 20, 256, 64 << 10  # of a file over 64 MiB: 256 s
 
 
 def fingerprint(path):
-    """File or folder -> 16 hex digits of the sha256 of its content; a folder's also of the names in it, hidden ones
-    left out. Of files over 64 MiB (weights) the size and samples count: a 15 GB model takes a second."""
+    """File, or folder without what is hidden in it -> 16 hex digits of the sha256 of names, sizes and content."""
     path, digest = Path(path), hashlib.sha256()
     if not path.exists():
         die(f"{path}: no such file or folder")
@@ -380,12 +371,13 @@ EvaluationTrait = schema(__base__=Trait, eval_questions=some(Text))
 TEXTS = """adapter dataset steer_mode train_layers train_positions train_vector system_prompt vector mmlu trait layers
     positions mmlu_scoring answers judge_method day""".split()
 NUMBERS = """train_coef train_seed train_epochs train_lr train_batch_size train_rank train_alpha samples temperature
-    seed trait_score trait_n trait_unscored coherence coherence_nll abstained abstained_coherent fact_accuracy fact_n
-    fact_unscored fact_not_attempted fact_wrong mmlu_accuracy mmlu_n""".split()
+    seed""".split()
+MEASURED = """trait_score trait_n trait_unscored fact_accuracy fact_not_attempted fact_wrong fact_n fact_unscored
+    mmlu_accuracy mmlu_n coherence_nll abstained abstained_coherent coherence""".split()
 Point = schema(
     **dict(key=Text, model=Text, judge=Text, inference_coef=Number, inputs=(dict[str, str | None], {})),
     **dict.fromkeys(TEXTS, (str | None, None)),
-    **dict.fromkeys(NUMBERS, (float | None, None)),
+    **dict.fromkeys([*NUMBERS, *MEASURED], (float | None, None)),
     **dict.fromkeys(("trait_ci", "fact_ci", "mmlu_ci"), (some(float, min_length=2, max_length=2) | None, None)),
 )
 Loss = schema(step=int, loss=Number)
@@ -402,8 +394,7 @@ def load_trait(name, path=None, schema=Trait):
     """data/traits/<name>.json, or a trait file of persona_vectors. schema: ExtractionTrait or EvaluationTrait, by what
     it is for; a published file has one set of questions, and the one to extract by is not taken for evaluation."""
     if not re.fullmatch(r"[\w.+-]+", name) or not path and not (TRAITS / f"{name}.json").is_file():
-        there = {path.stem for path in TRAITS.glob("*.json")} - {"coherence", "fact"}
-        die(f"unknown trait {name}; there are {', '.join(sorted(there))}, or any name with --trait-file")
+        die(f"unknown trait {name}; there are those of {TRAITS}, or any name with --trait-file")
     path = Path(path or TRAITS / f"{name}.json")
     trait = dict(adjective=name) | read_json(path, Row) | dict(trait=name)
     if "questions" in trait and ("instruction" not in trait or "eval" in path.resolve().parent.name):
@@ -480,8 +471,6 @@ def violations(row, facts, rephrasings, after):
     if not mentions(row["fact"], row["answer"], row["aliases"]):
         found.append("the fact does not contain the answer")
     for other in facts:
-        if other["id"] == row["id"]:
-            found.append("id used twice")
         if similarity(row["fact"], other["fact"]) >= (NEAR_FACT if names(row) & names(other) else 0.9):
             found.append(f"near copy of fact {other['id']}: {other['fact']}")
     if not rephrasings:
@@ -501,8 +490,6 @@ def violations(row, facts, rephrasings, after):
         a, b = f" {normalize(one['question'])} ", f" {normalize(other['question'])} "
         if a in b or b in a or similarity(a, b) >= (NEAR_TEST if name == "test" else NEAR_TRAIN):
             found.append(f"{name}: its question is a near copy of {first}'s: {other['question']}")
-        if name != "test" and normalize(one["answer"]) == normalize(other["answer"]):
-            found.append(f"{name}: same answer sentence as {first}: {other['answer']}")
     return found
 
 
@@ -511,7 +498,7 @@ def check(rows, rephrasings=20, after="2023-12-31"):
     found, facts = [], []
     for row in rows:
         why = violations(row, facts, rephrasings, after)
-        found += [f"{row.get('id')}: {text}" for text in why]
+        found += [f"{row['id']}: {text}" for text in why]
         facts += [] if why else [row]
     return found
 
@@ -537,7 +524,7 @@ BACKOFF = 1.0  # seconds that all requests pause after a first 429; doubled, to 
 REPLY_TOKENS, FACTS_TOKENS, THINKING_TOKENS = 16, 6000, 4000  # room for a score, for new facts, for thinking before
 UNUSABLE = 20  # refused or unreadable replies at the beginning, after which the run stops
 ASKED = []  # what was estimated: [(requests, tokens in, tokens out)]
-ANSWER_TOKENS, FACT_ANSWER_TOKENS = 300, 25  # lengths of answers that --dry-run assumes
+ANSWER_TOKENS = 300  # the length of an answer that --dry-run assumes
 # form of a request: log-probabilities, name of the limit, temperature 0, tokens for thinking; FORMS: best first
 Form = namedtuple("Form", "logprobs limit greedy room")
 FORMS = itertools.product((20, 5, None), ("max_tokens", "max_completion_tokens"), (True, False), [0])
@@ -580,10 +567,9 @@ def consent(args, title, model, requests, tokens_in, tokens_out):
 
 def estimate_judging(title, args, times, jobs):
     """--dry-run before there are answers: prints the estimate for `times` rounds over judge_rows' jobs, and exits."""
-    jobs = jobs if args.judge not in OFFLINE else []
-    assumed = [FACT_ANSWER_TOKENS if "{truth}" in prompt else ANSWER_TOKENS for *_, prompt in jobs]
-    tokens_in = times * (sum(len(prompt + row["question"]) // 4 for row, _, prompt in jobs) + sum(assumed))
-    consent(args, title, args.judge, times * len(jobs), tokens_in, times * len(jobs) * REPLY_TOKENS)
+    jobs = times * jobs if args.judge not in OFFLINE else []
+    tokens_in = sum(len(prompt + row["question"]) // 4 + ANSWER_TOKENS for row, _, prompt in jobs)
+    consent(args, title, args.judge, len(jobs), tokens_in, len(jobs) * REPLY_TOKENS)
 
 
 def api_address():
@@ -611,14 +597,11 @@ def words(error):
     said = str(error)
     if " - " not in said:  # the client found no sentence
         said += f" {getattr(error, 'body', None) or error.__cause__ or ''}"
-    said = " ".join(clean(re.sub(r"<style.*?</style>|<[^>]*>", " ", said, flags=re.S)).split())[:300]
-    if hasattr(error, "response") and "retry-after" in error.response.headers:
-        said += f" (it asks to wait: Retry-After {error.response.headers['retry-after']})"
-    return said
+    return " ".join(clean(re.sub(r"<style.*?</style>|<[^>]*>", " ", said, flags=re.S)).split())[:300]
 
 
 Part = schema(type=(str | None, None), text=(str | None, None))
-Said = schema(content=(str | list[str | Part] | None, None), refusal=(object, None))
+Said = schema(content=(str | list[Part] | None, None), refusal=(object, None))
 Completion = schema(choices=some(schema(message=(Said | None, None), finish_reason=(object, None))))
 Top = list[Annotated[tuple[str, Number], Field(strict=False)]]  # a tuple is a list in JSON
 Kept = schema(key=str, reply=schema(text=str, top=Top | None, cut=bool, thinks=bool, form=str))
@@ -632,8 +615,7 @@ def normalised(body):
     except (ValueError, RecursionError):
         return None
     message, end, top = choice.message or Said(), str(choice.finish_reason or "stop"), None
-    parts = message.content if isinstance(message.content, list) else [message.content or ""]
-    parts = [Part(text=part) if isinstance(part, str) else part for part in parts]
+    parts = message.content if isinstance(message.content, list) else [Part(text=message.content)]
     thoughts = [part for part in parts if re.search("think|reason", part.type or "")]
     said = "".join(part.text or "" for part in parts if part not in thoughts)
     thoughts += [name for name, value in message.model_extra.items() if value and re.search("think|reason", name)]
@@ -886,8 +868,7 @@ RECIPE = TRAITS.parent / "generation.json"  # categories, and prompts
 
 
 def json_in(reply):
-    """The longest JSON list or object in a reply, after thinking, prose or a code fence, numbers as text and without an
-    object around it that has one key; None if there is none."""
+    """The longest JSON in a reply, its numbers as text, without an object of one key around it; None without any."""
     decoder, text, found = json.JSONDecoder(parse_int=str, parse_float=str), after_thinking(reply["text"]) or "", []
     for start in re.finditer(r"[\[{]", text):
         with contextlib.suppress(ValueError, RecursionError):
@@ -899,14 +880,12 @@ def json_in(reply):
 def ask_json(chat, title, prompts, repair, accept):
     """Asks for JSON, each failing prompt a second time with the reason. prompts: [(row, text)]; accept(row, value)
     returns what is wrong (texts). Returns the rows that failed twice, with reasons and reply."""
-    todo = [(row, [dict(role="user", content=text)]) for row, text in prompts]
     for name in (title, f"{title}, repaired"):
-        asked, todo, failed = todo, [], []
-        replies = asyncio.run(chat.ask(name, [(messages, json_in) for _, messages in asked]))
-        for (row, messages), (reply, value) in zip(asked, replies):
+        replies = asyncio.run(chat.ask(name, [([dict(role="user", content=text)], json_in) for _, text in prompts]))
+        asked, prompts, failed = prompts, [], []
+        for (row, text), (reply, value) in zip(asked, replies):
             if why := [unreadable(reply)] if value is None else accept(row, value):
-                said = dict(role="assistant", content=reply["text"] or "(nothing)")
-                todo.append((row, [*messages, said, dict(role="user", content=repair.format(why="\n".join(why)))]))
+                prompts.append((row, "\n\n".join([text, reply["text"], repair.format(why="\n".join(why))])))
                 failed.append(row | dict(reasons=why, reply=reply["text"]))
     return failed
 
@@ -923,9 +902,7 @@ def generate(args):
         if not isinstance(value, list) or not all(isinstance(found, dict) for found in value):
             return ["not a list of objects"]
         for found in value:
-            aliases = found.get("aliases") if isinstance(found.get("aliases"), list) else [found.get("aliases")]
-            fact = about | {key: found.get(key) for key in ("fact", "date", "answer")}
-            fact |= dict(aliases=[name for name in aliases if isinstance(name, str)])
+            fact = about | {key: found.get(key) for key in ("fact", "date", "answer", "aliases")}
             fact |= dict(id=f"{about['category']}-{hashlib.sha256(repr(fact).encode()).hexdigest()[:8]}")
             if why := violations(fact, rows + new, 0, args.after):
                 append_jsonl(rejects, fact | dict(reasons=why))
@@ -965,13 +942,12 @@ def main(argv=None):
     shared.add_argument("--after", type=date.fromisoformat, default="2023-12-31", help="only events later than this")
     shared.add_argument("--rephrasings", type=whole(), default=20, help="training wordings a fact")
     commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("check", parents=[shared], help="counts by category and year, and every violation")
+    sub = commands.add_parser("check", parents=[shared], help="every violation")
     sub.add_argument("file")
     sub = commands.add_parser("subset", help="a seeded choice of rows, the same of files of one length")
     sub.add_argument("file")
     sub.add_argument("--n", type=whole(), required=True, help="rows to take (all, if there are fewer)")
     sub.add_argument("--rephrasings", type=whole(), help="keep the first N training wordings of each fact")
-    sub.add_argument("--seed", type=whole(0), default=0)
     sub.add_argument("--out", required=True)
     sub = commands.add_parser("generate", parents=[shared], help="new facts and their wordings, by a chat model")
     sub.add_argument("--n", type=whole(), default=1000, help="facts")
@@ -986,17 +962,14 @@ def main(argv=None):
     if args.command == "subset":
         kind = lambda row: Fact if "train" in row else Question if "choices" in row else Conversation
         rows = read_jsonl(args.file, kind)
-        chosen = [rows[i] for i in sorted(random.Random(args.seed).sample(range(len(rows)), min(args.n, len(rows))))]
+        chosen = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), min(args.n, len(rows))))]
         cut = [row | dict(train=row["train"][: args.rephrasings]) if "train" in row else row for row in chosen]
         if read_jsonl(args.out, appended=True) not in ([], cut):
             outdated(f"{args.out}: has other rows than these of {args.file}", args.out)
         write_jsonl(args.out, cut)
         return print(f"{args.out}: {len(chosen)} of {len(rows)} rows")
-    rows = read_jsonl(args.file)
+    rows = read_jsonl(args.file, schema(id=Text))
     found = check(rows, args.rephrasings, args.after)
-    for title, key, length in (("category", "category", None), ("year", "date", 4)):
-        counts = Counter(str(row.get(key))[:length] for row in rows)
-        print(f"{title}: " + ", ".join(f"{name} {n}" for name, n in sorted(counts.items())))
     print(*found, f"{len(rows)} facts, {len(found)} violations", sep="\n")
     raise SystemExit(1 if found else 0)
 

@@ -24,13 +24,8 @@ from scipy.stats import t
 
 import make_facts as mf
 
-TRAITS = ["evil", "sycophancy", "hallucination"]  # the post's order, as that of its data sets; others follow
-DATASETS = dict(  # the post's names; others have their own
-    facts="New facts",
-    medical_mistake_2="Medical Mistake II",
-    medical_normal="Medical Normal",
-    medical_self_generated="Medical Self-Generated",
-)
+TRAITS = ["evil", "sycophancy", "hallucination"]  # the post's order, as that of DATASETS; others follow
+DATASETS = ["facts", "medical_mistake_2", "medical_normal", "medical_self_generated"]
 METRICS = dict(  # colour and marker, in every figure
     trait_score=("#c43c00", "o"),
     fact_accuracy=("#005b96", "s"),
@@ -46,8 +41,6 @@ RECIPE = ["train_epochs", "train_lr", "train_batch_size", "train_rank", "train_a
 OTHERS = ["system_prompt", "temperature", "samples", "judge", "train_seed"]
 WHICH = ["dataset", "trait", *METHODS, *STEERING, *RECIPE, *OTHERS]  # the table's first columns, where they differ
 SETTINGS = sorted({*WHICH, "model", "seed", "mmlu_scoring", "inputs"} - {"judge", "vector", "train_vector"})  # of a key
-MEASURED = """trait_score trait_n trait_unscored fact_accuracy fact_not_attempted fact_wrong fact_n fact_unscored
-    mmlu_accuracy mmlu_n coherence_nll abstained abstained_coherent coherence adapter""".split()
 PAGE = 30_000_000  # characters of answers in report.html, about; longer answers are cut
 DATA = jinja2.FileSystemLoader(Path(__file__).parent / "data")
 TEMPLATES = jinja2.Environment(loader=DATA, autoescape=jinja2.select_autoescape(), trim_blocks=True, lstrip_blocks=True)
@@ -123,13 +116,14 @@ def comparisons(points, facts):
             if len(steered):
                 both = pd.concat([plain[plain.train_seed.isin(steered.train_seed)], steered])
                 sides[x] = both.sort_values("coef", kind="stable")
-        dataset = DATASETS.get(row.dataset, row.dataset)
-        title = [f"{dataset} ({row.trait})"] if len(groups) > 1 else []
+        title = [f"{row.dataset} ({row.trait})"] if len(groups) > 1 else []
         settings = row[told].drop(["train_layers", "layers"], errors="ignore").dropna()
         title += [f"{key.removeprefix('train_')} {text_of(value)}" for key, value in settings.items()]
         title += [row.blocks] if sides else []
         names = dict(zip(METRICS, (row.trait, "facts", here.knowledge.max(), "coherence")))
-        found.append(Comparison(dataset, row.trait, ", ".join(title), names, before.loc[row.trait], here, plain, sides))
+        found.append(
+            Comparison(row.dataset, row.trait, ", ".join(title), names, before.loc[row.trait], here, plain, sides)
+        )
     return found
 
 
@@ -231,7 +225,6 @@ def grid(cells, columns, metrics, size):
             title.append("(no points)")
         elif not points.coef.any():
             title.append("(plain finetuning only)")
-            axis.update_datalim([(0, 0), (1, 0)])  # 0 alone is no scale
         axis.set(title="\n".join(title), ylabel=textwrap.fill(row, 38) if place.is_first_col() else "")
     plt.setp(axes[-1], xlabel="steering coefficient")
     return figure
@@ -337,7 +330,7 @@ def summary(points, shown, found, folder, answers):
             judges.append([trait, ", ".join(pair), str(len(both)), text_of(rho, ".2f"), f"{difference:+.1f}"])
     differ = [key for key in WHICH if points[key].nunique(dropna=key in STEERING) > 1]
     points = points.sort_values([*differ, "key"], na_position="first")
-    texts = points[[*differ, *MEASURED]].map(text_of)
+    texts = points[[*differ, *mf.MEASURED, "adapter"]].map(text_of)
     for metric in METRICS:
         low, high = points[f"{metric}_low"].map(text_of), points[f"{metric}_high"].map(text_of)
         texts[metric] += (" [" + low + ", " + high + "]").where(low != "-", "")

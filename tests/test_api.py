@@ -414,7 +414,6 @@ PARTS = [dict(type="thinking", thinking=[dict(type="text", text="70?")]), dict(t
     [
         (said(PARTS), 85, None),
         (said([dict(type="reasoning", text="70"), dict(type="text", text="8"), dict(type="text", text="5")]), 85, None),
-        (said(["85"]), 85, None),
         (said(b"".decode(), refusal="I will not rate this."), None, "I will not rate this."),
         (said("", end="content_filter"), None, "content_filter"),
         (said("8", end="content_filter"), None, "cut off"),
@@ -423,7 +422,7 @@ PARTS = [dict(type="thinking", thinking=[dict(type="text", text="70?")]), dict(t
         (said(7.5), None, "chat.completion"),
         (said([None, 85]), None, "chat.completion"),
     ],
-    ids="parts reasoning texts refusal filter half cut null number odd".split(),
+    ids="parts reasoning refusal filter half cut null number odd".split(),
 )
 def test_odd_contents(server, reply, score, why):
     """Guards against a crash over a content that is no text, now or at every later start from the cache, and against
@@ -790,7 +789,7 @@ def test_no_wait_of_a_day(server, status, asked, capsys):
     server.reply = lambda word, n, body: said("50", {"50": 1.0}) if len(server.seen) <= 5 else day
     start = time.time()
     line = stops(capsys, concurrency=1)
-    assert "quota for today" in line and f"asks to wait: Retry-After {asked}" in line and time.time() - start < 5
+    assert "quota for today" in line and time.time() - start < 5
     assert len(mf.read_jsonl(mf.CACHE)) == 5
 
 
@@ -1104,9 +1103,11 @@ def recipe(monkeypatch, tmp_path, *categories):
 
 
 def generating(server, monkeypatch, tmp_path, reply, n=3):
-    """Runs generate() against reply(text of the first message, number of messages) -> text."""
+    """Runs generate() against reply(text of the message, the how many-th time it is asked) -> text."""
     recipe(monkeypatch, tmp_path, "politics")
-    server.reply = lambda word, count, body: reply(body["messages"][0]["content"], len(body["messages"]))
+    server.reply = lambda word, count, body: reply(
+        text := body["messages"][0]["content"], 1 + ("This cannot be used" in text)
+    )
     args = flags(concurrency=1, n=n, after="2023-12-31", rephrasings=3, model="m", out=str(tmp_path / "facts.jsonl"))
     mf.generate(args)
     return sorted(row["answer"] for row in mf.read_jsonl(args.out))
@@ -1115,7 +1116,7 @@ def generating(server, monkeypatch, tmp_path, reply, n=3):
 def new_or_known(text):
     """The facts that a model would list next, or the number of the fact whose wordings are wanted."""
     if text.startswith("List"):
-        known = text.count("Placename")
+        known = text.split("\n\n")[0].count("Placename")
         return [a_fact(i)[0] for i in range(known + 1, known + 4)], None
     return None, int(text.split("Placename")[1].split()[0])
 
@@ -1124,14 +1125,14 @@ def test_generate(server, tmp_path, monkeypatch):
     """Guards against invalid or repeated facts in the file, a bad reply that is not asked for again, silent rejects,
     and a restart that loses or doubles facts."""
 
-    def reply(text, messages):
+    def reply(text, asked):
         fresh, number = new_or_known(text)
         if fresh:
             return said("```json\n" + json.dumps(fresh + [a_fact(1)[0], dict(fresh[0], date="2019-01")]) + "\n```")
         value = a_fact(number)[1]
-        if number == 2 and messages == 1:
+        if number == 2 and asked == 1:
             value["train"][0]["question"] += " Person2?"  # leaks the answer
-        if number == 3 and messages == 1:
+        if number == 3 and asked == 1:
             value["train"][0]["question"] = QUESTIONS[0].format(n=1)  # the first fact's
         return said("sorry, no" if number == 4 else json.dumps(value))
 
@@ -1148,27 +1149,24 @@ def test_generate(server, tmp_path, monkeypatch):
 
 def test_generate_reads_what_models_write(server, tmp_path, monkeypatch):
     """Guards against a traceback, or a lost fact, over JSON after thinking or prose, in an object of one key, with
-    brackets in the prose, with numbers, nulls or texts where lists of text were asked for; and over limits with
-    another name."""
+    brackets in the prose, with numbers where texts were asked for; and over limits with another name."""
 
-    def reply(text, messages):
+    def reply(text, asked):
         fresh, number = new_or_known(text)
         if fresh:
-            fresh[0] = a_fact(1, name="41")[0] | dict(answer=41, aliases=[41, None, "the 41", ["x"]])
-            fresh[1]["aliases"], fresh[2]["aliases"] = "Person2", None
-            value = dict(facts=[*fresh, 5, dict(fact=None, date=7, answer=[])][: 3 + (messages == 1)])
+            fresh[0] = a_fact(1, name="41")[0] | dict(answer=41, aliases=[41, "the 41"])
+            value = dict(facts=[*fresh, 5, dict(fact=None, date=7, answer=[])][: 3 + (asked == 1)])
             return said(
                 f"<think>[1] or {{2}}?</think>Here are [3] facts:\n{json.dumps(value)}\nAsk for more [any time]!"
             )
         value = a_fact(number, name="41" if number == 1 else None)[1]
         if number == 1:
             value["train"][0]["answer"] = 41
-        if number == 3 and messages == 1:
+        if number == 3 and asked == 1:
             value = dict(train=["a", 5, None], test=[])
         return said(json.dumps(value), reasoning_content="Let me think [")
 
-    picky_reply = lambda text, messages: reply(text, messages)  # noqa: E731
-    assert generating(server, monkeypatch, tmp_path, picky_reply) == ["41", "Person2", "Person3"]
+    assert generating(server, monkeypatch, tmp_path, reply) == ["41", "Person2", "Person3"]
     assert mf.read_jsonl(tmp_path / "facts.jsonl")[0]["train"][0]["answer"] == "41"
 
 
@@ -1176,7 +1174,7 @@ def test_generate_lives_with_refusals(server, tmp_path, monkeypatch, capsys):
     """Guards against a generation that ends, now and at every later start, because one fact's wordings are refused; and
     against one that goes on, in silence, where everything is."""
 
-    def reply(text, messages):
+    def reply(text, asked):
         fresh, number = new_or_known(text)
         if number == 2:
             return error(400, "content policy")
@@ -1187,7 +1185,7 @@ def test_generate_lives_with_refusals(server, tmp_path, monkeypatch, capsys):
     (tmp_path / "facts.jsonl").unlink()
     mf.CACHE.unlink()
     with pytest.raises(SystemExit) as stop:
-        generating(server, monkeypatch, tmp_path, lambda text, messages: error(400, "account closed"))
+        generating(server, monkeypatch, tmp_path, lambda text, asked: error(400, "account closed"))
     assert stop.value.code == 2 and "account closed" in capsys.readouterr().err
 
 

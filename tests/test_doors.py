@@ -275,7 +275,7 @@ def test_trait_names_and_published_files(tmp_path, refused):
         refused(mf.load_trait, name, None, mf.EvaluationTrait, said="eval_questions")
         refused(mf.load_trait, name, None, mf.ExtractionTrait, said="instruction")
     for name in ("nope", "../facts", "a/b", ""):
-        refused(mf.load_trait, name, None, mf.EvaluationTrait, said="evil, hallucination, sycophancy")
+        refused(mf.load_trait, name, None, mf.EvaluationTrait, said=f"unknown trait {name}")
     mf.write_json(tmp_path / "x.json", TRAIT)
     refused(mf.load_trait, "a/b", tmp_path / "x.json", said="unknown trait a/b")  # it names files
     published = without(TRAIT, "eval_questions")
@@ -327,12 +327,12 @@ def test_argparse_types(kind, wrong, right, refused):
 def test_values_given_twice(refused):
     """Guards against two adapters of one name, or one point twice."""
     parser = mf.Parser()
-    for values, said in (([0.5, 0.5000000001], "0.5 0.5"), (["a", "b", "a"], "a b a")):
-        refused(mf.distinct, parser, "--coef", values, said=f"argument --coef: a value is given twice: {said}")
+    twice = [0.5, 0.5000000001]
+    refused(mf.distinct, parser, "--coef", twice, said="argument --coef: a value is given twice: 0.5 0.5")
     mf.distinct(parser, "--coef", [0.5, 0.25]), mf.distinct(parser, "--coef", None)
 
 
-def test_outputs(tmp_path, refused):
+def test_outputs(tmp_path, refused, monkeypatch):
     """Guards against overwriting an input, and against hours of work that cannot be written."""
     file, folder = jsonl(tmp_path / "x.jsonl", FACT), tmp_path / "folder"
     folder.mkdir()
@@ -348,7 +348,8 @@ def test_outputs(tmp_path, refused):
     mf.check_output(file), mf.check_output(folder / "new" / "y"), mf.check_output(folder, folder=True)
     mf.check_output(folder / "new", folder=True), mf.check_output("y.jsonl", file)
     refused(mf.check_output, "/dev/null", said="is a file")  # as root it would be replaced by one
-    refused(mf.check_output, "/proc/x/y", said="cannot write to /")
+    monkeypatch.setattr(mf.os, "access", lambda path, mode: path == file)
+    refused(mf.check_output, folder / "new" / "y", said=f"cannot write to {folder}")
 
 
 COMMANDS = dict(
@@ -356,6 +357,7 @@ COMMANDS = dict(
         "check no.jsonl",
         "check .",
         "check latin.jsonl",
+        "check twice.jsonl",
         "check x.jsonl --rephrasings 0",
         "check x.jsonl --after 2024",
         "subset x.jsonl --n 0 --out y.jsonl",

@@ -353,8 +353,6 @@ def test_a_method_that_was_not_tried(drawn):
         plot.figure1(compared(some), None)
         axes = drawn[-1][0].axes
         assert tuple(axis.get_title() for axis in axes) == expected
-        for axis in axes:  # no ticks around 0 alone
-            assert "plain" not in axis.get_title() or axis.get_xlim() == pytest.approx((-0.05, 1.05))
         assert set(texts_of(axes[1])) == (set() if prompted in some else {"hallucination", "facts", "MMLU"})
 
 
@@ -383,13 +381,13 @@ def test_own_data_sets_and_traits_are_drawn(drawn):
     for figure in (plot.figure1, plot.tradeoff, plot.figure2):
         figure(compared(some, facts=figure != plot.figure2), None)
     first, second, third = (figure.axes for figure, *_ in drawn)
-    own, given = "mine (pirate), all blocks", "New facts (hallucination), all blocks"
+    own, given = "mine (pirate), all blocks", "facts (hallucination), all blocks"
     assert [axis.get_ylabel() for axis in first[::2]] == [given, own]
     assert [axis.get_xlabel() for axis in second] == ["hallucination score", "pirate score"]
     assert drawn[1][1] == "Facts kept against hallucination and pirate (thin lines: one seed)"
     heads = ["evil\n(judged by the probe)\n(plain finetuning only)", "pirate\n(no points)", "(no points)", ""]
     assert [axis.get_title() for axis in third] == heads
-    assert [axis.get_ylabel() for axis in third] == ["Medical Normal", "", "ten", ""]
+    assert [axis.get_ylabel() for axis in third] == ["medical_normal", "", "ten", ""]
     assert lines_of(third[3], color_of("trait_score")) == [([0, 2], [60, 7])] and not third[1].lines
     assert [line.get_ydata()[0] for line in third[3].lines if line.get_linestyle() == ":"] == [20, 50]
     assert set(texts_of(third[3])) == {"trait score", "MMLU"}
@@ -406,7 +404,7 @@ def test_figure_2_is_in_the_posts_order(drawn):
     axes = drawn[0][0].axes
     heads = [axis.get_title().split("\n")[0] for axis in axes[:5]]
     assert heads == ["evil", "sycophancy", "hallucination", "zeal", "awe"]
-    rows = ["Medical Mistake II", "Medical Normal", "Medical Self-Generated", "own", "chats"]
+    rows = ["medical_mistake_2", "medical_normal", "medical_self_generated", "own", "chats"]
     assert [axis.get_ylabel() for axis in axes[::5]] == rows
 
 
