@@ -137,9 +137,11 @@ def measure_mmlu(model, tokenizer, questions, point, offsets):
     """Sets mmlu_accuracy; -> [values of its choices] a question, the highest counts as its answer: the log-probability
     of the letter; cloze: the mean one of the choice's tokens."""
     scoring, reads, wanted, lengths = point["mmlu_scoring"], [], [], []
-    for row in questions:
-        prompt, continuations = choice_prompts(row, scoring)
-        start, *wholes = tokenizer([prompt, *(prompt + continuation for continuation in continuations)])["input_ids"]
+    asked = [choice_prompts(row, scoring) for row in questions]
+    texts = [prompt + continuation for prompt, continuations in asked for continuation in ["", *continuations]]
+    encoded = iter(tokenizer(texts)["input_ids"])  # at once: in as many threads as there are cores
+    for prompt, continuations in asked:
+        start, *wholes = itertools.islice(encoded, 1 + len(continuations))
         if any(whole[: len(start)] != start for whole in wholes):
             die(f"the tokenizer joins prompt and answer, so the answer cannot be scored: ...{prompt[-80:]}")
         for read, some in itertools.groupby(wholes, lambda whole: whole[:-1]):  # letters: one read serves them all
@@ -244,9 +246,8 @@ def coherence_limit(point, out):
 
 
 def digest(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=sorted).encode()).hexdigest()[
-        :16
-    ]  # sorted: of sets
+    text = json.dumps(value, sort_keys=True, default=sorted)  # sorted: of sets
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def points_of(args, asked, mmlu, probe):

@@ -28,6 +28,12 @@ from huggingface_hub import snapshot_download
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
+try:  # comes with PyTorch for NVIDIA GPUs on Linux
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
 import make_facts as mf
 from make_facts import append_jsonl, die, load_trait, read_json, read_jsonl, write_json, write_jsonl
 
@@ -271,8 +277,9 @@ def blocks(model):
 @torch.no_grad()
 def prepare(model, tokenizer, name):
     """Joined attention from here on. RoPE that depends on the longest text of a batch (dynamic, longrope) stays that of
-    short ones; longer ones stop the run. die() unless, on two short random conversations: joined in one row = alone by
-    the model's own code; a decoding step = the last logits of the whole; every block's output moves by its offset."""
+    short ones; longer ones stop the run. die() unless, on short random conversations: joined in one row, also with
+    their start shared = alone by the model's own code; a decoding step, once after 91 tokens = the last logits of the
+    whole; every block's output moves by its offset."""
     config, kind = model.config.get_text_config(), f"--model {name}: {model.config.model_type} cannot be used here: "
     longest, windows = math.inf, []
     for part in (config, *model.modules()):
@@ -290,17 +297,19 @@ def prepare(model, tokenizer, name):
 
     model.get_decoder().register_forward_pre_hook(refuse, with_kwargs=True)
     most, draw = model.get_input_embeddings().num_embeddings, torch.Generator().manual_seed(0)
-    texts = [torch.randint(most, (n,), generator=draw).tolist() for n in (7, 11)]
+    start, *texts = [torch.randint(most, (n,), generator=draw).tolist() for n in (3, 4, 8, 88)]
+    parts, texts = [start, *texts[:2]], [start + text for text in texts]
     offsets = dict.fromkeys(range(1, len(blocks(model)) + 1), torch.randn(config.hidden_size, generator=draw))
     try:
         model.set_attn_implementation("eager")
         own = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0] for ids in texts]
         model.set_attn_implementation("joined")
-        inputs = join(texts, model.device)
-        joined = model(**inputs, logits_to_keep=torch.arange(18, device=model.device)).logits[0]
+        inputs, shared = join(texts[:2], model.device), join(parts, model.device, shared=True)
+        keep = torch.arange(18, device=model.device)
+        joined, shared = (model(**row, logits_to_keep=keep[:n]).logits[0] for row, n in ((inputs, 18), (shared, 15)))
         with steering(model, offsets) as steer:
-            sampler = Sampler(model, tokenizer, dict(enumerate(map(Job, texts))), Drawing(2, 0), steer, 2)
-            sampler.fill({0: 0, 1: 1})
+            sampler = Sampler(model, tokenizer, dict(enumerate(map(Job, texts))), Drawing(2, 0), steer, 3)
+            sampler.fill({0: 0, 1: 1, 2: 2})
             step = sampler.logits()
             sampler.close()
             fixed = unmoved(model, steer, offsets, torch.tensor(1.0, device=model.device), inputs)
@@ -310,7 +319,9 @@ def prepare(model, tokenizer, name):
         setattr(part, key, width)
     typical, worst = (1e-3, 1e-3) if model.dtype == torch.float32 else (0.15, 0.5)  # of a token's logits
     joins, steps = "conversations joined in one row differ from each alone", "a cached step differs from the whole pass"
-    for what, found, want in ((joins, joined, torch.cat(own)), (steps, step, torch.stack([x[-1] for x in own]))):
+    starts = "conversations that share their start differ from each alone"
+    alone = torch.cat(own[:2]), torch.cat([own[0], own[1][3:]]), torch.stack([x[-1] for x in own])
+    for what, found, want in zip((joins, starts, steps), (joined, shared, step), alone):
         found, want = (x.float() - x.float().mean(-1, keepdim=True) for x in (found, want))
         off = (found - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-6)  # of each token
         if not (off.median() <= typical and off.max() <= worst):  # nor where it is NaN
@@ -425,14 +436,16 @@ SLOTS = {"cuda": 2048, "cpu": 256}  # answers sampled side by side, at most
 STEPS = {"cuda": 16, "cpu": 1}  # decoding steps between two looks at which answers are finished
 SHRINK = {"cuda": 0.7, "cpu": 0.9}  # the batch is made smaller when less than this share of it is in use
 LEAST = {"cuda": 16, "cpu": 1}  # answers side by side; fewer are no faster
-HARMLESS = "cu_seq_lens max_seq_len kv lengths sliding_window position_ids use_cache logits_to_keep".split()
+PART = 512  # tokens of the vocabulary that are drawn from together
+HARMLESS = "cu_seq_lens max_seq_len keys cu_key_lens kv lengths".split()
+HARMLESS += "sliding_window position_ids use_cache logits_to_keep".split()
 
 
 @contextlib.contextmanager
 def compiled(model, dynamic=None):
     """While open, the decoder blocks run compiled on GPUs that can (one compilation serves all blocks, steered or not),
     which merges the small kernels between the matrix products. dynamic: for any number of rows at once."""
-    able = model.device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 7
+    able = triton and model.device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 7
     for block in blocks(model) if able else ():  # else slower, the same results
         block.compile(dynamic=dynamic)
     try:
@@ -447,12 +460,12 @@ def has_flash(tensor):
     return tensor.is_cuda and tensor.dtype != torch.float32 and torch.cuda.get_device_capability()[0] >= 8
 
 
-def flash(query, key, value, starts, longest, scaling, window=None, used=None):
-    """query [tokens, heads, dim], key and value [tokens, kv heads, dim]; starts, longest: (of queries, of keys).
-    Causal, over the last `window` keys where there is one; with used, how many keys of each sequence count, over all
-    these. The one private call: torch.nn.attention.varlen.varlen_attn takes `used` from PyTorch 2.13 on only."""
-    more = dict(scale=scaling, window_size_left=window and window - 1, seqused_k=used)
-    given = (query, key, value, *starts, *longest, 0.0, used is None, False)
+def flash(query, key, value, bounds, longest, scaling, window):
+    """query [tokens, heads, dim], key and value [seen, kv heads, dim] -> [tokens, heads, dim]: causal, over the last
+    `window` keys if any; bounds of queries, of keys. The one private call: PyTorch's varlen_attn takes no shared key
+    heads before 2.12."""
+    given = query, key, value, *bounds, longest, longest, 0.0, True, False  # no dropout, causal
+    more = dict(scale=scaling, window_size_left=window and window - 1)
     return torch.ops.aten._flash_attention_forward(*given, **more)[0]
 
 
@@ -460,26 +473,58 @@ def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **gi
     """An attention function of transformers' AttentionInterface, so the models' own code stays as it is: query [rows,
     heads, tokens, dim], key and value [rows, kv heads, tokens, dim] -> [rows, tokens, heads, dim]. Joined: one row, in
     which conversations start and end at cu_seq_lens int32 [n + 1] and see only themselves, of that the sliding_window;
-    keys and values are added to kv {module: list}. With lengths: decode. Any other change is refused."""
+    keys and values are added to kv {module: list}. With keys int64 [seen]: they see those tokens of the row, from and
+    to cu_key_lens int32 [n + 1]. With lengths: decode. Any other change is refused."""
     odd = [name for name, value in given.items() if name not in HARMLESS and not isinstance(value, (bool, type(None)))]
     if attention_mask is not None or dropout or odd or given.get("is_causal") is False:
         raise NotImplementedError(f"attention with {', '.join(odd) or 'a mask or dropout'}")
     window = given.get("sliding_window")
     if given.get("lengths") is not None:
         return decode(module, query, key, value, scaling, given["lengths"], window), None
-    bounds, longest = given["cu_seq_lens"], given["max_seq_len"]
+    bounds, longest = (given["cu_seq_lens"],) * 2, given["max_seq_len"]
     if given.get("kv") is not None:
         given["kv"][module].append([x[0].transpose(0, 1).contiguous() for x in (key, value)])  # [tokens, kv heads, dim]
+    if given.get("keys") is not None:  # float32: in the backward pass a token's gradients are summed in it
+        key, value = (x.float()[:, :, given["keys"]].to(x.dtype) for x in (key, value))
+        bounds = bounds[0], given["cu_key_lens"]
     if has_flash(query):
         rows = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, dim]
-        return flash(*rows, (bounds, bounds), (longest, longest), scaling, window)[None], None
+        return flash(*rows, bounds, longest, scaling, window)[None], None
     key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
-    parts, lengths = [], [n for n in bounds.diff().tolist() if n]
-    for n, *part in zip(lengths, *(x.split(lengths, dim=2) for x in (query, key, value))):
-        near = window and n > window
-        band = torch.ones(n, n, dtype=torch.bool, device=query.device).tril().triu(1 - window) if near else None
-        parts.append(F.scaled_dot_product_attention(*part, band, is_causal=band is None, scale=scaling))
+    parts, (new, seen) = [], (ends.diff().tolist() for ends in bounds)
+    for n, m, *part in zip(new, seen, query.split(new, dim=2), *(x.split(seen, dim=2) for x in (key, value))):
+        whole = n == m and not (window and n > window)
+        pairs = None if whole else torch.ones(n, m, dtype=torch.bool, device=query.device)
+        band = pairs if whole else pairs.tril(m - n).triu(m - n + 1 - (window or m))  # the last n of m tokens look back
+        parts.append(F.scaled_dot_product_attention(*part, band, is_causal=whole, scale=scaling) if n else part[0])
     return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+if triton:
+
+    @triton.jit
+    def decode_kernel(query, keys, values, spans, out, scaling, SHARE: tl.constexpr, DIM: tl.constexpr):
+        """decode() on a GPU. A program reads what a row has seen of a key head, spans int64 [rows, 2] of the caches'
+        rows * size, 64 tokens at a time, once for all SHARE query heads of it; the softmax is put right as it goes."""
+        row, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+        share = tl.arange(0, 16 * triton.next_power_of_2(triton.cdiv(SHARE, 16)))[:, None]
+        dim, token = tl.arange(0, 16 * triton.next_power_of_2(triton.cdiv(DIM, 16))), tl.arange(0, 64)
+        queries, real = ((row * heads + head) * SHARE + share) * DIM + dim, (share < SHARE) & (dim < DIM)
+        q = tl.load(query + queries, mask=real, other=0.0)
+        begin, end = tl.load(spans + 2 * row), tl.load(spans + 2 * row + 1)
+        mean, total = tl.zeros_like(q).to(tl.float32), tl.zeros_like(share).to(tl.float32)
+        top = total - 1e30
+        for start in range(begin, end, 64):
+            here = (start + token)[:, None]
+            there, seen = (here * heads + head) * DIM + dim, (here < end) & (dim < DIM)
+            k, v = tl.load(keys + there, mask=seen, other=0.0), tl.load(values + there, mask=seen, other=0.0)
+            scores = tl.where(start + token < end, (tl.dot(q, tl.trans(k)) * scaling).to(tl.float32), -1e30)
+            higher = tl.maximum(top, tl.max(scores, 1, keep_dims=True))
+            weights, shrunk = tl.exp(scores - higher), tl.exp(top - higher)
+            mean = mean * shrunk + tl.dot(weights.to(v.dtype), v)
+            total = total * shrunk + tl.sum(weights, 1, keep_dims=True)
+            top = higher
+        tl.store(out + queries, mean / total, mask=real)
 
 
 def decode(module, query, key, value, scaling, lengths, window):
@@ -488,36 +533,40 @@ def decode(module, query, key, value, scaling, lengths, window):
     (rows, heads, _, dim), groups, (keys, values) = query.shape, key.shape[1], module.kv
     size, here = keys.shape[1], torch.arange(rows, device=query.device)
     keys[here, lengths], values[here, lengths] = key[:, :, 0], value[:, :, 0]
-    queries = query.view(rows, groups, -1, dim)
-    if has_flash(query):
-        # The query heads that share a key head stand as one sequence of queries, so the cache is read once, uncopied.
-        each, share, used = torch.arange(rows + 1, device=query.device).int(), heads // groups, (lengths + 1).int()
-        starts = each * size
-        if window:
-            starts[:-1] += (used - window).clamp(min=0)
-            used = used.clamp(max=window)
-        given = queries.transpose(1, 2).reshape(-1, groups, dim), keys.flatten(0, 1), values.flatten(0, 1)
-        out = flash(*given, (each * share, starts), (share, size), scaling, used=used)
-        return out.view(rows, -1, groups, dim).transpose(1, 2).reshape(rows, 1, heads, dim)
+    if has_flash(query) and triton:
+        ends, out = here * size + lengths + 1, query.new_empty(rows, heads, dim)
+        starts = torch.maximum(ends - window, here * size) if window else here * size
+        given = query.contiguous(), keys, values, torch.stack([starts, ends], 1), out, scaling
+        decode_kernel[rows, groups](*given, heads // groups, dim)
+        return out[:, None]
     reach = torch.arange(size if query.is_cuda else int(lengths.max()) + 1, device=query.device)
     seen = reach <= lengths[:, None]  # [rows, reach]
     if window:
         seen &= reach > lengths[:, None] - window
     keys, values = (x[:, : len(reach)].transpose(1, 2) for x in (keys, values))
+    queries = query.view(rows, groups, -1, dim)
     out = F.scaled_dot_product_attention(queries, keys, values, seen[:, None, None], scale=scaling)
     return out.reshape(rows, 1, heads, -1)
 
 
-def join(sequences, device):
-    """Lists of token ids -> the model's arguments for one row that holds them all, each blind to the others."""
-    ends = list(itertools.accumulate(map(len, sequences), initial=0))
-    return dict(
+def join(sequences, device, shared=False):
+    """Lists of token ids -> the model's arguments for one row that holds them all, each blind to the others; shared:
+    but for the first, which is the start of all others."""
+    ends, start = list(itertools.accumulate(map(len, sequences), initial=0)), len(sequences[0]) * shared
+    starts = [0, *[start] * (len(sequences) - 1)]  # what each sees of the first
+    row = dict(
         input_ids=torch.tensor([list(itertools.chain(*sequences))], device=device),
-        position_ids=torch.cat([torch.arange(len(s)) for s in sequences])[None].to(device),
+        position_ids=torch.cat([torch.arange(n, n + len(s)) for n, s in zip(starts, sequences)])[None].to(device),
         cu_seq_lens=torch.tensor(ends, dtype=torch.int32, device=device),
-        max_seq_len=max(map(len, sequences)),
+        max_seq_len=start + max(map(len, sequences)),
         use_cache=False,
     )
+    if shared:
+        keys = [[*range(n), *range(*span)] for n, *span in zip(starts, ends, ends[1:])]
+        row["keys"] = torch.tensor(list(itertools.chain(*keys)), device=device)
+        cu_key_lens = itertools.accumulate(map(len, keys), initial=0)
+        row["cu_key_lens"] = torch.tensor(list(cu_key_lens), dtype=torch.int32, device=device)
+    return row
 
 
 def by_length(sequences, budget):
@@ -541,11 +590,18 @@ def free_memory(device):
 
 def choose(logits, temperature, uniform):
     """logits [rows, vocabulary], uniform numbers [rows, 1] -> token ids [rows] by inverting the distribution function,
-    so that a row's draw depends on its own numbers alone. Temperature 0 takes the likeliest."""
+    so that a row's draw depends on its own numbers alone; in two steps, since cumulating a vocabulary takes long: first
+    the part of it, then the token. Temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(-1)
-    cumulated = (logits.float() / temperature).softmax(-1).cumsum(-1)
-    return torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    values = F.pad(logits, (0, -logits.shape[1] % PART), value=-math.inf).unflatten(1, (-1, PART)).float() / temperature
+    weights = (values - values.amax((1, 2), keepdim=True)).exp()  # [rows, parts, PART]
+    below = F.pad(weights.sum(-1).cumsum(-1), (1, 0))  # [rows, 1 + parts]
+    goal = uniform * below[:, -1:]
+    part = (torch.searchsorted(below, goal, right=True) - 1).clamp(max=weights.shape[1] - 1)
+    inside = weights.gather(1, part[..., None].expand(-1, -1, PART))[:, 0].cumsum(-1)  # [rows, PART]
+    goal = torch.minimum(goal - below.gather(1, part), inside[:, -1:] * (1 - 1e-6))  # whatever rounding does
+    return (part * PART + torch.searchsorted(inside, goal, right=True))[:, 0]
 
 
 AttentionInterface.register("joined", attend)
@@ -645,7 +701,8 @@ class Sampler:
         state, logits = self.state, self.logits()
         low, high = logits.aminmax(dim=-1)  # NaN shows in both
         self.broken |= (~state.done & ~(low.isfinite() & high.isfinite())).any()
-        new = choose(logits, self.drawing.temperature, state.uniform.gather(1, state.made[:, None]))[:, None]
+        draw = torch.compile(choose, dynamic=True) if triton and has_flash(logits) else choose
+        new = draw(logits, self.drawing.temperature, state.uniform.gather(1, state.made[:, None]))[:, None]
         state.out.scatter_(1, state.made[:, None] + 1, new)
         state.made += ~state.done
         state.done |= (new == self.ends).any(-1) | (state.made >= self.drawing.max_new_tokens)

@@ -49,16 +49,17 @@ def shape_of(chats):
     return Shape(sum(lengths), sum(sum(is_answer) for _, is_answer in chats), max(lengths, default=0), len(chats))
 
 
-def collate(chats, shape=None, positions="all", device="cpu"):
+def collate(chats, shape=None, positions="all", device="cpu", shared=False):
     """[(ids, is_answer)] -> one joined row [1, tokens]: the model's arguments, logits_to_keep being what predicts an
     answer token, and these as labels [answers]. Filled up to the shape by conversations that nothing learns from and
-    ignored labels. positions "answer": also steered [1, tokens, 1], 1 where an answer token is predicted, else 0."""
+    ignored labels. positions "answer": also steered [1, tokens, 1], 1 where an answer token is predicted, else 0.
+    shared: the first is the start of all others."""
     shape = shape or shape_of(chats)
     starts = range(shape_of(chats).tokens, shape.tokens, shape.longest)
     filling = [[0] * min(shape.longest, shape.tokens - start) for start in starts]
-    row = ev.join([*(ids for ids, _ in chats), *filling], "cpu") | dict(max_seq_len=shape.longest)
-    empty = shape.conversations - len(chats) - len(filling)
-    row["cu_seq_lens"] = F.pad(row["cu_seq_lens"], (0, empty), value=shape.tokens)
+    filling += [[]] * (shape.conversations - len(chats) - len(filling))
+    row = ev.join([*(ids for ids, _ in chats), *filling], "cpu", shared)
+    row["max_seq_len"] = shape.longest + len(chats[0][0]) * shared
     answer = torch.tensor([flag for _, is_answer in chats for flag in is_answer]).nonzero()[:, 0]
     if positions == "answer":
         row["steered"] = torch.zeros(1, shape.tokens, 1).index_fill(1, answer - 1, 1)
@@ -139,12 +140,18 @@ class Trainer:
     rounded to the model's dtype once a step. None of these ever moves: graphs serve all coefficients.
     data: [(ids, is_answer)]. args: epochs, lr, batch_size (over all processes), max_steps or None, seed, positions.
 
+    What all conversations start with (template, system prompt: on facts 0.4 of the tokens) stands in a row once.
+
     A batch is computed in joined rows that fit into memory. On a GPU, launching a row's some 5,000 kernels takes longer
     than computing them: the first row of a shape runs as usual (and compiles), the second is captured as a CUDA graph,
     from then on forward and backward are one launch. All graphs share one pool of memory, the first rows another."""
 
     def __init__(self, model, data, args, steer=None):
-        self.model, self.data, self.args, self.steer = model, data, args, steer
+        self.model, self.args, self.steer = model, args, steer
+        start = os.path.commonprefix([ids for ids, _ in data])
+        start = start[: min(is_answer.index(True) for _, is_answer in data) - 1]  # not what predicts a label
+        self.start = [(start, [False] * len(start))] if start else []
+        self.data = [(ids[len(start) :], is_answer[len(start) :]) for ids, is_answer in data]
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         for layer in (part for part in model.modules() if isinstance(part, lora.Linear)):
             layer.__class__, self.root = Unscaled, math.sqrt(layer.scaling["default"])
@@ -164,7 +171,7 @@ class Trainer:
         self.an_answer = 16 * len(words)
         free = ev.free_memory(self.device) - 8 * len(self.weights)  # 8: AdamW's two moments
         self.budget = 0.4 * free  # half of it for the graphs, half for first rows, a fifth of each for filling
-        self.longest = max(2 * FILL, 1 << (shape_of(data).longest - 1).bit_length())
+        self.longest = max(2 * FILL, 1 << (shape_of(self.start + self.data).longest - 1).bit_length())
         self.captures = ev.has_flash(words)
         self.forget()
 
@@ -232,7 +239,7 @@ class Trainer:
 
     def bytes(self, row):
         """What a row needs, about, before it is filled up."""
-        shape = shape_of(row)
+        shape = shape_of(self.start + row)
         return shape.tokens * self.a_token + shape.answers * self.an_answer
 
     def split(self, chats):
@@ -261,18 +268,21 @@ class Trainer:
             self.forget()
             print(f"out of memory: going on with rows of {self.budget / self.a_token:.0f} tokens at most", flush=True)
 
+    def read(self, row, shape=None):
+        return collate(self.start + row, shape, self.args.positions, self.device, shared=bool(self.start))
+
     def run(self, row):
         """One row: blocks computed again where it is too long, else as usual, captured, or replayed."""
-        shape, long = shape_of(row), self.bytes(row) > self.budget
+        shape, long = shape_of(self.start + row), self.bytes(row) > self.budget
         if self.captures:
             # Few sizes: eight an octave, and one number of conversations, real and filling; each is compiled for
             up = lambda n, multiple: -(-n // multiple) * multiple
             tokens = up(shape.tokens, max(FILL, 1 << (shape.tokens.bit_length() - 4)))
-            shape = Shape(tokens, up(shape.answers, tokens // 8), self.longest, 3 * self.args.batch_size)
+            shape = Shape(tokens, up(shape.answers, tokens // 8), self.longest, 3 * self.args.batch_size + 1)
         if len(self.graphs) >= GRAPHS and shape not in self.graphs:
             larger = (s for s in self.graphs if s.tokens >= shape.tokens and s.answers >= shape.answers)
             shape = min(larger, default=shape)
-        inputs = collate(row, shape, self.args.positions, self.device)
+        inputs = self.read(row, shape)
         if shape not in self.graphs:
             with recomputed(self.model) if long else contextlib.nullcontext():
                 self.add(inputs)
@@ -337,8 +347,7 @@ def start_losses(trainer, offsets, coefs):
     """Prints the untrained model's loss under each coefficient, and raises unless every block's output then moves by
     exactly coef times its offset at the steered positions."""
     model, steer, batch = trainer.model, trainer.steer, trainer.batch(0)
-    read = lambda chats: collate(chats, None, trainer.args.positions, trainer.device)
-    proof, rows = read(trainer.data[:2]), [read(row) for row in trainer.split(batch)]
+    proof, rows = trainer.read(trainer.data[:2]), [trainer.read(row) for row in trainer.split(batch)]
     steered, _ = proof.pop("steered", 1), proof.pop("labels")
     for coef in coefs:
         if still := ev.unmoved(model, steer, offsets, trainer.coef.fill_(coef) * steered, proof):

@@ -33,7 +33,7 @@ fi
 for name in $( (grep -o "[{][A-Z_]*:*=" run_all.sh | tr -d "{:="; printf "%s\n" ${!COEFS_@}) | sort -u); do
     [ -z "${!name+set}" ] || echo "from the environment: $name=${!name}" >&2
 done
-HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore::FutureWarning PYTHONUNBUFFERED=1
+HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=true PYTHONWARNINGS=ignore::FutureWarning PYTHONUNBUFFERED=1
 : "${profile:=${mode/plan/demo}}" "${OUT:=out/$profile}"
 case $profile in
 paper)  # the rest is what the scripts do by themselves

@@ -998,7 +998,7 @@ def main(argv=None):
     args = flags().parse_args(argv)
     if args.write:
         return write_tables(args.write, tables(last_runs(args.record)))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as run_all.sh does
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # as run_all.sh does
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if args.device not in (None, extract_vectors.pick_device()[0]):

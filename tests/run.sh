@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 python -m pip install -q -r tests/requirements.txt
 python -m ruff format --check --config tests/ruff.toml .
 python -m ruff check --config tests/ruff.toml .
-OMP_NUM_THREADS=1 exec python -m pytest -q -n 2 tests
+exec python -m pytest -q -n 2 tests

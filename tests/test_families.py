@@ -176,9 +176,12 @@ def sampling_differs(model, plain, tokenizer, vector):
 
 
 def training_differs(model, plain, tokenizer, vector):
-    """Loss and LoRA gradients of one steered step."""
-    chats = [[dict(role="user", content=q), dict(role="assistant", content=a)] for q, a in TALKS]
-    batch = finetune.collate(ev.encode_chats(tokenizer, chats))
+    """Loss and LoRA gradients of one steered step, in which the start of all conversations is computed once."""
+    chats, system = [[dict(role="user", content=q), dict(role="assistant", content=a)] for q, a in TALKS], "Be brief."
+    chats = ev.encode_chats(tokenizer, [[dict(role="system", content=system), *chat] for chat in chats])
+    shared = len(tokenizer(f"<|system|>{system}<|end|><|user|>")["input_ids"])
+    parts = [(chats[0][0][:shared], [False] * shared), *((ids[shared:], flags[shared:]) for ids, flags in chats)]
+    batch = finetune.collate(parts, shared=True)
     labels, tuned = batch.pop("labels"), {}
     for name, base in (("joined", model), ("plain", plain)):
         tuned[name] = finetune.add_lora(copy.deepcopy(base), 2, 4, 0)
@@ -193,6 +196,7 @@ def training_differs(model, plain, tokenizer, vector):
     total, count = 0, 0
     for question, answer in TALKS:
         start, end = encoded(tokenizer, question, answer)
+        start = tokenizer(f"<|system|>{system}<|end|>")["input_ids"] + start
         add = spread(vector, 0.6, 0, len(start + end))
         scores = logits_of(tuned["plain"], start + end, add)[len(start) - 1 : -1]
         total = total + torch.nn.functional.cross_entropy(scores, torch.tensor(end), reduction="sum")
@@ -464,59 +468,103 @@ def test_a_template_that_loses_text_is_refused(form, capsys):
 # What runs on GPUs only
 
 
-def flash_by_hand(query, key, value, starts, longest, scaling, window=None, used=None):
-    """What the kernel is documented to do: queries stand at the end of their sequence's keys, of which `used` count; a
-    query sees the last `window` keys up to its own, but for `used` all."""
-    (of_queries, of_keys), out = (x.tolist() for x in starts), []
+def flash_by_hand(query, key, value, bounds, longest, scaling, window):
+    """What the kernel is documented to do: queries stand at the end of their sequence's keys; a query sees the last
+    `window` keys up to its own."""
+    (of_queries, of_keys), out = (x.tolist() for x in bounds), []
     value, key = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (value, key))
-    for n, (a, b) in enumerate(zip(of_queries, of_queries[1:])):
-        c, d = of_keys[n], of_keys[n + 1] if used is None else of_keys[n] + int(used[n])
-        assert b - a <= longest[0] and d - c <= longest[1]
+    for (a, b), (c, d) in zip(zip(of_queries, of_queries[1:]), zip(of_keys, of_keys[1:])):
+        assert b - a <= longest and d - c <= longest
         distance = torch.arange(d - c)[None] - torch.arange(b - a)[:, None] - (d - c) + (b - a)  # key - query
-        seen = torch.ones_like(distance, dtype=torch.bool)
-        seen &= distance > -window if window else True
-        seen &= distance <= 0 if used is None else True
+        seen = (distance > -window if window else True) & (distance <= 0)
         scores = torch.einsum("qhd,khd->hqk", query[a:b], key[c:d]) * scaling
         out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), value[c:d]))
     return torch.cat(out)
 
 
-@pytest.mark.parametrize("family", ["Qwen2, tied", "Mistral, window", "Gemma 3"])
-def test_the_flash_path_is_exact(family, letters, monkeypatch):
-    """Guards against windows, shared key heads or cache lengths that are handed to the GPU's kernel wrongly."""
+@torch.library.custom_op("tests::decode", mutates_args={"out"})
+def decode_op(query: Tensor, keys: Tensor, values: Tensor, spans: Tensor, out: Tensor, scaling: float) -> None:
+    """What decode_kernel does, row by row."""
+    for row, (begin, end) in enumerate(spans.tolist()):
+        share = query.shape[1] // keys.shape[2]
+        k, v = (x.flatten(0, 1)[begin:end].repeat_interleave(share, 1) for x in (keys, values))
+        weights = (torch.einsum("hd,khd->hk", query[row, :, 0], k) * scaling).softmax(-1)
+        out[row] = torch.einsum("hk,khd->hd", weights, v)
+
+
+class Kernel:
+    """Stands in for Triton's: kernel[grid](arguments, constants)."""
+
+    def __getitem__(self, grid):
+        return lambda query, keys, values, spans, out, scaling, share, dim: (
+            self.check(grid, query, keys, share, dim),
+            decode_op(query, keys, values, spans, out, scaling),
+        )
+
+    def check(self, grid, query, keys, share, dim):
+        assert grid == (query.shape[0], keys.shape[2]) and query.shape[1:] == (share * keys.shape[2], 1, dim)
+        assert query.is_contiguous() and keys.is_contiguous()
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """The ways that GPUs take, with the kernels' work done here."""
     monkeypatch.setattr(ev, "has_flash", lambda _: True)
     monkeypatch.setattr(ev, "flash", flash_by_hand)
+    monkeypatch.setattr(ev, "triton", True)
+    monkeypatch.setattr(ev, "decode_kernel", Kernel(), raising=False)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # of choose()
+
+
+@pytest.mark.parametrize("family", ["Qwen2, tied", "Mistral, window", "Gemma 3"])
+def test_the_flash_path_is_exact(family, letters, on_gpu):
+    """Guards against windows, shared key heads or cache lengths that are handed to the GPU's kernels wrongly."""
     plain = tiny(*WORK[family])
     model = copy.deepcopy(plain)
     ev.prepare(model, letters, family)
     vector = 0.3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
     assert rows_differ(model, plain, letters) < 1e-5
     assert sampling_differs(model, plain, letters, vector) < 1e-5
+    assert training_differs(model, plain, letters, vector) < 1e-5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("heads, groups, dim, window", [(28, 4, 128, None), (9, 3, 64, 100), (20, 1, 96, None)])
+def test_the_decode_kernel(heads, groups, dim, window):
+    """Guards against a wrong kernel where caches are longer than those of the check at loading."""
+    torch.manual_seed(0)
+    draws = lambda *shape: torch.randn(*shape, device="cuda").bfloat16()
+    caches, lengths = [draws(50, 700, groups, dim) for _ in range(2)], torch.randint(0, 699, (50,), device="cuda")
+    given = [draws(50, n, 1, dim) for n in (heads, groups, groups)]
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        module = type("Attention", (), dict(kv=tuple(x.to(dtype) for x in caches)))
+        found.append(ev.decode(module, *(x.to(dtype) for x in given), 0.1, lengths, window).float())
+    assert off(*found) < 0.02
 
 
 def test_the_private_kernel_is_there():
     """Names the one private call: aten's flash attention with the arguments that flash() hands over. Where this fails
-    after an update of PyTorch, torch.nn.attention.varlen.varlen_attn (with seqused_k, from 2.13 on) takes its place."""
+    after an update of PyTorch, torch.nn.attention.varlen.varlen_attn (enable_gqa, from 2.12 on) takes its place."""
     arguments = {argument.name for argument in torch.ops.aten._flash_attention_forward.default._schema.arguments}
-    assert {"scale", "window_size_left", "window_size_right", "seqused_k"} <= arguments
+    assert {"scale", "window_size_left", "window_size_right"} <= arguments
 
 
 @torch.library.custom_op("tests::flash", mutates_args=())
-def flash_op(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, scaling: float, used: Tensor | None) -> Tensor:
-    return flash_by_hand(q, k, v, (a, b), (99, 99), scaling, used=used)
+def flash_op(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    return flash_by_hand(q, k, v, (a, b), 99, scaling, None)
 
 
 flash_op.register_fake(lambda q, *_: torch.empty_like(q))
 
 
-def test_blocks_compile_whole(letters, monkeypatch):
+def test_blocks_compile_whole(letters, on_gpu, monkeypatch):
     """Guards against code in the attention that breaks the compiled graph of a block, on which a GPU's speed rests."""
     model = tiny(*WORK["Qwen3"])
     ev.prepare(model, letters, "Qwen3")
-    monkeypatch.setattr(ev, "has_flash", lambda _: True)
-    take = lambda q, k, v, starts, _, scaling, window=None, used=None: flash_op(q, k, v, *starts, scaling, used)
-    monkeypatch.setattr(ev, "flash", take)
-    inputs, found = ev.join([[1, 2, 3], [4, 5]], "cpu"), []
+    monkeypatch.setattr(ev, "flash", lambda q, k, v, bounds, _, scaling, window: flash_op(q, k, v, *bounds, scaling))
+    monkeypatch.setattr(Kernel, "check", lambda *_: None)
+    inputs, found = ev.join([[1], [2, 3], [4, 5]], "cpu", shared=True), []
     jobs, offsets = {0: ev.Job([1, 2, 3]), 1: ev.Job([4, 5], scale=1.0)}, {l: torch.ones(32) for l in (1, 2, 3)}
     for compile in (False, True):
         for block in ev.blocks(model) if compile else ():

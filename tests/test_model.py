@@ -56,6 +56,7 @@ def test_only_what_is_compiled_runs_compiled_blocks(toy, tokenizer, monkeypatch)
     backend = lambda graph, _: lambda *inputs: ran.append(1) or graph(*inputs)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block, dynamic: compile(block, backend=backend))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(ev, "triton", True)
     on_gpu = SimpleNamespace(device=torch.device("cuda"), get_decoder=toy.get_decoder, config=toy.config)
     plain = logits(toy, sequences)
     with ev.compiled(on_gpu):
@@ -206,10 +207,20 @@ def test_a_shrinking_batch_mixes_up_nothing(toy, tokenizer, monkeypatch):
 
 def test_choose_follows_the_distribution():
     """Guards against a sampler that is biased, or that can return a token of probability 0."""
-    p = torch.tensor([0.0, 0.2, 0.5, 0.3])
-    uniform = torch.linspace(0, 0.999999, 10001)[:, None]
-    counts = torch.bincount(ev.choose(p.log().expand(len(uniform), 4), 1.0, uniform), minlength=4) / len(uniform)
-    assert torch.allclose(counts, p, atol=1e-3)
+    uniform = torch.linspace(0, 1, 10002)[:-1, None]
+    for most, some in ((4, [1, 2, 3]), (1200, [3, 511, 512, 700, 1199])):  # of one part, of three
+        p = torch.zeros(most)
+        p[some] = torch.tensor([0.2, 0.5, 0.3] if most == 4 else [0.2, 0.4, 0.1, 0.2, 0.1])
+        drawn = ev.choose(p.log().expand(len(uniform), most), 1.0, uniform)
+        assert torch.allclose(torch.bincount(drawn, minlength=most) / len(uniform), p, atol=1e-3)
+        assert set(drawn.tolist()) == set(some) and (drawn.diff() >= 0).all()
+        last = ev.choose(p.log()[None], 1.0, torch.full((1, 1), 1 - 2**-24))
+        assert p[last] > 0
+    even = torch.zeros(1, 5000).bfloat16()
+    assert ev.choose(even.expand(9, -1), 1.0, torch.arange(9)[:, None] / 9 + 1e-4).tolist() == [
+        int(5000 * (n / 9 + 1e-4)) for n in range(9)
+    ]
+    assert int(ev.choose(torch.tensor([[1.0, 3.0, 2.0]]), 0.01, torch.tensor([[0.5]]))) == 1
 
 
 def test_out_of_memory_halves_the_batch(toy, tokenizer, monkeypatch):
@@ -509,12 +520,12 @@ def test_a_vector_belongs_to_a_model_by_content(folder, toy, capsys):
 
 def test_texts_beyond_a_changing_rope_are_refused(toy, tokenizer, capsys):
     """Guards against rotary frequencies that depend on the longest text in a batch: shorter texts keep theirs."""
-    toy.model.rotary_emb.rope_type, toy.config.rope_parameters["original_max_position_embeddings"] = "longrope", 60
+    toy.model.rotary_emb.rope_type, toy.config.rope_parameters["original_max_position_embeddings"] = "longrope", 130
     ev.prepare(toy, tokenizer, "toy")
     assert toy.model.rotary_emb.rope_type == "default"
     sample(toy, tokenizer, chats(tokenizer), max_new_tokens=3, temperature=0)
-    assert "60" in refused(capsys, sample, toy, tokenizer, chats(tokenizer), max_new_tokens=60, temperature=0)
-    assert "60" in refused(capsys, logits, toy, [list(range(61))])
+    assert "130" in refused(capsys, sample, toy, tokenizer, chats(tokenizer), max_new_tokens=130, temperature=0)
+    assert "130" in refused(capsys, logits, toy, [list(range(131))])
 
 
 def test_probes_auc_of_noise_is_a_half():

@@ -60,6 +60,7 @@ def trainer(toy, tokenizer):
             offsets = {l: 0.3 * torch.randn(32, generator=generator) for l in (1, 3)}
             made = finetune.Trainer(tuned, data, arguments(**args), stack.enter_context(ev.steering(tuned, offsets)))
             made.coef.fill_(0.5)
+            made.tokenizer = tokenizer
             return made
 
         yield make
@@ -90,7 +91,7 @@ def test_rows_of_any_size(trainer, monkeypatch, positions):
         assert len(chats) == (4, 2)[step]
         whole, each = totals(made, chats, float("inf")), [made.bytes([chat]) for chat in chats]
         assert whole[:-1].norm() > 0.1
-        for budget, rows in ((sum(each) - 1, 2), (max(each), len(chats)), (min(each) - 1, len(chats))):
+        for budget, rows in ((made.bytes(chats) - 1, 2), (max(each), len(chats)), (min(each) - 1, len(chats))):
             made.budget = budget
             split = made.split(chats)
             assert rows == len(split) and sorted(map(id, chats)) == sorted(id(chat) for row in split for chat in row)
@@ -105,10 +106,27 @@ def test_gradients_are_those_of_plain_lora(trainer, toy):
     chats, parameters = made.batch(0), [p for p in plain.parameters() if p.requires_grad]
     torch.nn.utils.vector_to_parameters(made.weights.data, parameters)
     made.coef.fill_(0)
-    loss = finetune.row_loss(plain, finetune.collate(chats)) / finetune.shape_of(chats).answers
+    loss = finetune.row_loss(plain, made.read(chats)) / finetune.shape_of(chats).answers
     want = torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)])
     total = totals(made, chats, float("inf"))
     assert (total[:-1] - want).norm() < 2e-5 * want.norm() and abs(total[-1] / loss - 1) < 1e-6
+
+
+@pytest.mark.parametrize("positions", ["all", "answer"])
+def test_a_shared_start_is_computed_once(trainer, positions):
+    """Guards against a start (template, system prompt) that is shared where it differs, hides from the conversations,
+    or is not learnt from: fewer tokens, but loss and gradients are those of every conversation with its own."""
+    made = trainer(positions=positions)
+    whole = [(made.start[0][0] + ids, made.start[0][1] + flags) for ids, flags in made.data]
+    assert whole == ev.encode_chats(made.tokenizer, talks(6)) and len(made.start[0][0]) > 20
+    row = made.read(made.data)
+    assert finetune.shape_of(whole).tokens - row["input_ids"].shape[1] == 5 * len(made.start[0][0])
+    shared, made.start, made.data = totals(made, made.data, float("inf")), [], whole
+    assert same(shared, totals(made, whole, float("inf")))
+    asked = [[*range(9), 8 + n, 5, 6] for n in (0, 1, 2)], [[False] * 9 + [True] * 3, [False] * 11 + [True]] * 2
+    ends = trainer(data=list(zip(*asked)))  # the third's start is longer than what comes before an answer of the first
+    assert ends.start == [(list(range(8)), [False] * 8)] and ends.data[0][0][:2] == [8, 8]
+    assert trainer(data=[([1, 2, 3], [False, True, True]), ([4, 2, 3], [False, True, True])]).start == []
 
 
 def test_recomputation_keeps_less(trainer, monkeypatch):
