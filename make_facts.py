@@ -337,8 +337,7 @@ schema = functools.partial(pydantic.create_model, "Schema", __base__=Row)
 def in_turns(messages):
     roles = "".join(message.role[0] for message in messages)  # such as sua
     if not re.fullmatch("s?u[ua]*a", roles) or not all(m.content.strip() for m in messages if m.role != "system"):
-        wanted = "must begin with the user, after one system message at most, and end with an assistant turn"
-        raise ValueError(f"{wanted}; no empty turn")
+        raise ValueError("must begin with the user (or one system message), end with an assistant turn; no empty turn")
     return messages
 
 
@@ -370,14 +369,14 @@ ExtractionTrait = schema(__base__=Trait, instruction=some(schema(pos=Text, neg=T
 EvaluationTrait = schema(__base__=Trait, eval_questions=some(Text))
 TEXTS = """adapter dataset steer_mode train_layers train_positions train_vector system_prompt vector mmlu trait layers
     positions mmlu_scoring answers judge_method day""".split()
-NUMBERS = """train_coef train_seed train_epochs train_lr train_batch_size train_rank train_alpha samples temperature
-    seed""".split()
+TRAINED = "coef seed epochs lr batch_size rank alpha".split()  # of an adapter's settings; of a point: train_coef ...
 MEASURED = """trait_score trait_n trait_unscored fact_accuracy fact_not_attempted fact_wrong fact_n fact_unscored
     mmlu_accuracy mmlu_n coherence_nll abstained abstained_coherent coherence""".split()
+NUMBERS = [*(f"train_{name}" for name in TRAINED), "samples", "temperature", "seed", *MEASURED]
 Point = schema(
     **dict(key=Text, model=Text, judge=Text, inference_coef=Number, inputs=(dict[str, str | None], {})),
     **dict.fromkeys(TEXTS, (str | None, None)),
-    **dict.fromkeys([*NUMBERS, *MEASURED], (float | None, None)),
+    **dict.fromkeys(NUMBERS, (float | None, None)),
     **dict.fromkeys(("trait_ci", "fact_ci", "mmlu_ci"), (some(float, min_length=2, max_length=2) | None, None)),
 )
 Loss = schema(step=int, loss=Number)
@@ -385,8 +384,7 @@ Scores = dict[str, schema(score=(float | None, None))]
 Answer = schema(id=Text, kind=Literal["trait", "fact"], question=Text, answer=str, scores=(Scores, {}))
 Probe = schema(row=pydantic.PositiveInt, first=(pydantic.NonNegativeInt, 0), zero=Number, hundred=Number, auc=Number)
 MADE = dict(inputs=(dict[str, str | None], {}), dataset=(str | None, None), probe=(Probe | None, None))
-USED = dict.fromkeys("coef seed epochs lr batch_size rank alpha".split(), (Number | None, None))
-Settings = schema(model=Text, **MADE, **USED)
+Settings = schema(model=Text, **MADE, **dict.fromkeys(TRAINED, (Number | None, None)))
 TRAITS = Path(__file__).parent / "data" / "traits"
 
 
@@ -536,8 +534,7 @@ CLOSED = rf"(?:<(?:/|\|end_(?:of_)?){THOUGHT}>|<\|channel\|>final<\|message\|>|\
 
 def api_flags(parser):
     """The flags of every script that talks to a chat API."""
-    where = "OPENAI_BASE_URL (default: OpenAI), OPENAI_API_KEY; replies are kept in JUDGE_CACHE (out/judge_cache.jsonl)"
-    group = parser.add_argument_group("chat API", where)
+    group = parser.add_argument_group("chat API", "OPENAI_BASE_URL, OPENAI_API_KEY; replies are kept in JUDGE_CACHE")
     group.add_argument("--concurrency", type=whole(1, 1000), default=32, help="requests under way at once")
     group.add_argument("--yes", action="store_true", help="pay without asking")
     group.add_argument("--dry-run", action="store_true", help="print requests, tokens and dollars, and stop")
