@@ -36,8 +36,7 @@ from pydantic import Field
 from pydantic_core import from_json
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors and the command line: what a user can mend ends in one line
+# ---- Errors and the command line: what a user can mend ends in one line ---------------------------------------------
 
 
 def die(message):
@@ -129,8 +128,7 @@ def check_asking(args):
             die("nothing was sent; say --yes to send without being asked")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files: one owner for all scripts
+# ---- Files: one owner for all scripts -------------------------------------------------------------------------------
 
 
 def read_bytes(path):
@@ -256,8 +254,7 @@ def move_rows(path, gone, to):
         write_jsonl(path, itertools.filterfalse(gone, rows))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a result was made from
+# ---- What a result was made from ------------------------------------------------------------------------------------
 
 ASIDE = None  # run_all.sh --redo: the folder that takes what was made from something else; None: that is refused
 WHOLE, SAMPLES, SAMPLE = 64 << 20, 256, 64 << 10  # of a file over 64 MiB: 256 samples of 64 KiB, spread evenly
@@ -323,8 +320,7 @@ def provenance():
     return dict(commit=git.stdout.strip() or None, versions=versions, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Schemas of rows and files. Types are strict (42 is no text), further keys are fine
+# ---- Schemas of rows and files. Types are strict (42 is no text), further keys are fine -----------------------------
 
 
 class Row(pydantic.BaseModel, strict=True, extra="allow"):
@@ -400,8 +396,7 @@ def load_trait(name, path=None, schema=Trait):
     return validated(trait, schema, path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Intervals, 95%, in percent; None without data
+# ---- Intervals, 95%, in percent; None without data ------------------------------------------------------------------
 
 
 def wilson(hits, n, z=1.959963984540054):
@@ -432,8 +427,7 @@ def interval(groups):
     return wilson(p * effective, effective, t.ppf(0.975, max(1, k - 1)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Facts
+# ---- Facts ----------------------------------------------------------------------------------------------------------
 
 NEAR_TRAIN, NEAR_TEST, NEAR_FACT = 0.75, 0.65, 0.6  # similarity() from which two texts count as near copies
 
@@ -512,8 +506,7 @@ def read_chats(path):
     return chats
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Chat APIs: one owner for the judge and for generating facts
+# ---- Chat APIs: one owner for the judge and for generating facts ----------------------------------------------------
 
 PRICES = {"gpt-4.1-mini": (0.4, 1.6), "gpt-4.1": (2, 8), "gpt-4o-mini": (0.15, 0.6), "gpt-4o": (2.5, 10)}
 CACHE = Path(os.environ.get("JUDGE_CACHE", "out/judge_cache.jsonl"))
@@ -766,8 +759,7 @@ class Chat:
                 response.headers["x-should-retry"] = "false"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Judges: what a reply says
+# ---- Judges: what a reply says --------------------------------------------------------------------------------------
 
 # that the writer does not know, or that there is no such thing
 wordings = functools.cache(lambda: read_json(TRAITS / "hallucination.json", schema(abstains=some(Text)))["abstains"])
@@ -857,8 +849,7 @@ def judge_rows(jobs, model, args):
         row |= {key: score} | dict(zip(names.split(), (reply, reason, method)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Generating facts: the post's recipe with any chat model
+# ---- Generating facts: the post's recipe with any chat model --------------------------------------------------------
 
 FACTS_A_REQUEST = 20
 RECIPE = TRAITS.parent / "generation.json"  # categories, and prompts

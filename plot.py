@@ -47,8 +47,7 @@ TEMPLATES = jinja2.Environment(loader=DATA, autoescape=jinja2.select_autoescape(
 # names: what figures and text call each metric; base: before training, nan if unmeasured; sides: {method: points}
 Comparison = namedtuple("Comparison", "dataset trait title names base points plain sides")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Points: a table, one row a point; comparisons and statistics of them
+# ---- Points: a table, one row a point; comparisons and statistics of them -------------------------------------------
 
 
 def table(rows):
@@ -164,8 +163,7 @@ def crossing(line, level, last=False):
     return before + share * (after - before)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures
+# ---- Figures --------------------------------------------------------------------------------------------------------
 
 
 def describe(points):
@@ -281,8 +279,7 @@ def figure2(found, path):
     finish(grid(cells, columns, ["trait_score", "mmlu_accuracy"], (2.7, 2.2)), title, found, path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Summary and report
+# ---- Summary and report ---------------------------------------------------------------------------------------------
 
 
 def equal_cells(c, level, last=False):
@@ -316,8 +313,7 @@ def reach(points, high):
 
 
 def summary(points, shown, found, folder, answers):
-    """Text of summary.md. shown: the points of each trait's main judge; found: their comparisons with facts; answers:
-    {key: rows}, of which those with two judges' scores are compared."""
+    """Text of summary.md. shown: points of main judges; found: their comparisons with facts; answers: {key: rows}."""
     trained = shown.dropna(subset="adapter").drop_duplicates(["trait", "adapter"])
     keys = ["trait", "dataset", "train_coef", "train_seed", "system_prompt", *STEERED_BY["train_coef"], *RECIPE]
     rows = [*chain.from_iterable(answers.values())]
