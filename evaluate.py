@@ -32,8 +32,7 @@ SAMPLING = "samples temperature max_new_tokens seed limit".split()  # the same f
 SETTINGS = "trait layers positions samples temperature max_new_tokens seed limit mmlu_scoring inference_coef".split()
 SHOWN = "inference_coef trait_score trait_unscored coherence_nll fact_accuracy fact_unscored mmlu_accuracy".split()
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is asked, and how it is measured
+# ---- What is asked, and how it is measured --------------------------------------------------------------------------
 
 
 def read_questions(args):
@@ -167,8 +166,7 @@ def add_coherence_nll(model, tokenizer, rows):
         row["coherence_nll"] = -float(next(values).mean()) if row["answer"] else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How it is scored: a separate pass over answers that are on disk
+# ---- How it is scored: a separate pass over answers that are on disk ------------------------------------------------
 
 
 def judge_jobs(rows):
@@ -241,8 +239,7 @@ def coherence_limit(point, out):
     print("abstained_coherent is left open: the model before training has no answers here yet", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A point's identity, and what must hold before anything is measured
+# ---- A point's identity, and what must hold before anything is measured ---------------------------------------------
 
 
 def digest(value):
@@ -267,9 +264,8 @@ def points_of(args, asked, mmlu, probe):
             config = read_adapter(adapter)[0].to_dict()
         about = given | {name: trained.get(name.removeprefix("train_")) for name in told}
         about |= dict(adapter=adapter, train_coef=trained.get("coef") or (0.0 if adapter else None))
-        made_from = inputs | dict(
-            adapter=adapter and digest([fingerprint(f"{adapter}/adapter_model.safetensors"), config])
-        )
+        weights = adapter and digest([fingerprint(f"{adapter}/adapter_model.safetensors"), config])
+        made_from = inputs | dict(adapter=weights)
         for coef in args.inference_coef:
             about |= dict(inference_coef=coef)
             key = digest([{name: about[name] for name in SETTINGS}, made_from])  # of its answers: whoever judges them
@@ -311,8 +307,7 @@ def new_points(points, out):
     return [point for point in points if (point["key"], point["judge"]) not in made]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The three jobs: to measure points, to judge again, to answer
+# ---- The three jobs: to measure points, to judge again, to answer ---------------------------------------------------
 
 
 def measure(args):

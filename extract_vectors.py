@@ -37,8 +37,7 @@ except ImportError:
 import make_facts as mf
 from make_facts import append_jsonl, die, load_trait, read_json, read_jsonl, write_json, write_jsonl
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a persona vector is, and steering with it
+# ---- What a persona vector is, and steering with it -----------------------------------------------------------------
 
 
 def offsets_of(vector, layers):
@@ -120,8 +119,7 @@ def same_model(path, verb, record, model_name):
         die(f"{path}: {verb} {record['model']}, which is not {model_name} (weights, settings, tokenizer)")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How a vector is read: contrastive answers, the stream's mean over their tokens, the probe
+# ---- How a vector is read: contrastive answers, the stream's mean over their tokens, the probe ----------------------
 
 
 def extraction_rows(trait, samples, limit):
@@ -223,8 +221,7 @@ def export_gguf(vector, path, architecture):
     print(f"{path}: for llama.cpp's --control-vector-scaled; its scale is a coefficient, positive towards the trait")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models. What a model cannot be trusted with is found by how it behaves, when it is loaded
+# ---- Models. What a model cannot be trusted with is found by how it behaves, when it is loaded ----------------------
 
 
 def pick_device():
@@ -330,8 +327,7 @@ def prepare(model, tokenizer, name):
         die(f"{kind}steering does not move the output of block {fixed[0]} by its offset")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Chats: what the template says + the answer's tokens + the end-of-turn token, the same in training, reading, sampling
+# ---- Chats: the template's text + the answer + the end-of-turn token, in training, reading and sampling -------------
 
 BREAK = "\ufdd0"  # a character that is in no text
 TODAY = r"""strftime_now\((["'])(.*?)\1\)"""  # what a template calls for the date
@@ -428,8 +424,7 @@ def spoken(tokenizer, ids, prompt):
     return tokenizer.decode(ids, skip_special_tokens=True).strip(), said != text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Only speed from here on: compiled blocks, conversations joined without padding, sampling from one cache
+# ---- Only speed from here on: compiled blocks, conversations joined without padding, sampling from one cache --------
 
 ROW_TOKENS = {"cuda": 16384, "cpu": 2048}  # conversations are joined into rows of about this many tokens
 SLOTS = {"cuda": 2048, "cpu": 256}  # answers sampled side by side, at most
@@ -437,7 +432,7 @@ STEPS = {"cuda": 16, "cpu": 1}  # decoding steps between two looks at which answ
 SHRINK = {"cuda": 0.7, "cpu": 0.9}  # the batch is made smaller when less than this share of it is in use
 LEAST = {"cuda": 16, "cpu": 1}  # answers side by side; fewer are no faster
 PART = 512  # tokens of the vocabulary that are drawn from together
-HARMLESS = "cu_seq_lens max_seq_len keys cu_key_lens kv lengths".split()
+HARMLESS = "cu_seq_lens max_seq_len shared keys cu_key_lens kv lengths".split()
 HARMLESS += "sliding_window position_ids use_cache logits_to_keep".split()
 
 
@@ -461,9 +456,8 @@ def has_flash(tensor):
 
 
 def flash(query, key, value, bounds, longest, scaling, window):
-    """query [tokens, heads, dim], key and value [seen, kv heads, dim] -> [tokens, heads, dim]: causal, over the last
-    `window` keys if any; bounds of queries, of keys. The one private call: PyTorch's varlen_attn takes no shared key
-    heads before 2.12."""
+    """query [tokens, heads, dim], key and value [seen, kv heads, dim] -> [tokens, heads, dim], causal. bounds: of
+    queries, of keys. The one private call: PyTorch's varlen_attn takes no shared key heads before 2.12."""
     given = query, key, value, *bounds, longest, longest, 0.0, True, False  # no dropout, causal
     more = dict(scale=scaling, window_size_left=window and window - 1)
     return torch.ops.aten._flash_attention_forward(*given, **more)[0]
@@ -473,8 +467,9 @@ def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **gi
     """An attention function of transformers' AttentionInterface, so the models' own code stays as it is: query [rows,
     heads, tokens, dim], key and value [rows, kv heads, tokens, dim] -> [rows, tokens, heads, dim]. Joined: one row, in
     which conversations start and end at cu_seq_lens int32 [n + 1] and see only themselves, of that the sliding_window;
-    keys and values are added to kv {module: list}. With keys int64 [seen]: they see those tokens of the row, from and
-    to cu_key_lens int32 [n + 1]. With lengths: decode. Any other change is refused."""
+    keys and values are added to kv {module: list}. With shared > 0: all but the first also see the row's first `shared`
+    tokens; from copies of these and the row, `keys` [seen] takes what each sees, from and to cu_key_lens int32 [n + 1].
+    With lengths: decode. Any other change is refused."""
     odd = [name for name, value in given.items() if name not in HARMLESS and not isinstance(value, (bool, type(None)))]
     if attention_mask is not None or dropout or odd or given.get("is_causal") is False:
         raise NotImplementedError(f"attention with {', '.join(odd) or 'a mask or dropout'}")
@@ -484,9 +479,10 @@ def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **gi
     bounds, longest = (given["cu_seq_lens"],) * 2, given["max_seq_len"]
     if given.get("kv") is not None:
         given["kv"][module].append([x[0].transpose(0, 1).contiguous() for x in (key, value)])  # [tokens, kv heads, dim]
-    if given.get("keys") is not None:  # float32: in the backward pass a token's gradients are summed in it
-        key, value = (x.float()[:, :, given["keys"]].to(x.dtype) for x in (key, value))
-        bounds = bounds[0], given["cu_key_lens"]
+    if shared := given.get("shared"):  # as copies, each taken once: else gradients would be summed in any order
+        copies = lambda x: x[:, :, :shared].repeat(1, 1, len(bounds[0]) - 2, 1)
+        seen = lambda x: torch.cat([copies(x.float()), x.float()], dim=2)[:, :, given["keys"]].to(x.dtype)
+        key, value, bounds = seen(key), seen(value), (bounds[0], given["cu_key_lens"])
     if has_flash(query):
         rows = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, dim]
         return flash(*rows, bounds, longest, scaling, window)[None], None
@@ -553,19 +549,21 @@ def join(sequences, device, shared=False):
     """Lists of token ids -> the model's arguments for one row that holds them all, each blind to the others; shared:
     but for the first, which is the start of all others."""
     ends, start = list(itertools.accumulate(map(len, sequences), initial=0)), len(sequences[0]) * shared
-    starts = [0, *[start] * (len(sequences) - 1)]  # what each sees of the first
+    firsts = [0, *[start] * (len(sequences) - 1)]  # positions
     row = dict(
         input_ids=torch.tensor([list(itertools.chain(*sequences))], device=device),
-        position_ids=torch.cat([torch.arange(n, n + len(s)) for n, s in zip(starts, sequences)])[None].to(device),
+        position_ids=torch.cat([torch.arange(n, n + len(s)) for n, s in zip(firsts, sequences)])[None].to(device),
         cu_seq_lens=torch.tensor(ends, dtype=torch.int32, device=device),
         max_seq_len=start + max(map(len, sequences)),
+        shared=start,
         use_cache=False,
     )
-    if shared:
-        keys = [[*range(n), *range(*span)] for n, *span in zip(starts, ends, ends[1:])]
+    if shared:  # copies of the start, one after the other, then the row
+        own = [range(sum(firsts) + begin, sum(firsts) + end) for begin, end in itertools.pairwise(ends)]
+        keys = [own[0], *([*range(k * start, (k + 1) * start), *mine] for k, mine in enumerate(own[1:]))]
         row["keys"] = torch.tensor(list(itertools.chain(*keys)), device=device)
-        cu_key_lens = itertools.accumulate(map(len, keys), initial=0)
-        row["cu_key_lens"] = torch.tensor(list(cu_key_lens), dtype=torch.int32, device=device)
+        cu_key_lens = list(itertools.accumulate(map(len, keys), initial=0))
+        row["cu_key_lens"] = torch.tensor(cu_key_lens, dtype=torch.int32, device=device)
     return row
 
 
@@ -701,7 +699,8 @@ class Sampler:
         state, logits = self.state, self.logits()
         low, high = logits.aminmax(dim=-1)  # NaN shows in both
         self.broken |= (~state.done & ~(low.isfinite() & high.isfinite())).any()
-        draw = torch.compile(choose, dynamic=True) if triton and has_flash(logits) else choose
+        fast = triton and has_flash(logits) and self.drawing.temperature
+        draw = torch.compile(choose, dynamic=True) if fast else choose
         new = draw(logits, self.drawing.temperature, state.uniform.gather(1, state.made[:, None]))[:, None]
         state.out.scatter_(1, state.made[:, None] + 1, new)
         state.made += ~state.done
@@ -729,8 +728,7 @@ class Sampler:
         self.state = SimpleNamespace(**{name: x[keep] for name, x in vars(self.state).items()})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
+# ---- The command ----------------------------------------------------------------------------------------------------
 
 
 def chat_of(row, system=True):

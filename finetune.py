@@ -38,8 +38,7 @@ FILL = 64  # rows that become graphs are filled up to a multiple of this many to
 GRAPHS = 32  # shapes of rows that are captured, at most
 OUT_OF_MEMORY = "OutOfMemoryError|out of memory|not enough memory|can't allocate memory|ALLOC_FAILED"
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The recipe: the loss and steering under it, LoRA, the learning rate, batches
+# ---- The recipe: the loss and steering under it, LoRA, the learning rate, batches -----------------------------------
 
 Shape = namedtuple("Shape", "tokens answers longest conversations")  # of a row; longest: its longest conversation
 
@@ -66,9 +65,8 @@ def collate(chats, shape=None, positions="all", device="cpu", shared=False):
     ignored = (0, shape.answers - len(answer))
     row["labels"] = F.pad(row["input_ids"][0, answer], ignored, value=-100)
     row["logits_to_keep"] = F.pad(answer - 1, ignored)
-    if torch.device(device).type == "cpu":
-        return row
-    move = lambda value: value.pin_memory().to(device, non_blocking=True) if torch.is_tensor(value) else value
+    far = lambda value: torch.is_tensor(value) and torch.device(device).type != "cpu"
+    move = lambda value: value.pin_memory().to(device, non_blocking=True) if far(value) else value
     return {key: move(value) for key, value in row.items()}  # without waiting for what the GPU is doing
 
 
@@ -128,8 +126,7 @@ def recomputed(model):
         yield
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# ---- Training -------------------------------------------------------------------------------------------------------
 
 
 class Trainer:
@@ -308,8 +305,7 @@ class Trainer:
         self.total[-1].add_(loss.detach())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
+# ---- The command ----------------------------------------------------------------------------------------------------
 
 
 def read_conversations(path, system_prompt=None, limit=None):

@@ -120,9 +120,8 @@ def comparisons(points, facts):
         title += [f"{key.removeprefix('train_')} {text_of(value)}" for key, value in settings.items()]
         title += [row.blocks] if sides else []
         names = dict(zip(METRICS, (row.trait, "facts", here.knowledge.max(), "coherence")))
-        found.append(
-            Comparison(row.dataset, row.trait, ", ".join(title), names, before.loc[row.trait], here, plain, sides)
-        )
+        about = row.dataset, row.trait, ", ".join(title), names
+        found.append(Comparison(*about, before.loc[row.trait], here, plain, sides))
     return found
 
 

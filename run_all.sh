@@ -155,21 +155,22 @@ if sys.argv[1] == "plan":
     raise SystemExit
 import make_facts  # 2. Running: by JOBS processes, in each of which imports and models are paid once
 ALL = sum(STAGES, [])
+HERE = os.path.samefile(shutil.which("python"), sys.executable)  # scripts run in this process, as if in their own
 def run(words):  # -> exit code
     print("--", shlex.join(words), flush=True)
-    if words[0] != "python" or not os.path.samefile(shutil.which("python"), sys.executable):
+    if words[0] != "python" or not HERE:
         return subprocess.call(words, stdin=subprocess.DEVNULL)
     sys.argv = words[1:]
     try:
         code = make_facts.run(importlib.import_module(words[1][:-3]).main, words[2:])
     except SystemExit as end:
         code = end.code
-    if torch := sys.modules.get("torch"):  # as if in a process of its own
-        gc.collect()
-        torch.compiler.reset()
-        torch.cuda.empty_cache()
+    gc.collect()
+    sys.modules["torch"].compiler.reset()
+    sys.modules["torch"].cuda.empty_cache()
     return code or 0
 def work(done):  # one of JOBS processes: takes numbers of commands from stdin, and sends them to done with exit codes
+    if HERE: import evaluate, finetune  # takes long, so now, while another process works
     with contextlib.suppress(BrokenPipeError):  # when the first process is gone
         while number := os.read(0, 2):
             os.write(done, number + bytes([run(ALL[int.from_bytes(number)].words) & 255]))
@@ -226,8 +227,7 @@ if [ "$mode" = plan ]; then echo "$plan"; exit; fi
 patiently() { "$@" & trap "kill $!; exit 143" INT TERM; wait $!; trap - INT TERM; }  # a signal ends it, too
 if [ -z "${VIRTUAL_ENV:-}" ]; then
     .venv/bin/python -m pip --version > /dev/null 2>&1 || patiently python3 -m venv --clear .venv
-    echo "source .venv/bin/activate"
-    source .venv/bin/activate
+    echo "source .venv/bin/activate"; source .venv/bin/activate
 fi
 PATH=$VIRTUAL_ENV/bin:$PATH stamp=$VIRTUAL_ENV/.ready-$(cksum < requirements.txt | cut -d' ' -f1)
 if [ ! -f "$stamp" ]; then

@@ -118,7 +118,7 @@ def work(made, tmp_path):
 def loaded_once(monkeypatch):
     """One model for all commands, as in a stage of run_all.sh: what a command leaves in it, the next one finds."""
     load = extract_vectors.load_model
-    monkeypatch.setattr(extract_vectors, "load_model", lambda name, _: loaded(mf.fingerprint(name), name, load))
+    monkeypatch.setattr(extract_vectors, "load_model", lambda name, content: loaded(content, name, load))
 
 
 MODELS = {}
