@@ -258,9 +258,9 @@ class Trainer:
             except RuntimeError as error:
                 if not re.search(OUT_OF_MEMORY, f"{error!r} {error.__context__!r}"):
                     raise
-            size = self.bytes(row)  # out here nothing holds on to the failed row's tensors
+            size, tokens = self.bytes(row), shape_of(self.start + row).tokens  # here nothing holds on to its tensors
             if size > self.budget and not self.graphs:
-                mf.die(f"out of memory with a conversation of {len(row[0][0])} tokens; a larger GPU could take it")
+                mf.die(f"out of memory with a conversation of {tokens} tokens; a larger GPU could take it")
             self.budget = min(self.budget, size / 2)
             self.forget()
             print(f"out of memory: going on with rows of {self.budget / self.a_token:.0f} tokens at most", flush=True)

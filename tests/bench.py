@@ -1,6 +1,6 @@
 """Speed and memory of the scripts' own commands beside stock transformers and peft: random weights, one GPU.
 
-    python tests/bench.py [--shape qwen2.5-7b] [--only training] [--profile]   # the speed table, about 14 minutes
+    python tests/bench.py [--shape qwen2.5-7b] [--only training] [--profile]   # the speed table, 8 minutes on an H200
     python tests/bench.py --memory 22.5     # every kind of command of run_all.sh's paper profile under so many GiB
     python tests/bench.py --two-gpus        # finetune.py on two GPUs against one
     python tests/bench.py --write tests/README.md      # puts what was measured last between that file's markers
@@ -8,8 +8,9 @@
 A random model is saved to disk once (7B: 15 GB); our rows are the scripts' main() on that folder, from loading to what
 they save. Every measurement is appended to --record (JSONL) as soon as it is there, so a run that is cut short loses
 little; one that fails shows its error, the others go on, and the exit code is 1. FLOPs: 2 a weight and token read, 4 in
-training (frozen weights get no gradients); the output head counts only for tokens that meet it; padding, LoRA and
-attention do not. On a CPU the counts are tiny: that tries the code, the numbers mean nothing.
+training (frozen weights get no gradients); the start that all conversations of a step share counts once, the output
+head for tokens that meet it; padding, LoRA and attention do not. On a CPU the counts are tiny: that tries the code, the
+numbers mean nothing.
 """
 
 import argparse
@@ -322,7 +323,7 @@ def finetuning(bench, name, data, *flags, step_name=None):
     short answers would leave sampling little to do."""
     encoded, adapters = bench.encoded(data), flags.count("0.1") + flags.count("0.2") or 1
     steps, tokens = -(-len(encoded) // 16), sum(len(ids) for ids, _ in encoded)
-    answers = sum(sum(is_answer) for _, is_answer in encoded)
+    answers, start = sum(sum(is_answer) for _, is_answer in encoded), os.path.commonprefix([ids for ids, _ in encoded])
     torch.compiler.reset()  # as in a process of its own
     start = now()
     with optimiser_steps() as marks:
@@ -342,7 +343,8 @@ def finetuning(bench, name, data, *flags, step_name=None):
         gib=bench.gib(),
     )
     if step_name:
-        flop = 4 * (bench.weights * tokens + bench.head * answers) / steps
+        read = tokens - (len(encoded) - steps) * len(start)  # what all start with is computed once a step
+        flop = 4 * (bench.weights * read + bench.head * answers) / steps
         step, mean = statistics.median(later), statistics.mean(later)
         beyond = len(later) * (mean - step)
         note = f"{len(later)} steps: median {1e3 * step:.1f} ms, mean {1e3 * mean:.1f} ms"

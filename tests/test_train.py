@@ -183,7 +183,10 @@ def test_out_of_memory(trainer, capsys, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         made.train(tmp_path / "none")
     said = capsys.readouterr()
-    assert stop.value.code == 2 and "out of memory with a conversation of 200 tokens" in said.err
+    assert (
+        stop.value.code == 2
+        and f"out of memory with a conversation of {200 + len(made.start[0][0])} tokens" in said.err
+    )
     assert said.out.count("out of memory") < 9
 
     def other(trainer, inputs):
