@@ -592,8 +592,8 @@ def choose(logits, temperature, uniform):
     the part of it, then the token. Temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(-1)
-    values = F.pad(logits, (0, -logits.shape[1] % PART), value=-math.inf).unflatten(1, (-1, PART)).float() / temperature
-    weights = (values - values.amax((1, 2), keepdim=True)).exp()  # [rows, parts, PART]
+    weights = (logits.float() / temperature).softmax(-1)
+    weights = F.pad(weights, (0, -logits.shape[1] % PART)).unflatten(1, (-1, PART))  # [rows, parts, PART]
     below = F.pad(weights.sum(-1).cumsum(-1), (1, 0))  # [rows, 1 + parts]
     goal = uniform * below[:, -1:]
     part = (torch.searchsorted(below, goal, right=True) - 1).clamp(max=weights.shape[1] - 1)
