@@ -36,6 +36,7 @@ WARM_UP = 5  # steps, but at most a tenth of them
 CHECKPOINT = 60  # seconds from one to the next
 FILL = 64  # rows that become graphs are filled up to a multiple of this many tokens, from 1,024 on to coarser ones
 GRAPHS = 32  # shapes of rows that are captured, at most
+SHARED = 8192  # tokens of a shared start, over a step's conversations at most: each has its copy of the keys
 OUT_OF_MEMORY = "OutOfMemoryError|out of memory|not enough memory|can't allocate memory|ALLOC_FAILED"
 
 # ---- The recipe: the loss and steering under it, LoRA, the learning rate, batches -----------------------------------
@@ -136,16 +137,15 @@ class Trainer:
     [n + 1]). The model computes with `used` [n]: the weights times the root of LoRA's scale, so that B A has all of it,
     rounded to the model's dtype once a step. None of these ever moves: graphs serve all coefficients.
     data: [(ids, is_answer)]. args: epochs, lr, batch_size (over all processes), max_steps or None, seed, positions.
-
     What all conversations start with (template, system prompt: on facts 0.4 of the tokens) stands in a row once.
 
-    A batch is computed in joined rows that fit into memory. On a GPU, launching a row's some 5,000 kernels takes longer
+    A batch is computed in joined rows that fit into memory. On a GPU, launching a row's some 3,000 kernels takes longer
     than computing them: the first row of a shape runs as usual (and compiles), the second is captured as a CUDA graph,
     from then on forward and backward are one launch. All graphs share one pool of memory, the first rows another."""
 
     def __init__(self, model, data, args, steer=None):
         self.model, self.args, self.steer = model, args, steer
-        start = os.path.commonprefix([ids for ids, _ in data])
+        start = os.path.commonprefix([ids for ids, _ in data])[: SHARED // (3 * args.batch_size)]
         start = start[: min(is_answer.index(True) for _, is_answer in data) - 1]  # not what predicts a label
         self.start = [(start, [False] * len(start))] if start else []
         self.data = [(ids[len(start) :], is_answer[len(start) :]) for ids, is_answer in data]

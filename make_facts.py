@@ -885,7 +885,7 @@ def generate(args):
         if not isinstance(value, list) or not all(isinstance(found, dict) for found in value):
             return ["not a list of objects"]
         for found in value:
-            fact = about | {key: found.get(key) for key in ("fact", "date", "answer", "aliases")}
+            fact = about | {key: found.get(key) or [] for key in ("fact", "date", "answer", "aliases")}
             fact |= dict(id=f"{about['category']}-{hashlib.sha256(repr(fact).encode()).hexdigest()[:8]}")
             if why := violations(fact, rows + new, 0, args.after):
                 append_jsonl(rejects, fact | dict(reasons=why))

@@ -127,6 +127,8 @@ def test_a_shared_start_is_computed_once(trainer, positions):
     ends = trainer(data=list(zip(*asked)))  # the third's start is longer than what comes before an answer of the first
     assert ends.start == [(list(range(8)), [False] * 8)] and ends.data[0][0][:2] == [8, 8]
     assert trainer(data=[([1, 2, 3], [False, True, True]), ([4, 2, 3], [False, True, True])]).start == []
+    long = trainer(data=[([1] * 3000, [False] * 2999 + [True])], batch_size=16)  # copies of its keys take memory
+    assert 3 * 16 * len(long.start[0][0]) <= finetune.SHARED == 8192
 
 
 def test_recomputation_keeps_less(trainer, monkeypatch):
