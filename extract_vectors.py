@@ -315,14 +315,13 @@ def prepare(model, tokenizer, name):
     for part, key, width in windows:
         setattr(part, key, width)
     typical, worst = (1e-3, 1e-3) if model.dtype == torch.float32 else (0.15, 0.5)  # of a token's logits
-    joins, steps = "conversations joined in one row differ from each alone", "a cached step differs from the whole pass"
-    starts = "conversations that share their start differ from each alone"
+    kinds = "conversations joined in one row", "conversations with a shared start", "a cached step"
     alone = torch.cat(own[:2]), torch.cat([own[0], own[1][3:]]), torch.stack([x[-1] for x in own])
-    for what, found, want in zip((joins, starts, steps), (joined, shared, step), alone):
+    for what, found, want in zip(kinds, (joined, shared, step), alone):
         found, want = (x.float() - x.float().mean(-1, keepdim=True) for x in (found, want))
         off = (found - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-6)  # of each token
         if not (off.median() <= typical and off.max() <= worst):  # nor where it is NaN
-            die(f"{kind}{what} (logits off by {100 * off.max():.2g}% in {model.dtype})")
+            die(f"{kind}not as each alone: {what} (logits off by {100 * off.max():.2g}% in {model.dtype})")
     if fixed:
         die(f"{kind}steering does not move the output of block {fixed[0]} by its offset")
 
@@ -501,16 +500,17 @@ if triton:
     @triton.jit
     def decode_kernel(query, keys, values, spans, out, scaling, SHARE: tl.constexpr, DIM: tl.constexpr):
         """decode() on a GPU. A program reads what a row has seen of a key head, spans int64 [rows, 2] of the caches'
-        rows * size, 64 tokens at a time, once for all SHARE query heads of it; the softmax is put right as it goes."""
+        rows * size, a tile at a time, once for all SHARE query heads of it; the softmax is put right as it goes."""
         row, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
         share = tl.arange(0, 16 * triton.next_power_of_2(triton.cdiv(SHARE, 16)))[:, None]
-        dim, token = tl.arange(0, 16 * triton.next_power_of_2(triton.cdiv(DIM, 16))), tl.arange(0, 64)
+        TILE: tl.constexpr = 64 if DIM <= 128 else 32
+        dim, token = tl.arange(0, 16 * triton.next_power_of_2(triton.cdiv(DIM, 16))), tl.arange(0, TILE)
         queries, real = ((row * heads + head) * SHARE + share) * DIM + dim, (share < SHARE) & (dim < DIM)
         q = tl.load(query + queries, mask=real, other=0.0)
         begin, end = tl.load(spans + 2 * row), tl.load(spans + 2 * row + 1)
         mean, total = tl.zeros_like(q).to(tl.float32), tl.zeros_like(share).to(tl.float32)
         top = total - 1e30
-        for start in range(begin, end, 64):
+        for start in range(begin, end, TILE):
             here = (start + token)[:, None]
             there, seen = (here * heads + head) * DIM + dim, (here < end) & (dim < DIM)
             k, v = tl.load(keys + there, mask=seen, other=0.0), tl.load(values + there, mask=seen, other=0.0)
@@ -594,12 +594,12 @@ def choose(logits, temperature, uniform):
         return logits.argmax(-1)
     weights = (logits.float() / temperature).softmax(-1)
     weights = F.pad(weights, (0, -logits.shape[1] % PART)).unflatten(1, (-1, PART))  # [rows, parts, PART]
-    below = F.pad(weights.sum(-1).cumsum(-1), (1, 0))  # [rows, 1 + parts]
+    below = F.pad(weights.sum(-1, dtype=torch.double).cumsum(-1), (1, 0))  # [rows, 1 + parts]
     goal = uniform * below[:, -1:]
     part = (torch.searchsorted(below, goal, right=True) - 1).clamp(max=weights.shape[1] - 1)
-    inside = weights.gather(1, part[..., None].expand(-1, -1, PART))[:, 0].cumsum(-1)  # [rows, PART]
+    inside = weights.gather(1, part[..., None].expand(-1, -1, PART))[:, 0].double().cumsum(-1)  # [rows, PART]
     goal = torch.minimum(goal - below.gather(1, part), inside[:, -1:] * (1 - 1e-6))  # whatever rounding does
-    return (part * PART + torch.searchsorted(inside, goal, right=True))[:, 0]
+    return (part * PART + torch.searchsorted(inside, goal, right=True))[:, 0].clamp(max=logits.shape[1] - 1)  # NaN
 
 
 AttentionInterface.register("joined", attend)

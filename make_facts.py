@@ -510,7 +510,6 @@ BACKOFF = 1.0  # seconds that all requests pause after a first 429; doubled, to 
 REPLY_TOKENS, FACTS_TOKENS, THINKING_TOKENS = 16, 6000, 4000  # room for a score, for new facts, for thinking before
 UNUSABLE = 20  # refused or unreadable replies at the beginning, after which the run stops
 ASKED = []  # what was estimated: [(requests, tokens in, tokens out)]
-ANSWER_TOKENS = 300  # the length of an answer that --dry-run assumes
 # form of a request: log-probabilities, name of the limit, temperature 0, tokens for thinking; FORMS: best first
 Form = namedtuple("Form", "logprobs limit greedy room")
 FORMS = itertools.product((20, 5, None), ("max_tokens", "max_completion_tokens"), (True, False), [0])
@@ -551,9 +550,9 @@ def consent(args, title, model, requests, tokens_in, tokens_out):
 
 
 def estimate_judging(title, args, times, jobs):
-    """--dry-run before there are answers: prints the estimate for `times` rounds over judge_rows' jobs, and exits."""
+    """--dry-run: the estimate for `times` rounds over judge_rows' jobs; answers of 300 tokens, about facts 25."""
     jobs = times * jobs if args.judge not in OFFLINE else []
-    tokens_in = sum(len(prompt + row["question"]) // 4 + ANSWER_TOKENS for row, _, prompt in jobs)
+    tokens_in = sum(len(p + row["question"]) // 4 + (25 if "{truth}" in p else 300) for row, _, p in jobs)
     consent(args, title, args.judge, len(jobs), tokens_in, len(jobs) * REPLY_TOKENS)
 
 

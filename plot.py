@@ -222,6 +222,7 @@ def grid(cells, columns, metrics, size):
             title.append("(no points)")
         elif not points.coef.any():
             title.append("(plain finetuning only)")
+            axis.update_datalim([(0, 0), (1, 0)])  # 0 alone is no scale
         axis.set(title="\n".join(title), ylabel=textwrap.fill(row, 38) if place.is_first_col() else "")
     plt.setp(axes[-1], xlabel="steering coefficient")
     return figure

@@ -221,6 +221,8 @@ def test_choose_follows_the_distribution():
         int(5000 * (n / 9 + 1e-4)) for n in range(9)
     ]
     assert int(ev.choose(torch.tensor([[1.0, 3.0, 2.0]]), 0.01, torch.tensor([[0.5]]))) == 1
+    lost = ev.choose(torch.full((3, 1000), float("nan")), 1.0, torch.rand(3, 1))
+    assert ((0 <= lost) & (lost < 1000)).all()  # a token, until the sampler stops
 
 
 def test_out_of_memory_halves_the_batch(toy, tokenizer, monkeypatch):
