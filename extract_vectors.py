@@ -554,7 +554,7 @@ def join(sequences, device, shared=False):
         input_ids=torch.tensor([list(itertools.chain(*sequences))], device=device),
         position_ids=torch.cat([torch.arange(n, n + len(s)) for n, s in zip(firsts, sequences)])[None].to(device),
         cu_seq_lens=torch.tensor(ends, dtype=torch.int32, device=device),
-        max_seq_len=start + max(map(len, sequences)),
+        max_seq_len=max(n + len(s) for n, s in zip(firsts, sequences)),
         shared=start,
         use_cache=False,
     )
@@ -562,8 +562,7 @@ def join(sequences, device, shared=False):
         own = [range(sum(firsts) + begin, sum(firsts) + end) for begin, end in itertools.pairwise(ends)]
         keys = [own[0], *([*range(k * start, (k + 1) * start), *mine] for k, mine in enumerate(own[1:]))]
         row["keys"] = torch.tensor(list(itertools.chain(*keys)), device=device)
-        cu_key_lens = list(itertools.accumulate(map(len, keys), initial=0))
-        row["cu_key_lens"] = torch.tensor(cu_key_lens, dtype=torch.int32, device=device)
+        row["cu_key_lens"] = torch.tensor([0, *itertools.accumulate(map(len, keys))], device=device).int()
     return row
 
 
@@ -594,7 +593,7 @@ def choose(logits, temperature, uniform):
         return logits.argmax(-1)
     weights = (logits.float() / temperature).softmax(-1)
     weights = F.pad(weights, (0, -logits.shape[1] % PART)).unflatten(1, (-1, PART))  # [rows, parts, PART]
-    below = F.pad(weights.sum(-1, dtype=torch.double).cumsum(-1), (1, 0))  # [rows, 1 + parts]
+    below = F.pad(weights.sum(-1).double().cumsum(-1), (1, 0))  # [rows, 1 + parts]
     goal = uniform * below[:, -1:]
     part = (torch.searchsorted(below, goal, right=True) - 1).clamp(max=weights.shape[1] - 1)
     inside = weights.gather(1, part[..., None].expand(-1, -1, PART))[:, 0].double().cumsum(-1)  # [rows, PART]

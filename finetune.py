@@ -59,7 +59,8 @@ def collate(chats, shape=None, positions="all", device="cpu", shared=False):
     filling = [[0] * min(shape.longest, shape.tokens - start) for start in starts]
     filling += [[]] * (shape.conversations - len(chats) - len(filling))
     row = ev.join([*(ids for ids, _ in chats), *filling], "cpu", shared)
-    row["max_seq_len"] = shape.longest + len(chats[0][0]) * shared
+    if filling:
+        row["max_seq_len"] = shape.longest + len(chats[0][0]) * shared
     answer = torch.tensor([flag for _, is_answer in chats for flag in is_answer]).nonzero()[:, 0]
     if positions == "answer":
         row["steered"] = torch.zeros(1, shape.tokens, 1).index_fill(1, answer - 1, 1)
@@ -241,7 +242,7 @@ class Trainer:
 
     def split(self, chats):
         """Conversations -> few rows of about equal size that fit, after each that does not fit alone."""
-        fits = lambda row: self.bytes(row) <= self.budget
+        fits = lambda row: not row or self.bytes(row) <= self.budget
         short, count = [chat for chat in chats if fits([chat])], 1
         while not all(map(fits, rows := deal(short, count))):
             count += 1
@@ -261,7 +262,7 @@ class Trainer:
             size, tokens = self.bytes(row), shape_of(self.start + row).tokens  # here nothing holds on to its tensors
             if size > self.budget and not self.graphs:
                 mf.die(f"out of memory with a conversation of {tokens} tokens; a larger GPU could take it")
-            self.budget = min(self.budget, size / 2)
+            self.budget = min(self.budget, (size + self.bytes([])) / 2)
             self.forget()
             print(f"out of memory: going on with rows of {self.budget / self.a_token:.0f} tokens at most", flush=True)
 
@@ -274,7 +275,7 @@ class Trainer:
         if self.captures:
             # Few sizes: eight an octave, and one number of conversations, real and filling; each is compiled for
             up = lambda n, multiple: -(-n // multiple) * multiple
-            tokens = up(shape.tokens, max(FILL, 1 << (shape.tokens.bit_length() - 4)))
+            tokens = up(shape.tokens, max(FILL, (1 << shape.tokens.bit_length()) >> 4))
             shape = Shape(tokens, up(shape.answers, tokens // 8), self.longest, 3 * self.args.batch_size + 1)
         if len(self.graphs) >= GRAPHS and shape not in self.graphs:
             larger = (s for s in self.graphs if s.tokens >= shape.tokens and s.answers >= shape.answers)

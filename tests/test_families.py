@@ -516,6 +516,21 @@ def on_gpu(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # of choose()
 
 
+@pytest.mark.parametrize("key", ["keys", "position_ids"])
+def test_a_wrong_shared_start_is_refused(key, letters, monkeypatch, capsys):
+    """Guards against a check at loading that does not look at conversations with a shared start."""
+    join = ev.join
+
+    def wrong(sequences, device, shared=False):
+        row = join(sequences, device, shared)
+        return row | {key: row[key].roll(1, -1)} if shared else row
+
+    monkeypatch.setattr(ev, "join", wrong)
+    with pytest.raises(SystemExit):
+        ev.prepare(tiny(*WORK["Qwen3"]), letters, "Qwen3")
+    assert "a shared start" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("family", ["Qwen2, tied", "Mistral, window", "Gemma 3"])
 def test_the_flash_path_is_exact(family, letters, on_gpu):
     """Guards against windows, shared key heads or cache lengths that are handed to the GPU's kernels wrongly."""

@@ -5,6 +5,7 @@ import contextlib
 import copy
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -129,6 +130,22 @@ def test_a_shared_start_is_computed_once(trainer, positions):
     assert trainer(data=[([1, 2, 3], [False, True, True]), ([4, 2, 3], [False, True, True])]).start == []
     long = trainer(data=[([1] * 3000, [False] * 2999 + [True])], batch_size=16)  # copies of its keys take memory
     assert 3 * 16 * len(long.start[0][0]) <= finetune.SHARED == 8192
+
+
+def test_a_start_that_does_not_fit(trainer, monkeypatch):
+    """Guards against a step that never ends, or rows cut too small, where the start takes the memory; against a row of
+    a few tokens; and against lengths that are told longer than they are, which a model's RoPE may refuse."""
+    made = trainer()
+    chats, start = made.batch(0), len(made.start[0][0])
+    whole, alone = totals(made, chats, float("inf")), made.bytes([])
+    assert alone == start * made.a_token
+    for budget in (alone / 2, alone + 1):
+        assert same(totals(made, chats, budget), whole) and len(made.split(chats)) == len(chats)
+    row = made.read(chats)
+    assert row["max_seq_len"] == start + max(len(ids) for ids, _ in chats)
+    short = trainer(data=[([1, 2, 3], [False, True, True])] * 4)
+    with_graphs(short, monkeypatch)
+    short.run(short.data[:1])
 
 
 def test_recomputation_keeps_less(trainer, monkeypatch):
@@ -304,12 +321,16 @@ def test_collate_keeps_answer_positions(toy, tokenizer):
         )
 
 
-def test_training_refuses_when_the_hook_does_nothing(trainer):
+def test_training_refuses_when_the_hook_does_nothing(trainer, capsys):
     """Guards against steering that fails open: a hook whose effect is not coef x vector, or elsewhere, stops."""
     made = trainer(positions="answer")
     blocks = ev.blocks(made.model)
     offsets = {l: blocks[l - 1].steer_offset for l in (1, 3)}
     finetune.start_losses(made, offsets, [0.5, 2])
+    losses = [float(text) for text in re.findall(r"loss ([\d.]+) a token", capsys.readouterr().out)]
+    for coef, loss in zip([0.5, 2], losses, strict=True):
+        made.coef.fill_(coef)
+        assert float(totals(made, made.batch(0), float("inf"))[-1]) == pytest.approx(loss, abs=0.006)
     with pytest.raises(RuntimeError, match="block 2"):
         finetune.start_losses(made, {1: offsets[1], 2: offsets[3]}, [0.5])
     blocks[2].register_forward_hook(lambda block, _, out: out + 0.5 * offsets[3] * (made.steer.scale == 0))
