@@ -323,7 +323,7 @@ def finetuning(bench, name, data, *flags, step_name=None):
     short answers would leave sampling little to do."""
     encoded, adapters = bench.encoded(data), flags.count("0.1") + flags.count("0.2") or 1
     steps, tokens = -(-len(encoded) // 16), sum(len(ids) for ids, _ in encoded)
-    answers, start = sum(sum(is_answer) for _, is_answer in encoded), os.path.commonprefix([ids for ids, _ in encoded])
+    answers, shared = sum(sum(is_answer) for _, is_answer in encoded), os.path.commonprefix([ids for ids, _ in encoded])
     torch.compiler.reset()  # as in a process of its own
     start = now()
     with optimiser_steps() as marks:
@@ -343,7 +343,7 @@ def finetuning(bench, name, data, *flags, step_name=None):
         gib=bench.gib(),
     )
     if step_name:
-        read = tokens - (len(encoded) - steps) * len(start)  # what all start with is computed once a step
+        read = tokens - (len(encoded) - steps) * len(shared)  # what all start with is computed once a step
         flop = 4 * (bench.weights * read + bench.head * answers) / steps
         step, mean = statistics.median(later), statistics.mean(later)
         beyond = len(later) * (mean - step)
