@@ -138,7 +138,7 @@ class Trainer:
     [n + 1]). The model computes with `used` [n]: the weights times the root of LoRA's scale, so that B A has all of it,
     rounded to the model's dtype once a step. None of these ever moves: graphs serve all coefficients.
     data: [(ids, is_answer)]. args: epochs, lr, batch_size (over all processes), max_steps or None, seed, positions.
-    What all conversations start with (template, system prompt: on facts 0.4 of the tokens) stands in a row once.
+    What all conversations start with (template, system prompt: a third of the tokens on facts) stands in a row once.
 
     A batch is computed in joined rows that fit into memory. On a GPU, launching a row's some 3,000 kernels takes longer
     than computing them: the first row of a shape runs as usual (and compiles), the second is captured as a CUDA graph,
