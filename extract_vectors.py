@@ -698,7 +698,7 @@ class Sampler:
         state, logits = self.state, self.logits()
         low, high = logits.aminmax(dim=-1)  # NaN shows in both
         self.broken |= (~state.done & ~(low.isfinite() & high.isfinite())).any()
-        fast = triton and has_flash(logits) and self.drawing.temperature
+        fast = triton and has_flash(logits) and self.drawing.temperature == 1  # others would be compiled for, each
         draw = torch.compile(choose, dynamic=True) if fast else choose
         new = draw(logits, self.drawing.temperature, state.uniform.gather(1, state.made[:, None]))[:, None]
         state.out.scatter_(1, state.made[:, None] + 1, new)
