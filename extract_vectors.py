@@ -549,7 +549,7 @@ def join(sequences, device, shared=False):
     """Lists of token ids -> the model's arguments for one row that holds them all, each blind to the others; shared:
     but for the first, which is the start of all others."""
     ends, start = list(itertools.accumulate(map(len, sequences), initial=0)), len(sequences[0]) * shared
-    firsts = [0, *[start] * (len(sequences) - 1)]  # positions
+    firsts, copied = [0] + [start] * (len(sequences) - 1), start * (len(sequences) - 1)  # positions; tokens of copies
     row = dict(
         input_ids=torch.tensor([list(itertools.chain(*sequences))], device=device),
         position_ids=torch.cat([torch.arange(n, n + len(s)) for n, s in zip(firsts, sequences)])[None].to(device),
@@ -559,7 +559,7 @@ def join(sequences, device, shared=False):
         use_cache=False,
     )
     if shared:  # copies of the start, one after the other, then the row
-        own = [range(sum(firsts) + begin, sum(firsts) + end) for begin, end in itertools.pairwise(ends)]
+        own = [range(*span) for span in itertools.pairwise(end + copied for end in ends)]
         keys = [own[0], *([*range(k * start, (k + 1) * start), *mine] for k, mine in enumerate(own[1:]))]
         row["keys"] = torch.tensor(list(itertools.chain(*keys)), device=device)
         row["cu_key_lens"] = torch.tensor([0, *itertools.accumulate(map(len, keys))], device=device).int()
