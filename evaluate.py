@@ -95,6 +95,7 @@ def with_adapter(model, adapter):
         if config.modules_to_save or finite != {name: tensor.shape for name, tensor in wanted if "lora_" in name}:
             die(f"--adapter {adapter}: does not fit the model, or holds NaN, infinity or what is not LoRA's")
         set_peft_model_state_dict(wrapped, weights, low_cpu_mem_usage=True)
+        ev.tune_lora(wrapped)
         yield wrapped.eval().get_base_model()
     finally:
         wrapped.unload()

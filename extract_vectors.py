@@ -299,7 +299,8 @@ def prepare(model, tokenizer, name):
     offsets = dict.fromkeys(range(1, len(blocks(model)) + 1), torch.randn(config.hidden_size, generator=draw))
     try:
         model.set_attn_implementation("eager")
-        own = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0] for ids in texts]
+        with siblings(model):
+            own = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0] for ids in texts]
         model.set_attn_implementation("joined")
         inputs, shared = join(texts[:2], model.device), join(parts, model.device, shared=True)
         keep = torch.arange(18, device=model.device)
@@ -436,17 +437,82 @@ HARMLESS += "sliding_window position_ids use_cache logits_to_keep".split()
 
 
 @contextlib.contextmanager
-def compiled(model, dynamic=None):
-    """While open, the decoder blocks run compiled on GPUs that can (one compilation serves all blocks, steered or not),
-    which merges the small kernels between the matrix products. dynamic: for any number of rows at once."""
+def compiled(model):
+    """While open, the decoder blocks run compiled on GPUs that can (one compilation serves all blocks, steered or not,
+    and all shapes, so that none is computed otherwise than before), which merges the small kernels between products."""
     able = triton and model.device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 7
     for block in blocks(model) if able else ():  # else slower, the same results
-        block.compile(dynamic=dynamic)
+        block.compile(dynamic=True)
     try:
         yield
     finally:
         for block in blocks(model):
             vars(block).pop("_compiled_call_impl", None)  # which compile() sets: it runs as it is written again
+
+
+class Sibling(torch.nn.Linear):
+    """One of several linear layers that read the same input: the first multiplies it by the weights of all, since small
+    products leave a GPU idle, the others take what is theirs."""
+
+    def forward(self, x):
+        if self.weights:
+            weight = torch.cat(self.weights) if len(self.weights) > 1 else self.weights[0]
+            self.made[:] = F.linear(x, weight, self.biases).split(self.sizes, dim=-1)
+        return self.made.pop(0)
+
+
+def make_siblings(layers, weights, biases=None):
+    """layers: as they are called one after the other; weights: theirs, or one tensor of all."""
+    made, sizes = [], [layer.out_features for layer in layers]
+    for layer in layers:
+        layer.__class__, layer.made, layer.weights = Sibling, made, None
+    layers[0].weights, layers[0].biases, layers[0].sizes = weights, biases, sizes
+
+
+@contextlib.contextmanager
+def siblings(model):
+    """Finds them by what the blocks' linear layers read while it is open, such as query, key and value, or gate and up.
+    Then model.siblings lists them, and their weights are views of one tensor."""
+    readers = defaultdict(dict)  # {input: {layer: None}}: in order, none twice
+    with contextlib.ExitStack() as hooks:
+        for layer in blocks(model).modules():
+            if type(layer) is torch.nn.Linear:
+                note = lambda layer, args: readers[args[0]].update({layer: None})
+                hooks.callback(layer.register_forward_pre_hook(note).remove)
+        yield
+    model.siblings = list(dict.fromkeys(tuple(layers) for layers in readers.values() if len(layers) > 1))
+    for layers in model.siblings:
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        if len(biases) in (0, len(layers)):
+            weight = torch.cat([layer.weight for layer in layers])
+            for layer, part in zip(layers, weight.split([layer.out_features for layer in layers])):
+                layer.weight.data = part
+            make_siblings(layers, [weight], torch.cat(biases) if biases else None)
+            torch.cuda.empty_cache()  # what they had before leaves holes
+
+
+class Wide(torch.nn.Linear):
+    """LoRA's B: a product whose time goes into writing."""
+
+    def forward(self, x):
+        if torch.is_grad_enabled() or self.bias is not None or self.in_features > 128 or not (triton and has_flash(x)):
+            return super().forward(x)
+        rows, (width, rank), out = x.flatten(0, -2), self.weight.shape, x.new_empty(*x.shape[:-1], self.out_features)
+        grid = triton.cdiv(width, 128), triton.cdiv(len(rows), 64)
+        wide_kernel[grid](rows, self.weight, out, len(rows), rows.stride(0), width, rank)
+        return out
+
+
+def tune_lora(model):
+    """Makes LoRA's A layers siblings where their linear layers read the same input, and its B layers wide."""
+    lora = {layer.base_layer: layer for layer in model.modules() if getattr(layer, "lora_A", None)}
+    plain = {base for base, layer in lora.items() if not layer.lora_variant}
+    for base in plain:
+        lora[base].lora_B["default"].__class__ = Wide
+    for group in getattr(model, "siblings", []):
+        layers = [lora[base].lora_A["default"] for base in group if base in plain]
+        if len(layers) > 1:
+            make_siblings(layers, [layer.weight for layer in layers])
 
 
 def has_flash(tensor):
@@ -496,6 +562,16 @@ def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **gi
 
 
 if triton:
+
+    @triton.jit
+    def wide_kernel(x, weight, out, rows, stride, width, RANK: tl.constexpr):
+        """x [rows, RANK], its rows `stride` apart, times weight [width, RANK] -> out [rows, width]."""
+        row, column = tl.program_id(1) * 64 + tl.arange(0, 64)[:, None], tl.program_id(0) * 128 + tl.arange(0, 128)
+        rank = tl.arange(0, 16 * triton.next_power_of_2(triton.cdiv(RANK, 16)))
+        a = tl.load(x + row * stride + rank, mask=(row < rows) & (rank < RANK), other=0.0)
+        b = tl.load(weight + column * RANK + rank[:, None], mask=(column < width) & (rank[:, None] < RANK), other=0.0)
+        product = tl.dot(a, b).to(out.dtype.element_ty)
+        tl.store(out + row.to(tl.int64) * width + column, product, mask=(row < rows) & (column < width))
 
     @triton.jit
     def decode_kernel(query, keys, values, spans, out, scaling, SHARE: tl.constexpr, DIM: tl.constexpr):
@@ -585,18 +661,18 @@ def free_memory(device):
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
-def choose(logits, temperature, uniform):
-    """logits [rows, vocabulary], uniform numbers [rows, 1] -> token ids [rows] by inverting the distribution function,
-    so that a row's draw depends on its own numbers alone; in two steps, since cumulating a vocabulary takes long: first
-    the part of it, then the token. Temperature 0 takes the likeliest."""
+def choose(logits, highest, temperature, uniform):
+    """logits [rows, vocabulary], the highest [rows, 1], uniform numbers [rows, 1] -> token ids [rows] by inverting the
+    distribution function, so that a row's draw depends on its own numbers alone; in two steps, since cumulating a
+    vocabulary takes long: first the part of it, then the token. Temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(-1)
-    weights = (logits.float() / temperature).softmax(-1)
-    weights = F.pad(weights, (0, -logits.shape[1] % PART)).unflatten(1, (-1, PART))  # [rows, parts, PART]
-    below = F.pad(weights.sum(-1).double().cumsum(-1), (1, 0))  # [rows, 1 + parts]
+    weigh = lambda logits: (logits.float() - highest[..., None]).div_(temperature).exp_()  # [rows, any, PART]
+    parts = F.pad(logits, (0, -logits.shape[1] % PART), value=-math.inf).unflatten(1, (-1, PART))  # [rows, parts, PART]
+    below = F.pad(weigh(parts).sum(-1).double().cumsum(-1), (1, 0))  # [rows, 1 + parts]
     goal = uniform * below[:, -1:]
-    part = (torch.searchsorted(below, goal, right=True) - 1).clamp(max=weights.shape[1] - 1)
-    inside = weights.gather(1, part[..., None].expand(-1, -1, PART))[:, 0].double().cumsum(-1)  # [rows, PART]
+    part = (torch.searchsorted(below, goal, right=True) - 1).clamp(max=parts.shape[1] - 1)
+    inside = weigh(parts.gather(1, part[..., None].expand(-1, -1, PART)))[:, 0].double().cumsum(-1)  # [rows, PART]
     goal = torch.minimum(goal - below.gather(1, part), inside[:, -1:] * (1 - 1e-6))  # whatever rounding does
     return (part * PART + torch.searchsorted(inside, goal, right=True))[:, 0].clamp(max=logits.shape[1] - 1)  # NaN
 
@@ -696,11 +772,11 @@ class Sampler:
     def step(self):
         """One token for every slot. The last prompt token is fed here too, so the first new token is steered."""
         state, logits = self.state, self.logits()
-        low, high = logits.aminmax(dim=-1)  # NaN shows in both
-        self.broken |= (~state.done & ~(low.isfinite() & high.isfinite())).any()
+        low, high = logits.aminmax(dim=-1, keepdim=True)  # NaN shows in both
+        self.broken |= (~state.done & ~(low.isfinite() & high.isfinite())[:, 0]).any()
         fast = triton and has_flash(logits) and self.drawing.temperature == 1  # others would be compiled for, each
         draw = torch.compile(choose, dynamic=True) if fast else choose
-        new = draw(logits, self.drawing.temperature, state.uniform.gather(1, state.made[:, None]))[:, None]
+        new = draw(logits, high, self.drawing.temperature, state.uniform.gather(1, state.made[:, None]))[:, None]
         state.out.scatter_(1, state.made[:, None] + 1, new)
         state.made += ~state.done
         state.done |= (new == self.ends).any(-1) | (state.made >= self.drawing.max_new_tokens)
@@ -709,7 +785,7 @@ class Sampler:
         """`count` steps; on CUDA by one graph, captured after a first step, since launching kernels would cost more."""
         if self.broken.is_cuda and not self.graph:
             self.graph = torch.cuda.CUDAGraph()
-            with compiled(self.model, dynamic=True):
+            with compiled(self.model):
                 self.step()  # compiles
                 with torch.cuda.graph(self.graph):
                     self.step()

@@ -95,7 +95,9 @@ def add_lora(model, rank, alpha, seed):
     print(f"LoRA on all {len(linear)} linear layers of the blocks", f"(none on {names})" if names else "", flush=True)
     torch.manual_seed(seed)
     recipe = dict(use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, **recipe))
+    tuned = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, **recipe))
+    ev.tune_lora(tuned)
+    return tuned
 
 
 class Unscaled(lora.Linear):
@@ -276,7 +278,8 @@ class Trainer:
             # Few sizes: eight an octave, and one number of conversations, real and filling; each is compiled for
             up = lambda n, multiple: -(-n // multiple) * multiple
             tokens = up(shape.tokens, max(FILL, (1 << shape.tokens.bit_length()) >> 4))
-            shape = Shape(tokens, up(shape.answers, tokens // 8), self.longest, 3 * self.args.batch_size + 1)
+            conversations = 3 * -(-self.args.batch_size // self.processes) + 1
+            shape = Shape(tokens, up(shape.answers, tokens // 8), self.longest, conversations)
         if len(self.graphs) >= GRAPHS and shape not in self.graphs:
             larger = (s for s in self.graphs if s.tokens >= shape.tokens and s.answers >= shape.answers)
             shape = min(larger, default=shape)

@@ -207,21 +207,22 @@ def test_a_shrinking_batch_mixes_up_nothing(toy, tokenizer, monkeypatch):
 
 def test_choose_follows_the_distribution():
     """Guards against a sampler that is biased, or that can return a token of probability 0."""
+    choose = lambda logits, *how: ev.choose(logits, logits.amax(-1, keepdim=True), *how)
     uniform = torch.linspace(0, 1, 10002)[:-1, None]
     for most, some in ((4, [1, 2, 3]), (1200, [3, 511, 512, 700, 1199])):  # of one part, of three
         p = torch.zeros(most)
         p[some] = torch.tensor([0.2, 0.5, 0.3] if most == 4 else [0.2, 0.4, 0.1, 0.2, 0.1])
-        drawn = ev.choose(p.log().expand(len(uniform), most), 1.0, uniform)
+        drawn = choose(p.log().expand(len(uniform), most), 1.0, uniform)
         assert torch.allclose(torch.bincount(drawn, minlength=most) / len(uniform), p, atol=1e-3)
         assert set(drawn.tolist()) == set(some) and (drawn.diff() >= 0).all()
-        last = ev.choose(p.log()[None], 1.0, torch.full((1, 1), 1 - 2**-24))
+        last = choose(p.log()[None], 1.0, torch.full((1, 1), 1 - 2**-24))
         assert p[last] > 0
     even = torch.zeros(1, 5000).bfloat16()
-    assert ev.choose(even.expand(9, -1), 1.0, torch.arange(9)[:, None] / 9 + 1e-4).tolist() == [
+    assert choose(even.expand(9, -1), 1.0, torch.arange(9)[:, None] / 9 + 1e-4).tolist() == [
         int(5000 * (n / 9 + 1e-4)) for n in range(9)
     ]
-    assert int(ev.choose(torch.tensor([[1.0, 3.0, 2.0]]), 0.01, torch.tensor([[0.5]]))) == 1
-    lost = ev.choose(torch.full((3, 1000), float("nan")), 1.0, torch.rand(3, 1))
+    assert int(choose(torch.tensor([[1.0, 3.0, 2.0]]), 0.01, torch.tensor([[0.5]]))) == 1
+    lost = choose(torch.full((3, 1000), float("nan")), 1.0, torch.rand(3, 1))
     assert ((0 <= lost) & (lost < 1000)).all()  # a token, until the sampler stops
 
 
