@@ -498,7 +498,7 @@ class Wide(torch.nn.Linear):
         if torch.is_grad_enabled() or self.bias is not None or self.in_features > 128 or not (triton and has_flash(x)):
             return super().forward(x)
         rows, (width, rank), out = x.flatten(0, -2), self.weight.shape, x.new_empty(*x.shape[:-1], self.out_features)
-        grid = triton.cdiv(width, 128), triton.cdiv(len(rows), 64)
+        grid = -(-width // 128), -(-len(rows) // 64)
         wide_kernel[grid](rows, self.weight, out, len(rows), rows.stride(0), width, rank)
         return out
 

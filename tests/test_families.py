@@ -3,11 +3,13 @@ with eager attention, one conversation at a time, with hooks written here. What 
 
 import contextlib
 import copy
+import math
 
 import pytest
 import torch
 import transformers
 from conftest import draw
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
@@ -104,7 +106,7 @@ def tiny(kind, more, size=270):
     config = getattr(transformers, f"{kind}Config")(**SIZES | dict(vocab_size=size) | more)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1 and "norm" in name:
+        if parameter.dim() == 1:  # norms, biases
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model.requires_grad_(False)
 
@@ -239,6 +241,10 @@ def test_a_family_is_exact(family, letters, capsys):
     for loaded in (copy.deepcopy(plain).bfloat16(), model):  # rounding, too, passes the check
         ev.prepare(loaded, letters, family)
     vector = 0.3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
+    # in three blocks: query, key, value; gate, up; some families have these fused already, or all of them read the same
+    kinds = dict.fromkeys((*FUSED, "GLM-4", "Cohere", "Cohere2"), 1) | {"Phi-3": 0, "Phi-4-mini": 0}
+    assert len(model.siblings) == 3 * kinds.get(family, 2)
+    assert all(type(layer) is ev.Sibling for layers in model.siblings for layer in layers)
     worst = dict(
         rows=rows_differ(model, plain, letters),
         sampling=sampling_differs(model, plain, letters, vector),
@@ -506,6 +512,18 @@ class Kernel:
         assert query.is_contiguous() and keys.is_contiguous()
 
 
+class WideKernel:
+    """Stands in for wide_kernel."""
+
+    def __getitem__(self, grid):
+        def run(x, weight, out, rows, stride, width, rank):
+            assert grid == (math.ceil(width / 128), math.ceil(rows / 64)) and weight.shape == (width, rank)
+            assert weight.is_contiguous() and out.is_contiguous() and x.stride(1) == 1
+            out.view(rows, width).copy_(x.as_strided((rows, rank), (stride, 1)) @ weight.T)
+
+        return run
+
+
 @pytest.fixture
 def on_gpu(monkeypatch):
     """The ways that GPUs take, with the kernels' work done here."""
@@ -513,6 +531,7 @@ def on_gpu(monkeypatch):
     monkeypatch.setattr(ev, "flash", flash_by_hand)
     monkeypatch.setattr(ev, "triton", True)
     monkeypatch.setattr(ev, "decode_kernel", Kernel(), raising=False)
+    monkeypatch.setattr(ev, "wide_kernel", WideKernel(), raising=False)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # of choose()
 
 
@@ -541,6 +560,48 @@ def test_the_flash_path_is_exact(family, letters, on_gpu):
     assert rows_differ(model, plain, letters) < 1e-5
     assert sampling_differs(model, plain, letters, vector) < 1e-5
     assert training_differs(model, plain, letters, vector) < 1e-5
+
+
+ADAPTERS = {
+    "all layers": dict(target_modules="all-linear"),
+    "some, of two ranks": dict(
+        target_modules=["q_proj", "v_proj", "up_proj", "down_proj"], rank_pattern=dict(v_proj=3)
+    ),
+    "DoRA": dict(target_modules="all-linear", use_dora=True),
+    "with a bias": dict(target_modules=["k_proj", "v_proj"], lora_bias=True),
+}
+
+
+@pytest.mark.parametrize(
+    "family, adapter", [(family, name) for family in ("Qwen2, tied", "Cohere") for name in ADAPTERS]
+)
+def test_adapters_of_all_kinds_on_the_flash_path(family, adapter, letters, on_gpu, tmp_path):
+    """Guards against LoRA layers on one input that get each other's numbers, and kinds of LoRA without such."""
+    plain = tiny(*WORK[family])
+    tuned = get_peft_model(copy.deepcopy(plain), LoraConfig(r=2, init_lora_weights=False, **ADAPTERS[adapter]))
+    with torch.no_grad():
+        tuned.save_pretrained(tmp_path)
+        ids = letters("What is it?")["input_ids"]
+        want = tuned(input_ids=torch.tensor([ids])).logits[0]
+        ev.prepare(plain, letters, family)
+        before = plain(**ev.join([ids], "cpu")).logits[0]
+        with evaluate.with_adapter(plain, tmp_path) as adapted:
+            assert off(adapted(**ev.join([ids], "cpu")).logits[0], want) < 1e-5 < off(before, want)
+            lora = [type(layer) for name, layer in adapted.named_modules() if name.endswith("lora_A.default")]
+            assert (ev.Sibling in lora) == (adapter != "DoRA")
+        assert torch.equal(plain(**ev.join([ids], "cpu")).logits[0], before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rows, rank, width", [(1800, 32, 512), (3, 8, 1000), (65, 128, 130)])
+def test_the_wide_kernel(rows, rank, width):
+    """Guards against a wrong kernel at edges of its tiles, or where its rows lie apart."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(rank, width, bias=False, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(1, rows, 3 * rank, device="cuda").bfloat16()[..., rank : 2 * rank]
+    want, layer.__class__ = (x.float() @ layer.weight.float().T).detach(), ev.Wide
+    with torch.no_grad():
+        assert off(layer(x).float(), want) < 0.02
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
