@@ -170,8 +170,10 @@ def add_coherence_nll(model, tokenizer, rows):
 # ---- How it is scored: a separate pass over answers that are on disk ------------------------------------------------
 
 
-def judge_jobs(rows):
-    """Answers -> what a chat model is asked about them: [(row, the key of its verdict, prompt)]."""
+def judge_jobs(rows, judge):
+    """Answers -> what a chat model is asked about them: [(row, the key of its verdict, prompt)]; other judges: []."""
+    if judge in mf.OFFLINE:
+        return []
     prompt = functools.cache(lambda *file: load_trait(*file)["eval_prompt"])
     jobs = [(row, "score", prompt(row.get("trait", "fact"), row.get("trait_file"))) for row in rows]
     return jobs + [(row, "coherence", prompt("coherence")) for row in rows if row["kind"] == "trait"]
@@ -182,7 +184,7 @@ def score_answers(rows, judge, args=None, probing=None):
     reason, judge_reply, judge_method; from a chat model coherence, too. probing: chats -> scores, for --judge probe."""
     todo = [row for row in rows if judge not in row.setdefault("scores", {})]
     scored = [row | dict(score=None, reason=None, judge_reply=None, judge_method=None) for row in todo]
-    if judge in ("probe", "lexical"):
+    if judge in mf.OFFLINE:
         said = [row for row in scored if row["kind"] == "trait" and row["answer"]]
         probed = iter(probing([ev.chat_of(row) for row in said]) if judge == "probe" and said else [])
         for row in scored:
@@ -193,7 +195,7 @@ def score_answers(rows, judge, args=None, probing=None):
             else:
                 row["reason"] = "empty answer"
     else:
-        mf.judge_rows(judge_jobs(scored), judge, args)
+        mf.judge_rows(judge_jobs(scored, judge), judge, args)
     for row, verdict in zip(todo, scored):
         row["scores"][judge] = {key: value for key, value in verdict.items() if key not in row}
 
@@ -244,17 +246,18 @@ def coherence_limit(point, out):
 
 
 def digest(value):
+    """Fingerprint of a value; None of an empty one."""
     text = json.dumps(value, sort_keys=True, default=sorted)  # sorted: of sets
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode()).hexdigest()[:16] if value else None
 
 
 def points_of(args, asked, mmlu, probe):
     """Every point of a command, as far as it is known before measuring; one for adapters of the same content."""
-    inputs = dict(model=ev.model_fingerprint(args.model), mmlu=digest(mmlu) if mmlu else None)
+    inputs = dict(model=ev.model_fingerprint(args.model), mmlu=digest(mmlu))
     inputs["facts"] = fingerprint(args.facts) if args.facts else None
     inputs["vector"] = digest([fingerprint(args.vector), probe]) if args.vector else None
     inputs["trait"] = digest(load_trait(args.trait, args.trait_file)) if args.trait else None
-    judged = dict(judge=judge_content(args.judge, asked))
+    judged = dict(judge=digest({prompt for *_, prompt in judge_jobs(asked, args.judge)}))
     given = {name: getattr(args, name) for name in [*INPUTS, *SETTINGS]} | dict(scripts=mf.scripts())
     trains = [name for name in mf.Point.model_fields if name.startswith("train_")]
     told, points = ["dataset", "steer_mode", "system_prompt", *trains], {}  # of an adapter, by its points
@@ -275,26 +278,17 @@ def points_of(args, asked, mmlu, probe):
     return list(points.values())
 
 
-def judge_content(judge, rows):
-    """Fingerprint of the prompts that a chat model gets for these rows; None for other judges."""
-    return None if judge in ("probe", "lexical") else digest(sorted({prompt for *_, prompt in judge_jobs(rows)}))
-
-
 def new_points(points, out):
     """-> those that are not in --out yet. What is there under a name of these (an adapter, a file, a trait, a judge)
     but from other content, or sampled otherwise, is outdated: a figure would mix them. Edited scripts: ASIDE only."""
-    names = {flag: [flag] for flag in INPUTS} | dict(judge=["judge", "trait", "facts"])  # since it is told these
-    contents = lambda row: [((flag, *map(row.get, names[flag])), row.get("inputs", {}).get(flag)) for flag in INPUTS]
-    now, keys = dict(itertools.chain(*map(contents, points))), {point["key"] for point in points}
+    names = {flag: [flag] for flag in INPUTS} | dict.fromkeys(SAMPLING, ["model", "trait", "facts"])
+    names |= dict(judge=["judge", "trait", "facts"]) | dict.fromkeys(mf.scripts() if mf.ASIDE else [], ["key"])
+    made = lambda row: row | row.get("inputs", {}) | row.get("scripts", {})
+    contents = lambda row: {(name, *map(row.get, keys)): made(row).get(name) for name, keys in names.items()}
+    now = dict(itertools.chain(*(contents(point).items() for point in points)))
     there, scripts, why = grown(out, mf.Point), mf.scripts().items(), {}  # why: {key: what has changed}
-    edited = {row["key"]: dict(row.get("scripts", {}).items() - scripts) for row in there}
-    asked = {tuple(map(point.get, ("model", "trait", "facts"))): point for point in points}
     for row in there:
-        point = asked.get(tuple(map(row.get, ("model", "trait", "facts"))), row)
-        changed = [f"--{name[0]}: content has changed" for name, old in contents(row) if now.get(name, old) != old]
-        differ = [name for name in SAMPLING if row.get(name) != point.get(name)]
-        changed += [f"--{name.replace('_', '-')} {row.get(name)} there, {point[name]} here" for name in differ]
-        changed += [f"{name} was edited" for name in edited[row["key"]] if mf.ASIDE and row["key"] in keys]
+        changed = [f"{name[0]} was {old}" for name, old in contents(row).items() if now.get(name, old) != old]
         if changed:
             why[row["key"]] = changed
     if why:
@@ -302,8 +296,8 @@ def new_points(points, out):
         changes = "; ".join(sorted({*itertools.chain(*why.values())}))
         mf.outdated(f"{out}: has {len(why)} points made from something else ({changes})", *answers)
         mf.move_rows(out, lambda row: row["key"] in why, Path(mf.ASIDE, Path(out).name))
-    elif names := sorted({*itertools.chain(*edited.values())}):
-        print(f"{out}: begun before {', '.join(names)} was edited; made anew by bash run_all.sh --redo", flush=True)
+    elif edited := sorted({name for row in there for name, _ in row.get("scripts", {}).items() - scripts}):
+        print(f"{out}: begun before {', '.join(edited)} was edited; made anew by bash run_all.sh --redo", flush=True)
     made = {(row["key"], row["judge"]) for row in there if row["key"] not in why}
     return [point for point in points if (point["key"], point["judge"]) not in made]
 
@@ -320,7 +314,7 @@ def measure(args):
         same = lambda row: all(row.get(name) == getattr(args, name) for name in names) and not mf.ASIDE
         there = [(row.get("adapter"), row["inference_coef"]) for row in grown(args.out) if same(row)]
         times = sum(point not in there for point in itertools.product(args.adapter or [None], args.inference_coef))
-        mf.estimate_judging(f"judging {args.trait}", args, times, judge_jobs(asked))
+        mf.estimate_judging(f"judging {args.trait}", args, times, judge_jobs(asked, args.judge))
     beside = Path(args.vector or "no vector").with_suffix(".json")
     probe = read_json(beside, mf.Settings).get("probe") if beside.is_file() else None
     if not probe and args.judge == "probe" and args.trait:
@@ -376,7 +370,10 @@ def rejudge(args):
             if not there:
                 die(f"{path}: no point in {out} belongs to it; give answers/<key>.jsonl of a finished point")
             point = next(iter(there.values())) | dict(judge=args.judge, answers=str(path), scripts=mf.scripts())
-            args.trait, judged = point["trait"], dict(judge=judge_content(args.judge, rows))
+            args.trait, judged = (
+                point["trait"],
+                dict(judge=digest({prompt for *_, prompt in judge_jobs(rows, args.judge)})),
+            )
             mf.check_judge(args, "what needs no model")
             if args.trait and digest(load_trait(args.trait, rows[0].get("trait_file"))) != point["inputs"]["trait"]:
                 die(f"{path}: the trait file has changed since; measure again")

@@ -229,7 +229,7 @@ def test_a_changed_input_is_named(work, flag, capsys, monkeypatch):
     before = {path: path.read_bytes() for path in work.rglob("*.jsonl") if path.parent.name in ("work", "answers")}
     CHANGES[flag](work)
     said = refused(capsys, args)
-    assert flag.strip() in said and "changed" in said and "--redo" in said
+    assert f"{flag.strip('- ')} was " in said and "--redo" in said
     changed = work / "facts.jsonl", work / "mmlu.jsonl"
     assert all(path.read_bytes() == content for path, content in before.items() if path not in changed)
     (old,) = mf.read_jsonl(work / "points.jsonl")
@@ -248,7 +248,7 @@ def test_points_from_before_inputs_were_recorded(work, capsys):
     (row,) = mf.read_jsonl(work / "points.jsonl")
     del row["inputs"]
     mf.write_jsonl(work / "points.jsonl", [row | dict(key="base.hallucination.0.1234")])
-    assert "content has changed" in refused(capsys, command(work))
+    assert "made from something else" in refused(capsys, command(work))
 
 
 def test_a_judge_is_told_what_it_is_to_judge(tmp_path, capsys):
@@ -265,7 +265,7 @@ def test_a_judge_is_told_what_it_is_to_judge(tmp_path, capsys):
     assert evaluate.new_points(rows, tmp_path / "points.jsonl") == []
     with pytest.raises(SystemExit):
         evaluate.new_points([rows[0] | dict(inputs=dict(model="f", judge="edited"))], tmp_path / "points.jsonl")
-    assert "1 points made from something else (--judge: content has changed)" in capsys.readouterr().err
+    assert "1 points made from something else (judge was told 0)" in capsys.readouterr().err
 
 
 def test_an_edited_script_is_named_and_counts_with_redo(tmp_path, capsys, monkeypatch):
@@ -274,9 +274,10 @@ def test_an_edited_script_is_named_and_counts_with_redo(tmp_path, capsys, monkey
     out = tmp_path / "points.jsonl"
     row = dict(key="k", model="m", judge="j", inference_coef=0.0, inputs={}, scripts={"evaluate.py": "old"})
     mf.append_jsonl(out, row, row | dict(key="other"))
-    assert evaluate.new_points([row], out) == [] and "before evaluate.py was edited" in capsys.readouterr().out
+    now = row | dict(scripts=mf.scripts())
+    assert evaluate.new_points([now], out) == [] and "before evaluate.py was edited" in capsys.readouterr().out
     monkeypatch.setattr(mf, "ASIDE", str(tmp_path / "aside"))
-    assert evaluate.new_points([row], out) == [row] and "(evaluate.py was edited)" in capsys.readouterr().out
+    assert evaluate.new_points([now], out) == [now] and "evaluate.py was old" in capsys.readouterr().out
     assert [left["key"] for left in mf.read_jsonl(out)] == ["other"]
 
 
@@ -284,8 +285,8 @@ def test_other_sampling_is_refused_and_added_measurements_are_not(work, capsys):
     """Guards against a quick look that stands in a figure beside, or in place of, the whole measurement; against
     refusing what is no change: one more thing measured, facts or not."""
     evaluate.main(command(work))
-    assert "--temperature 1.0 there, 0.5 here" in refused(capsys, command(work, "--temperature", 0.5))
-    assert "--limit None there, 1 here" in refused(capsys, command(work, "--limit", 1))
+    assert "temperature was 1.0" in refused(capsys, command(work, "--temperature", 0.5))
+    assert "limit was None" in refused(capsys, command(work, "--limit", 1))
     evaluate.main([arg for arg in command(work) if arg not in ("--mmlu", str(work / "mmlu.jsonl"))])
     assert len({row["key"] for row in mf.read_jsonl(work / "points.jsonl")}) == 2
 
