@@ -105,7 +105,7 @@ def tiny(kind, more, size=270):
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**SIZES | dict(vocab_size=size) | more)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.dim() == 1:  # norms, biases
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model.requires_grad_(False)
