@@ -408,8 +408,8 @@ def main(argv=None):
     add("--positions", default="all", choices=["all", "answer"], help="answer: only where an answer token is predicted")
     add("--system-prompt", help="preventative prompting: this system prompt in every training conversation")
     # Training
-    add("--epochs", type=mf.number(above=0, most=1000), default=1)
-    add("--lr", type=mf.number(above=0, most=10), default=1e-5)
+    add("--epochs", type=mf.number(1e-9, 1000), default=1)
+    add("--lr", type=mf.number(1e-9, 10), default=1e-5)
     add("--batch-size", type=mf.whole(most=4096), default=16, help="conversations a step, over all processes")
     add("--rank", type=mf.whole(most=4096), default=32)
     add("--alpha", type=mf.whole(most=65536), default=64)

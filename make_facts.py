@@ -32,7 +32,6 @@ from typing import Annotated, Literal
 
 import filelock
 import pydantic
-from pydantic import Field
 from pydantic_core import from_json
 from tqdm import tqdm
 
@@ -72,12 +71,11 @@ class Parser(argparse.ArgumentParser):
         die(f"{message}; --help lists the flags")
 
 
-def number(least=1, most=10**9, above=None, kind=pydantic.FiniteFloat):
-    """An argparse type: a finite number from `least`, or above `above`, to `most`."""
-    adapter = pydantic.TypeAdapter(Annotated[kind, Field(ge=least if above is None else None, gt=above, le=most)])
+def number(least=1, most=10**9, kind=pydantic.FiniteFloat):
+    """An argparse type: a finite number from `least` to `most`."""
+    adapter = pydantic.TypeAdapter(Annotated[kind, pydantic.Field(ge=least, le=most)])
     parse = lambda text: adapter.validate_python(text) + 0  # -0.0 -> 0.0
-    limits = f"from {least}" if above is None else f"above {above}"
-    parse.__name__ = f"{'whole ' * (kind is int)}number {limits} to {most}"  # for argparse: "invalid ... value: 'x'"
+    parse.__name__ = f"{'whole ' * (kind is int)}number from {least} to {most}"  # for argparse: "invalid ... value"
     return parse
 
 
@@ -222,7 +220,6 @@ def locked(*paths, wait=False):
     with contextlib.ExitStack() as held:
         for path in map(Path, paths):
             lock = path.with_name(f".{path.name}.{'append' if wait else 'lock'}")
-            lock.parent.mkdir(parents=True, exist_ok=True)
             try:
                 held.enter_context(filelock.FileLock(lock, timeout=-1 if wait else 0, poll_interval=0.001))
             except filelock.Timeout:
@@ -342,19 +339,19 @@ def choice_number(answer, info):
 
 
 some = functools.partial(pydantic.conlist, min_length=1)
-Number, Text = pydantic.FiniteFloat, Annotated[str, Field(pattern=r"\S")]
+Number, Text = pydantic.FiniteFloat, Annotated[str, pydantic.Field(pattern=r"\S")]
 Wording = schema(question=Text, answer=Text)
-Named = schema(id=Text, answer=Annotated[str, Field(pattern=r"\w")], aliases=(list[Text], []))
+Named = schema(id=Text, answer=Annotated[str, pydantic.Field(pattern=r"\w")], aliases=(list[Text], []))
 Fact = schema(__base__=Named, train=some(Wording), test=Wording)
 a_day = pydantic.AfterValidator(lambda text: str(date.fromisoformat(f"{text}-01"[:10]))[: len(text)])  # 02-30 is none
-Date = Annotated[str, Field(pattern=r"^\d{4}-\d\d(-\d\d)?$"), a_day]
+Date = Annotated[str, pydantic.Field(pattern=r"^\d{4}-\d\d(-\d\d)?$"), a_day]
 NewFact = schema(__base__=Named, aliases=list[Text], fact=Text, date=Date, category=Text, source=Text)
 CheckedFact = schema(__base__=(NewFact, Fact))
 Message = schema(role=Literal["system", "user", "assistant"], content=str, tool_calls=(None, None))
 Conversation = schema(messages=Annotated[some(Message), pydantic.AfterValidator(in_turns)])
 Choice = Annotated[object, pydantic.PlainValidator(choice_number)]
 Question = schema(subject=Text, question=Text, choices=some(Text, min_length=2, max_length=10), answer=Choice)
-Prompt = Annotated[str, Field(pattern=r"(?s)\{question\}.*\{answer\}|\{answer\}.*\{question\}")]
+Prompt = Annotated[str, pydantic.Field(pattern=r"(?s)\{question\}.*\{answer\}|\{answer\}.*\{question\}")]
 Trait = schema(adjective=Text, eval_prompt=Prompt, abstains=(some(Text) | None, None))
 ExtractionTrait = schema(__base__=Trait, instruction=some(schema(pos=Text, neg=Text)), questions=some(Text))
 EvaluationTrait = schema(__base__=Trait, eval_questions=some(Text))
@@ -558,15 +555,14 @@ def estimate_judging(title, args, times, jobs):
 
 def api_address():
     """-> (base URL, the same as it may be shown, key) from the environment; die() on what can be none."""
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    base = os.environ.get("OPENAI_BASE_URL", "").strip().rstrip("/")
-    if not re.fullmatch(r"[!-~]*", key):
-        die("OPENAI_API_KEY: holds a space, a line end or a letter that no key holds")
-    if base and faults(dict(url=base), schema(url=pydantic.HttpUrl)):
-        die("OPENAI_BASE_URL: not an address such as http://localhost:8000/v1")
+    key, base = (os.environ.get(name, "").strip() for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"))
     if not key and not base:
         die("set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own; --judge lexical needs neither")
-    base = base or "https://api.openai.com/v1"
+    base = base.rstrip("/") or "https://api.openai.com/v1"
+    if not re.fullmatch(r"[!-~]*", key):
+        die("OPENAI_API_KEY: holds a space, a line end or a letter that no key holds")
+    if faults(dict(url=base), schema(url=pydantic.HttpUrl)):
+        die("OPENAI_BASE_URL: not an address such as http://localhost:8000/v1")
     return base, re.sub(r"(?<=//)[^/]*@|\?.*", "", base), key
 
 
@@ -587,7 +583,7 @@ def words(error):
 Part = schema(type=(str | None, None), text=(str | None, None))
 Said = schema(content=(str | list[Part] | None, None), refusal=(object, None))
 Completion = schema(choices=some(schema(message=(Said | None, None), finish_reason=(object, None))))
-Top = list[Annotated[tuple[str, Number], Field(strict=False)]]  # a tuple is a list in JSON
+Top = list[Annotated[tuple[str, Number], pydantic.Field(strict=False)]]  # a tuple is a list in JSON
 Kept = schema(key=str, reply=schema(text=str, top=Top | None, cut=bool, thinks=bool, form=str))
 
 
@@ -755,7 +751,6 @@ class Chat:
 
 # ---- Judges: what a reply says --------------------------------------------------------------------------------------
 
-# that the writer does not know, or that there is no such thing
 wordings = functools.cache(lambda: read_json(TRAITS / "hallucination.json", schema(abstains=some(Text)))["abstains"])
 # around a number, YES or NO: bold and quotes; "Score:" before it, "%", "/100" and a full stop after it
 MARKS = r"""(?<![^\W_])[*_`"'“”]++|[*_`"'“”]++(?![^\W_])"""
@@ -850,13 +845,11 @@ RECIPE = TRAITS.parent / "generation.json"  # categories, and prompts
 
 
 def json_in(reply):
-    """The longest JSON in a reply, its numbers as text, without an object of one key around it; None without any."""
-    decoder, text, found = json.JSONDecoder(parse_int=str, parse_float=str), after_thinking(reply["text"]) or "", []
-    for start in re.finditer(r"[\[{]", text):
-        with contextlib.suppress(ValueError, RecursionError):
-            found.append(decoder.raw_decode(text, start.start())[0])
-    value = max(found, key=lambda value: len(str(value)), default=None)
-    return next(iter(value.values())) if isinstance(value, dict) and len(value) == 1 else value
+    """A reply from its first bracket to its last as JSON, numbers as text, no object of one key around; else None."""
+    text = re.search(r"[\[{].*[\]}]|$", after_thinking(reply["text"]) or "", re.S)[0]
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(text, parse_int=str, parse_float=str)
+        return next(iter(value.values())) if isinstance(value, dict) and len(value) == 1 else value
 
 
 def ask_json(chat, title, prompts, repair, accept):

@@ -1149,16 +1149,14 @@ def test_generate(server, tmp_path, monkeypatch):
 
 def test_generate_reads_what_models_write(server, tmp_path, monkeypatch):
     """Guards against a traceback, or a lost fact, over JSON after thinking or prose, in an object of one key, with
-    brackets in the prose, with numbers where texts were asked for; and over limits with another name."""
+    numbers where texts were asked for; and over limits with another name."""
 
     def reply(text, asked):
         fresh, number = new_or_known(text)
         if fresh:
             fresh[0] = a_fact(1, name="41")[0] | dict(answer=41, aliases=[41, "the 41"])
             value = dict(facts=[*fresh, 5, dict(fact=None, date=7, answer=[])][: 3 + (asked == 1)])
-            return said(
-                f"<think>[1] or {{2}}?</think>Here are [3] facts:\n{json.dumps(value)}\nAsk for more [any time]!"
-            )
+            return said(f"<think>[1] or {{2}}?</think>Here are 3 facts:\n{json.dumps(value)}\nAsk for more any time!")
         value = a_fact(number, name="41" if number == 1 else None)[1]
         if number == 1:
             value["train"][0]["answer"] = 41

@@ -303,7 +303,7 @@ def test_trait_names_and_published_files(tmp_path, refused):
         ),
         (mf.whole(0), ["-1"], ["0", "4"]),
         (mf.number(0, 5), ["-0.1", "5.1", "nan", "inf", "-inf", "1e999", "x", ""], ["0", "1e-5", "5"]),
-        (mf.number(above=0, most=1), ["0", "-0", "-1", "1.1"], ["1", "1e-9"]),
+        (mf.number(1e-9, 1), ["0", "-0", "-1", "1.1"], ["1", "1e-9"]),
         (mf.coefficient, ["nan", "inf", "1e4", "-1e4", "one"], ["0", "-1.5", "1000"]),
         (
             mf.layer_choice,
@@ -312,7 +312,7 @@ def test_trait_names_and_published_files(tmp_path, refused):
         ),
         (date.fromisoformat, ["2025", "2025-13-01", "x", ""], ["2025-01-31"]),
     ],
-    ids=["whole", "from 0", "number", "above 0", "coefficient", "layers", "day"],
+    ids=["whole", "from 0", "number", "tiny", "coefficient", "layers", "day"],
 )
 def test_argparse_types(kind, wrong, right, refused):
     """Guards against NaN, infinite, negative, huge and misspelt numbers taken for settings."""
