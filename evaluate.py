@@ -436,7 +436,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     args.adapter = [str(Path(adapter)) for adapter in args.adapter]
     args.mmlu_scoring = args.mmlu_scoring if args.mmlu else None  # no setting of what is not measured
-    mf.distinct(parser, "--inference-coef", args.inference_coef)
+    if len(set(args.inference_coef)) < len(args.inference_coef):
+        parser.error("argument --inference-coef: a value is given twice")
     if args.rejudge:
         return rejudge(args)
     if not (args.model and args.out and (args.trait or args.facts or args.mmlu or args.respond_to)):

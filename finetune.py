@@ -417,11 +417,12 @@ def main(argv=None):
     add("--limit", type=mf.whole(), help="train on the first N conversations only")
     add("--seed", type=mf.whole(0, 2**32 - 1), default=0)
     args = parser.parse_args(argv)
-    mf.distinct(parser, "--coef", args.coef)
     if args.steer_mode == "none" and (args.vector or args.coef or args.positions != "all"):
         parser.error("--vector, --coef and --positions need --steer-mode preventative")
     if args.steer_mode == "preventative" and not (args.vector and args.coef):
         parser.error("--steer-mode preventative needs --vector and --coef")
+    if args.coef and len({f"{coef:g}" for coef in args.coef}) < len(args.coef):  # as the adapters' names show them
+        parser.error("argument --coef: a value is given twice")
     messages = read_conversations(args.data, args.system_prompt, args.limit)
     inputs = dict(model=ev.model_fingerprint(args.model), data=mf.fingerprint(args.data))
     todo = to_do(args, inputs | (dict(vector=mf.fingerprint(args.vector)) if args.vector else {}))

@@ -92,13 +92,6 @@ def layer_choice(text):
     return text
 
 
-def distinct(parser, flag, values):
-    """Stops where a number is given twice; they count as files' names show them (0.50 = 0.5)."""
-    names = [f"{value:g}" for value in values or ()]
-    if len(set(names)) < len(names):
-        parser.error(f"argument {flag}: a value is given twice: {' '.join(names)}")
-
-
 def check_output(path, *inputs, folder=False):
     """die() unless `path` can become a file (or a folder): no input, no device, not under a file, can be written."""
     path = Path(path).resolve()
@@ -314,11 +307,8 @@ def provenance():
 
 # ---- Schemas of rows and files. Types are strict (42 is no text), further keys are fine -----------------------------
 
-
-class Row(pydantic.BaseModel, strict=True, extra="allow"):
-    """Any JSON object. schema(name=type, other=(type, default)) is one with these keys."""
-
-
+Row = pydantic.create_model("Row", __config__=dict(strict=True, extra="allow"))  # any JSON object
+# schema(name=type, other=(type, default)): one with these keys
 schema = functools.partial(pydantic.create_model, "Schema", __base__=Row)
 
 

@@ -324,14 +324,6 @@ def test_argparse_types(kind, wrong, right, refused):
     assert str(mf.coefficient("-0")) == "0.0"
 
 
-def test_values_given_twice(refused):
-    """Guards against two adapters of one name, or one point twice."""
-    parser = mf.Parser()
-    twice = [0.5, 0.5000000001]
-    refused(mf.distinct, parser, "--coef", twice, said="argument --coef: a value is given twice: 0.5 0.5")
-    mf.distinct(parser, "--coef", [0.5, 0.25]), mf.distinct(parser, "--coef", None)
-
-
 def test_outputs(tmp_path, refused, monkeypatch):
     """Guards against overwriting an input, and against hours of work that cannot be written."""
     file, folder = jsonl(tmp_path / "x.jsonl", FACT), tmp_path / "folder"
@@ -453,6 +445,7 @@ COMMANDS = dict(
                 "steer-mode preventative --vector v.pt --coef inf",
                 "steer-mode preventative --vector v.pt --coef 1e9",
                 "steer-mode preventative --vector v.pt --coef 0.5 0.50",
+                "steer-mode preventative --vector v.pt --coef 0.5 0.5000000001",
                 "steer-mode preventative --vector no.pt --coef 1",
                 "steer-mode preventative --vector v.pt --coef 1 --layers 1-2-3",
                 "steer-mode preventative --vector v.pt --coef 1 --layers 0",
