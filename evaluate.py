@@ -257,10 +257,9 @@ def points_of(args, asked, mmlu, probe):
     inputs["facts"] = fingerprint(args.facts) if args.facts else None
     inputs["vector"] = digest([fingerprint(args.vector), probe]) if args.vector else None
     inputs["trait"] = digest(load_trait(args.trait, args.trait_file)) if args.trait else None
-    judged = dict(judge=digest({prompt for *_, prompt in judge_jobs(asked, args.judge)}))
+    judged, points = dict(judge=digest({prompt for *_, prompt in judge_jobs(asked, args.judge)})), {}
     given = {name: getattr(args, name) for name in [*INPUTS, *SETTINGS]} | dict(scripts=mf.scripts())
-    trains = [name for name in mf.Point.model_fields if name.startswith("train_")]
-    told, points = ["dataset", "steer_mode", "system_prompt", *trains], {}  # of an adapter, by its points
+    told = [name for name in mf.Point.model_fields if name.startswith(("train_", "dataset", "steer_", "system_"))]
     for adapter in args.adapter or [None]:
         trained = read_json(Path(adapter) / "training_settings.json", mf.Settings) if adapter else {}
         if adapter:
@@ -286,11 +285,9 @@ def new_points(points, out):
     made = lambda row: row | row.get("inputs", {}) | row.get("scripts", {})
     contents = lambda row: {(name, *map(row.get, keys)): made(row).get(name) for name, keys in names.items()}
     now = dict(itertools.chain(*(contents(point).items() for point in points)))
-    there, scripts, why = grown(out, mf.Point), mf.scripts().items(), {}  # why: {key: what has changed}
-    for row in there:
-        changed = [f"{name[0]} was {old}" for name, old in contents(row).items() if now.get(name, old) != old]
-        if changed:
-            why[row["key"]] = changed
+    changed = lambda row: [f"{name[0]} was {old}" for name, old in contents(row).items() if now.get(name, old) != old]
+    there, scripts = grown(out, mf.Point), mf.scripts().items()
+    why = {row["key"]: changed(row) for row in there if changed(row)}
     if why:
         answers = [row["answers"] for row in there if row["key"] in why and row.get("answers")]
         changes = "; ".join(sorted({*itertools.chain(*why.values())}))

@@ -318,12 +318,9 @@ def summary(points, shown, found, folder, answers):
     keys = ["trait", "dataset", "train_coef", "train_seed", "system_prompt", *STEERED_BY["train_coef"], *RECIPE]
     rows = [*chain.from_iterable(answers.values())]
     given = [{judge: of.get("score") for judge, of in row.get("scores", {}).items()} for row in rows]
-    scores, judges = pd.DataFrame(given, [row.get("trait") or "facts" for row in rows], dtype=float), []
-    for (trait, asked), pair in product(scores.groupby(level=0), combinations(sorted(scores), 2)):
-        both = asked[[*pair]].dropna()
-        if len(both):
-            rho, difference = both.corr("spearman").iloc[0, 1], (both[pair[1]] - both[pair[0]]).mean()
-            judges.append([trait, ", ".join(pair), str(len(both)), text_of(rho, ".2f"), f"{difference:+.1f}"])
+    scores = pd.DataFrame(given, [row.get("trait") or "facts" for row in rows], dtype=float)
+    pairs = product(scores.groupby(level=0), combinations(sorted(scores), 2))
+    judged = [(trait, asked[[*pair]].dropna()) for (trait, asked), pair in pairs]
     differ = [key for key in WHICH if points[key].nunique(dropna=key in STEERING) > 1]
     points = points.sort_values([*differ, "key"], na_position="first")
     texts = points[[*differ, *mf.MEASURED, "adapter"]].map(text_of)
@@ -337,7 +334,7 @@ def summary(points, shown, found, folder, answers):
         comparisons=found,
         vectors={path.stem: mf.read_json(path, mf.Settings) for path in sorted(folder.glob("vectors/*.json"))},
         alike=sorted({*trained[trained.duplicated(keys, keep=False)].adapter}),  # the points do not tell them apart
-        judges=judges,
+        judges=[(trait, both) for trait, both in judged if len(both)],
         points=texts.drop_duplicates(),
         **dict(METHODS=METHODS, equal_cells=equal_cells, reach=reach, text_of=text_of),
     )
