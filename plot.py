@@ -115,13 +115,12 @@ def comparisons(points, facts):
             if len(steered):
                 both = pd.concat([plain[plain.train_seed.isin(steered.train_seed)], steered])
                 sides[x] = both.sort_values("coef", kind="stable")
-        title = [f"{row.dataset} ({row.trait})"] if len(groups) > 1 else []
+        parts = [f"{row.dataset} ({row.trait})"] if len(groups) > 1 else []
         settings = row[told].drop(["train_layers", "layers"], errors="ignore").dropna()
-        title += [f"{key.removeprefix('train_')} {text_of(value)}" for key, value in settings.items()]
-        title += [row.blocks] if sides else []
+        parts += [f"{key.removeprefix('train_')} {text_of(value)}" for key, value in settings.items()]
+        title = ", ".join([*parts, row.blocks] if sides else parts)
         names = dict(zip(METRICS, (row.trait, "facts", here.knowledge.max(), "coherence")))
-        about = row.dataset, row.trait, ", ".join(title), names
-        found.append(Comparison(*about, before.loc[row.trait], here, plain, sides))
+        found.append(Comparison(row.dataset, row.trait, title, names, before.loc[row.trait], here, plain, sides))
     return found
 
 
@@ -322,20 +321,16 @@ def summary(points, shown, found, folder, answers):
     pairs = product(scores.groupby(level=0), combinations(sorted(scores), 2))
     judged = [(trait, asked[[*pair]].dropna()) for (trait, asked), pair in pairs]
     differ = [key for key in WHICH if points[key].nunique(dropna=key in STEERING) > 1]
-    points = points.sort_values([*differ, "key"], na_position="first")
-    texts = points[[*differ, *mf.MEASURED, "adapter"]].map(text_of)
-    for metric in METRICS:
-        low, high = points[f"{metric}_low"].map(text_of), points[f"{metric}_high"].map(text_of)
-        texts[metric] += (" [" + low + ", " + high + "]").where(low != "-", "")
-    for key in ("trait_unscored", "fact_unscored"):
-        texts[key] += np.where(points.hollow & (points[key] > 0), " (hollow)", "")
+    columns = [*differ, *mf.MEASURED, "adapter"]
+    points = points.sort_values([*differ, "key"], na_position="first").drop_duplicates(columns)
     return TEMPLATES.get_template("summary.md").render(
         caption=describe(shown),
         comparisons=found,
         vectors={path.stem: mf.read_json(path, mf.Settings) for path in sorted(folder.glob("vectors/*.json"))},
         alike=sorted({*trained[trained.duplicated(keys, keep=False)].adapter}),  # the points do not tell them apart
         judges=[(trait, both) for trait, both in judged if len(both)],
-        points=texts.drop_duplicates(),
+        columns=columns,
+        points=points.to_dict("records"),
         **dict(METHODS=METHODS, equal_cells=equal_cells, reach=reach, text_of=text_of),
     )
 
