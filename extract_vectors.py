@@ -299,8 +299,8 @@ def prepare(model, tokenizer, name):
     offsets = dict.fromkeys(range(1, len(blocks(model)) + 1), torch.randn(config.hidden_size, generator=draw))
     try:
         model.set_attn_implementation("eager")
-        with siblings(model):
-            own = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0] for ids in texts]
+        own = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0] for ids in texts]
+        join_siblings(model)
         model.set_attn_implementation("joined")
         inputs, shared = join(texts[:2], model.device), join(parts, model.device, shared=True)
         keep = torch.arange(18, device=model.device)
@@ -432,6 +432,7 @@ STEPS = {"cuda": 16, "cpu": 1}  # decoding steps between two looks at which answ
 SHRINK = {"cuda": 0.7, "cpu": 0.9}  # the batch is made smaller when less than this share of it is in use
 LEAST = {"cuda": 16, "cpu": 1}  # answers side by side; fewer are no faster
 PART = 512  # tokens of the vocabulary that are drawn from together
+SIBLINGS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 HARMLESS = "cu_seq_lens max_seq_len shared keys cu_key_lens kv lengths".split()
 HARMLESS += "sliding_window position_ids use_cache logits_to_keep".split()
 
@@ -451,8 +452,8 @@ def compiled(model):
 
 
 class Sibling(torch.nn.Linear):
-    """One of several linear layers that read the same input: the first multiplies it by the weights of all, since small
-    products leave a GPU idle, the others take what is theirs."""
+    """One of some linear layers that read the same input, one after the other: the first multiplies it by the weights
+    of all, since small products leave a GPU idle, the others take what is theirs."""
 
     def forward(self, x):
         if self.weights:
@@ -469,25 +470,17 @@ def make_siblings(layers, weights, biases=None):
     layers[0].weights, layers[0].biases, layers[0].sizes = weights, biases, sizes
 
 
-@contextlib.contextmanager
-def siblings(model):
-    """Finds them by what the blocks' linear layers read while it is open, such as query, key and value, or gate and up.
-    Then model.siblings lists them, and their weights are views of one tensor."""
-    readers = defaultdict(dict)  # {input: {layer: None}}: in order, none twice
-    with contextlib.ExitStack() as hooks:
-        for layer in blocks(model).modules():
-            if type(layer) is torch.nn.Linear:
-                note = lambda layer, args: readers[args[0]].update({layer: None})
-                hooks.callback(layer.register_forward_pre_hook(note).remove)
-        yield
-    model.siblings = list(dict.fromkeys(tuple(layers) for layers in readers.values() if len(layers) > 1))
-    for layers in model.siblings:
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        if len(biases) in (0, len(layers)):
-            weight = torch.cat([layer.weight for layer in layers])
-            for layer, part in zip(layers, weight.split([layer.out_features for layer in layers])):
-                layer.weight.data = part
-            make_siblings(layers, [weight], torch.cat(biases) if biases else None)
+def join_siblings(model):
+    """Makes the weights of query, key and value, and of gate and up, views of one tensor; model.siblings lists them."""
+    model.siblings = []
+    for part, names in itertools.product(blocks(model).modules(), SIBLINGS):
+        layers = [getattr(part, name, None) for name in names]
+        if all(type(x) is torch.nn.Linear for x in layers) and len({x.bias is None for x in layers}) == 1:
+            weight, biases = torch.cat([x.weight for x in layers]), [x.bias for x in layers]
+            for layer, mine in zip(layers, weight.split([x.out_features for x in layers])):
+                layer.weight.data = mine
+            make_siblings(layers, [weight], None if None in biases else torch.cat(biases))
+            model.siblings.append(layers)
             torch.cuda.empty_cache()  # what they had before leaves holes
 
 

@@ -241,9 +241,8 @@ def test_a_family_is_exact(family, letters, capsys):
     for loaded in (copy.deepcopy(plain).bfloat16(), model):  # rounding, too, passes the check
         ev.prepare(loaded, letters, family)
     vector = 0.3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
-    # in three blocks: query, key, value; gate, up; some families have these fused already, or all of them read the same
-    kinds = dict.fromkeys((*FUSED, "GLM-4", "Cohere", "Cohere2"), 1) | {"Phi-3": 0, "Phi-4-mini": 0}
-    assert len(model.siblings) == 3 * kinds.get(family, 2)
+    kinds = dict.fromkeys((*FUSED, "GLM-4"), 1) | {"Phi-3": 0, "Phi-4-mini": 0}  # some have these fused already
+    assert len(model.siblings) == 3 * kinds.get(family, 2)  # in three blocks: query, key and value; gate and up
     assert all(type(layer) is ev.Sibling for layers in model.siblings for layer in layers)
     worst = dict(
         rows=rows_differ(model, plain, letters),
@@ -548,6 +547,14 @@ def test_a_wrong_shared_start_is_refused(key, letters, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         ev.prepare(tiny(*WORK["Qwen3"]), letters, "Qwen3")
     assert "a shared start" in capsys.readouterr().err
+
+
+def test_siblings_that_are_none_are_refused(letters, monkeypatch, capsys):
+    """Guards against a model that calls its layers in another order, and so gets keys for values."""
+    monkeypatch.setattr(ev, "SIBLINGS", (("q_proj", "v_proj", "k_proj"),))
+    with pytest.raises(SystemExit):
+        ev.prepare(tiny(*WORK["Qwen3"]), letters, "Qwen3")
+    assert "not as each alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", ["Qwen2, tied", "Mistral, window", "Gemma 3"])
