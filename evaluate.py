@@ -95,7 +95,6 @@ def with_adapter(model, adapter):
         if config.modules_to_save or finite != {name: tensor.shape for name, tensor in wanted if "lora_" in name}:
             die(f"--adapter {adapter}: does not fit the model, or holds NaN, infinity or what is not LoRA's")
         set_peft_model_state_dict(wrapped, weights, low_cpu_mem_usage=True)
-        ev.tune_lora(wrapped)
         yield wrapped.eval().get_base_model()
     finally:
         wrapped.unload()
@@ -134,8 +133,7 @@ def token_logprobs(model, reads, wanted, title, offsets=None, coef=0.0, position
 
 
 def measure_mmlu(model, tokenizer, questions, point, offsets):
-    """Sets mmlu_accuracy; -> [values of its choices] a question, the highest counts as its answer: the log-probability
-    of the letter; cloze: the mean one of the choice's tokens."""
+    """Sets mmlu_accuracy -> [values of its choices] a question: a letter's log-probability; cloze: its tokens' mean."""
     scoring, reads, wanted, lengths = point["mmlu_scoring"], [], [], []
     asked = [choice_prompts(row, scoring) for row in questions]
     texts = [prompt + continuation for prompt, continuations in asked for continuation in ["", *continuations]]
@@ -367,14 +365,12 @@ def rejudge(args):
             if not there:
                 die(f"{path}: no point in {out} belongs to it; give answers/<key>.jsonl of a finished point")
             point = next(iter(there.values())) | dict(judge=args.judge, answers=str(path), scripts=mf.scripts())
-            args.trait, judged = (
-                point["trait"],
-                dict(judge=digest({prompt for *_, prompt in judge_jobs(rows, args.judge)})),
-            )
+            args.trait, asked = point["trait"], judge_jobs(rows, args.judge)
             mf.check_judge(args, "what needs no model")
             if args.trait and digest(load_trait(args.trait, rows[0].get("trait_file"))) != point["inputs"]["trait"]:
                 die(f"{path}: the trait file has changed since; measure again")
             if args.judge not in there:
+                judged = dict(judge=digest({prompt for *_, prompt in asked}))
                 todo.append((point | dict(inputs=point["inputs"] | judged), rows, out))
         finish(todo, args)
     print(f"{len(todo)} of {len(args.rejudge)} judged by {args.judge}; the others had been")

@@ -84,8 +84,7 @@ def recorded(model, before=False):
 
 @torch.no_grad()
 def unmoved(model, steer, offsets, scale, inputs):
-    """The proof that steering works: inside `with steering(model, offsets) as steer`, runs inputs and returns the
-    blocks whose output does not move by exactly scale * offset."""
+    """Of inputs run inside steering(): the blocks whose output does not move by exactly scale * offset."""
     steer.scale = scale
     with recorded(model, before=True) as before, recorded(model) as after:
         model(**inputs)
@@ -128,9 +127,8 @@ def extraction_rows(trait, samples, limit):
     start = dict(pos=f"You are {a} {trait['adjective']} assistant.", neg="You are a helpful assistant.")
     rows, questions, instructions = [], enumerate(trait["questions"][:limit]), enumerate(trait["instruction"])
     for side, (q, question), (i, said), n in itertools.product(start, questions, instructions, range(samples)):
-        pair, system = f"q{q}-i{i}-s{n}", f"{start[side]} {said[side]}"
-        about = dict(id=f"{name}-{side}-{pair}", pair=pair, side=side, q=q, trait=name)
-        rows.append(about | dict(question=question, system=system))
+        pair, asked = f"q{q}-i{i}-s{n}", dict(question=question, system=f"{start[side]} {said[side]}")
+        rows.append(dict(id=f"{name}-{side}-{pair}", pair=pair, side=side, q=q, trait=name) | asked)
     return rows
 
 
@@ -433,14 +431,12 @@ SHRINK = {"cuda": 0.7, "cpu": 0.9}  # the batch is made smaller when less than t
 LEAST = {"cuda": 16, "cpu": 1}  # answers side by side; fewer are no faster
 PART = 512  # tokens of the vocabulary that are drawn from together
 SIBLINGS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-HARMLESS = "cu_seq_lens max_seq_len shared keys cu_key_lens kv lengths".split()
-HARMLESS += "sliding_window position_ids use_cache logits_to_keep".split()
+KNOWN = "cu_seq_lens max_seq_len shared keys cu_key_lens kv lengths sliding_window position_ids logits_to_keep".split()
 
 
 @contextlib.contextmanager
 def compiled(model):
-    """While open, the decoder blocks run compiled on GPUs that can (one compilation serves all blocks, steered or not,
-    and all shapes, so that none is computed otherwise than before), which merges the small kernels between products."""
+    """While open, the decoder blocks run compiled on GPUs that can: once for all blocks and shapes, steered or not."""
     able = triton and model.device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 7
     for block in blocks(model) if able else ():  # else slower, the same results
         block.compile(dynamic=True)
@@ -484,30 +480,6 @@ def join_siblings(model):
             torch.cuda.empty_cache()  # what they had before leaves holes
 
 
-class Wide(torch.nn.Linear):
-    """LoRA's B: a product whose time goes into writing."""
-
-    def forward(self, x):
-        if torch.is_grad_enabled() or self.bias is not None or self.in_features > 128 or not (triton and has_flash(x)):
-            return super().forward(x)
-        rows, (width, rank), out = x.flatten(0, -2), self.weight.shape, x.new_empty(*x.shape[:-1], self.out_features)
-        grid = -(-width // 128), -(-len(rows) // 64)
-        wide_kernel[grid](rows, self.weight, out, len(rows), rows.stride(0), width, rank)
-        return out
-
-
-def tune_lora(model):
-    """Makes LoRA's A layers siblings where their linear layers read the same input, and its B layers wide."""
-    lora = {layer.base_layer: layer for layer in model.modules() if getattr(layer, "lora_A", None)}
-    plain = {base for base, layer in lora.items() if not layer.lora_variant}
-    for base in plain:
-        lora[base].lora_B["default"].__class__ = Wide
-    for group in getattr(model, "siblings", []):
-        layers = [lora[base].lora_A["default"] for base in group if base in plain]
-        if len(layers) > 1:
-            make_siblings(layers, [layer.weight for layer in layers])
-
-
 def has_flash(tensor):
     """Whether torch's flash attention kernel takes it; its lengths may be on the GPU, so graphs can hold it."""
     return tensor.is_cuda and tensor.dtype != torch.float32 and torch.cuda.get_device_capability()[0] >= 8
@@ -528,7 +500,7 @@ def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **gi
     keys and values are added to kv {module: list}. With shared > 0: all but the first also see the row's first `shared`
     tokens; from copies of these and the row, `keys` [seen] takes what each sees, from and to cu_key_lens int32 [n + 1].
     With lengths: decode. Any other change is refused."""
-    odd = [name for name, value in given.items() if name not in HARMLESS and not isinstance(value, (bool, type(None)))]
+    odd = [name for name, value in given.items() if name not in KNOWN and not isinstance(value, (bool, type(None)))]
     if attention_mask is not None or dropout or odd or given.get("is_causal") is False:
         raise NotImplementedError(f"attention with {', '.join(odd) or 'a mask or dropout'}")
     window = given.get("sliding_window")
@@ -555,16 +527,6 @@ def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **gi
 
 
 if triton:
-
-    @triton.jit
-    def wide_kernel(x, weight, out, rows, stride, width, RANK: tl.constexpr):
-        """x [rows, RANK], its rows `stride` apart, times weight [width, RANK] -> out [rows, width]."""
-        row, column = tl.program_id(1) * 64 + tl.arange(0, 64)[:, None], tl.program_id(0) * 128 + tl.arange(0, 128)
-        rank = tl.arange(0, 16 * triton.next_power_of_2(triton.cdiv(RANK, 16)))
-        a = tl.load(x + row * stride + rank, mask=(row < rows) & (rank < RANK), other=0.0)
-        b = tl.load(weight + column * RANK + rank[:, None], mask=(column < width) & (rank[:, None] < RANK), other=0.0)
-        product = tl.dot(a, b).to(out.dtype.element_ty)
-        tl.store(out + row.to(tl.int64) * width + column, product, mask=(row < rows) & (column < width))
 
     @triton.jit
     def decode_kernel(query, keys, values, spans, out, scaling, SHARE: tl.constexpr, DIM: tl.constexpr):
@@ -615,8 +577,7 @@ def decode(module, query, key, value, scaling, lengths, window):
 
 
 def join(sequences, device, shared=False):
-    """Lists of token ids -> the model's arguments for one row that holds them all, each blind to the others; shared:
-    but for the first, which is the start of all others."""
+    """Token id lists -> arguments for one row, each blind to the others; shared: but for the first, their start."""
     ends, start = list(itertools.accumulate(map(len, sequences), initial=0)), len(sequences[0]) * shared
     firsts, copied = [0] + [start] * (len(sequences) - 1), start * (len(sequences) - 1)  # positions; tokens of copies
     row = dict(
@@ -656,8 +617,8 @@ def free_memory(device):
 
 def choose(logits, highest, temperature, uniform):
     """logits [rows, vocabulary], the highest [rows, 1], uniform numbers [rows, 1] -> token ids [rows] by inverting the
-    distribution function, so that a row's draw depends on its own numbers alone; in two steps, since cumulating a
-    vocabulary takes long: first the part of it, then the token. Temperature 0 takes the likeliest."""
+    distribution function: a row's draw depends on its own number alone. Temperature 0 takes the likeliest token. First
+    a part of the vocabulary is drawn, then a token of it, since cumulating takes long."""
     if temperature == 0:
         return logits.argmax(-1)
     weigh = lambda logits: (logits.float() - highest[..., None]).div_(temperature).exp_()  # [rows, any, PART]
@@ -677,8 +638,7 @@ Drawing = namedtuple("Drawing", "max_new_tokens temperature seed positions", def
 
 
 class Sampler:
-    """Draws answers of {number: Job}, so many side by side as there are slots. Tensors are changed in place, so a CUDA
-    graph can replay step(). owner: {slot: number of the job in it}."""
+    """Draws answers of {number: Job} in slots. Tensors change in place, for graphs. owner: {slot: number}."""
 
     def __init__(self, model, tokenizer, jobs, drawing, steer, slots):
         self.model, self.jobs, self.drawing, self.steer, self.graph = model, jobs, drawing, steer, None
@@ -707,8 +667,7 @@ class Sampler:
         reads, kv, spans, start = list(dict.fromkeys(read.values())), defaultdict(list), {}, 0
         for group in by_length([tokens for tokens, _ in reads], ROW_TOKENS[device.type]):
             group = [reads[k] for k in group]
-            scales = [[[scale] for tokens, scale in group for _ in tokens]]
-            self.steer.scale = torch.tensor(scales, device=device)  # [1, tokens, 1]
+            self.steer.scale = torch.tensor([[[scale] for tokens, scale in group for _ in tokens]], device=device)
             inputs = join([tokens for tokens, _ in group], device)
             self.model.get_decoder()(**inputs | dict(max_seq_len=longest), kv=kv)
             for one in group:
@@ -728,9 +687,11 @@ class Sampler:
             if free := [slot for slot in range(self.slots) if slot not in owner][: len(queue)]:
                 self.fill(dict(zip(free, queue)))
                 del queue[: len(free)]
+                left = self.drawing.max_new_tokens  # steps, until all are done that are in slots now
             if len(owner) <= SHRINK[device] * self.slots and self.slots > LEAST[device]:
                 self.shrink()
-            self.steps(STEPS[device])
+            self.steps(min(STEPS[device], left))
+            left -= STEPS[device]
             if self.broken:
                 raise FloatingPointError(f"the model's logits are NaN or infinite in {self.model.dtype}")
             done = [slot for slot, done in enumerate(self.state.done.tolist()) if done and slot in owner]

@@ -13,7 +13,6 @@ import contextlib
 import functools
 import math
 import os
-import pickle
 import re
 import shutil
 import time
@@ -52,8 +51,7 @@ def shape_of(chats):
 def collate(chats, shape=None, positions="all", device="cpu", shared=False):
     """[(ids, is_answer)] -> one joined row [1, tokens]: the model's arguments, logits_to_keep being what predicts an
     answer token, and these as labels [answers]. Filled up to the shape by conversations that nothing learns from and
-    ignored labels. positions "answer": also steered [1, tokens, 1], 1 where an answer token is predicted, else 0.
-    shared: the first is the start of all others."""
+    ignored labels. positions "answer": also steered [1, tokens, 1], 1 before an answer token; shared: as join."""
     shape = shape or shape_of(chats)
     starts = range(shape_of(chats).tokens, shape.tokens, shape.longest)
     filling = [[0] * min(shape.longest, shape.tokens - start) for start in starts]
@@ -83,8 +81,7 @@ def row_loss(model, row, steer=None, coef=0.0):
 
 
 def add_lora(model, rank, alpha, seed):
-    """PEFT model with rs-LoRA on every linear layer of the blocks. Weights of theirs that are none (fused experts) are
-    named; die() where these are the most."""
+    """PEFT model with rs-LoRA on all linear layers of the blocks; names weights it does not reach, die() if most."""
     layers = ev.blocks(model)
     linear = [module for module in layers.modules() if isinstance(module, torch.nn.Linear)]
     reached = {id(p): p.numel() for module in linear for p in module.parameters()}
@@ -96,7 +93,10 @@ def add_lora(model, rank, alpha, seed):
     torch.manual_seed(seed)
     recipe = dict(use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
     tuned = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, **recipe))
-    ev.tune_lora(tuned)
+    layers = {layer.base_layer: layer.lora_A["default"] for layer in tuned.modules() if isinstance(layer, lora.Linear)}
+    for group in getattr(model, "siblings", []):
+        siblings = [layers[base] for base in group]
+        ev.make_siblings(siblings, [layer.weight for layer in siblings])
     return tuned
 
 
@@ -140,11 +140,11 @@ class Trainer:
     [n + 1]). The model computes with `used` [n]: the weights times the root of LoRA's scale, so that B A has all of it,
     rounded to the model's dtype once a step. None of these ever moves: graphs serve all coefficients.
     data: [(ids, is_answer)]. args: epochs, lr, batch_size (over all processes), max_steps or None, seed, positions.
-    What all conversations start with (template, system prompt: a third of the tokens on facts) stands in a row once.
+    A batch is computed in joined rows that fit into memory. What all conversations start with (template, system prompt:
+    a third of the tokens on facts) stands in a row once.
 
-    A batch is computed in joined rows that fit into memory. On a GPU, launching a row's some 3,000 kernels takes longer
-    than computing them: the first row of a shape runs as usual (and compiles), the second is captured as a CUDA graph,
-    from then on forward and backward are one launch. All graphs share one pool of memory, the first rows another."""
+    On a GPU, launching a row's some 2,600 kernels takes longer than computing them: the first row of a shape runs as
+    usual, the second is captured as a CUDA graph, from then on forward and backward are one launch."""
 
     def __init__(self, model, data, args, steer=None):
         self.model, self.args, self.steer = model, args, steer
@@ -203,8 +203,8 @@ class Trainer:
                 found = torch.load(path, map_location="cpu", weights_only=True)
                 self.optimizer.load_state_dict(found["optimizer"])
                 there = found
-            except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-                print(f"{path}: cannot be read, starting anew ({str(error).splitlines()[0]})", flush=True)
+            except Exception as error:  # unpickling fails in many ways
+                print(f"{path}: cannot be read, starting anew ({type(error).__name__})", flush=True)
         self.weights.data.copy_(there["weights"])
         torch.mul(self.weights.data, self.root, out=self.used)
         losses, begin, kept = there["losses"].to(self.device), there["steps"], time.monotonic()
@@ -275,7 +275,7 @@ class Trainer:
         """One row: blocks computed again where it is too long, else as usual, captured, or replayed."""
         shape, long = shape_of(self.start + row), self.bytes(row) > self.budget
         if self.captures:
-            # Few sizes: eight an octave, and one number of conversations, real and filling; each is compiled for
+            # Few sizes: eight an octave, and one number of conversations, real and filling
             up = lambda n, multiple: -(-n // multiple) * multiple
             tokens = up(shape.tokens, max(FILL, (1 << shape.tokens.bit_length()) >> 4))
             conversations = 3 * -(-self.args.batch_size // self.processes) + 1
@@ -335,17 +335,16 @@ def to_do(args, inputs):
         if out.exists():
             mf.die(f"{out}: already used, and not by this script; choose another --out")
         partial = out.with_name(f"{out.name}.partial")
-        begun = (partial / "checkpoint.pt").exists()
-        if begun and mf.same_settings(partial / "training_settings.json", settings, partial):
-            settings["day"] = mf.read_json(partial / "training_settings.json").get("day")
+        record, begun = partial / "training_settings.json", (partial / "checkpoint.pt").exists()
+        if begun and mf.same_settings(record, settings, partial):
+            settings["day"] = mf.read_json(record).get("day")
         todo[out] = partial, settings
     return todo
 
 
 @torch.no_grad()
 def start_losses(trainer, offsets, coefs):
-    """Prints the untrained model's loss under each coefficient, and raises unless every block's output then moves by
-    exactly coef times its offset at the steered positions."""
+    """Prints the untrained model's loss under each coefficient; raises if an output does not move by coef x offset."""
     model, steer, batch = trainer.model, trainer.steer, trainer.batch(0)
     proof, rows = trainer.read(trainer.data[:2]), [trainer.read(row) for row in trainer.split(batch)]
     steered, _ = proof.pop("steered", 1), proof.pop("labels")

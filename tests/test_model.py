@@ -205,6 +205,15 @@ def test_a_shrinking_batch_mixes_up_nothing(toy, tokenizer, monkeypatch):
     assert len(kept) > 3 and max(kept) > 3
 
 
+def test_no_step_after_the_last_token(toy, tokenizer, monkeypatch):
+    """Guards against a GPU's rounds of steps that go on when all answers have their last token, or stop before it."""
+    alone, real, steps = sample(toy, tokenizer, chats(tokenizer), seed=3, max_new_tokens=21), ev.Sampler.steps, []
+    monkeypatch.setitem(ev.STEPS, "cpu", 16)
+    monkeypatch.setattr(ev.Sampler, "steps", lambda sampler, count: (steps.append(count), real(sampler, count)))
+    assert sample(toy, tokenizer, chats(tokenizer), seed=3, max_new_tokens=21) == alone and steps == [16, 5]
+    assert sample(toy, tokenizer, chats(tokenizer), seed=3, max_new_tokens=21, slots=2) == alone
+
+
 def test_choose_follows_the_distribution():
     """Guards against a sampler that is biased, or that can return a token of probability 0."""
     choose = lambda logits, *how: ev.choose(logits, logits.amax(-1, keepdim=True), *how)
