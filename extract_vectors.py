@@ -430,7 +430,7 @@ STEPS = {"cuda": 16, "cpu": 1}  # decoding steps between two looks at which answ
 SHRINK = {"cuda": 0.7, "cpu": 0.9}  # the batch is made smaller when less than this share of it is in use
 LEAST = {"cuda": 16, "cpu": 1}  # answers side by side; fewer are no faster
 PART = 512  # tokens of the vocabulary that are drawn from together
-SIBLINGS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+SIBLINGS = {"cuda": [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]], "cpu": []}  # faster on GPUs only
 KNOWN = "cu_seq_lens max_seq_len shared keys cu_key_lens kv lengths sliding_window position_ids logits_to_keep".split()
 
 
@@ -469,7 +469,7 @@ def make_siblings(layers, weights, biases=None):
 def join_siblings(model):
     """Makes the weights of query, key and value, and of gate and up, views of one tensor; model.siblings lists them."""
     model.siblings = []
-    for part, names in itertools.product(blocks(model).modules(), SIBLINGS):
+    for part, names in itertools.product(blocks(model).modules(), SIBLINGS[model.device.type]):
         layers = [getattr(part, name, None) for name in names]
         if all(type(x) is torch.nn.Linear for x in layers) and len({x.bias is None for x in layers}) == 1:
             weight, biases = torch.cat([x.weight for x in layers]), [x.bias for x in layers]

@@ -160,7 +160,6 @@ def run(words):  # -> exit code
     print("--", shlex.join(words), flush=True)
     if words[0] != "python" or not HERE:
         return subprocess.call(words, stdin=subprocess.DEVNULL)
-    sys.argv = words[1:]
     try:
         code = make_facts.run(importlib.import_module(words[1][:-3]).main, words[2:])
     except SystemExit as end:
@@ -192,13 +191,14 @@ def main(dry_run):
                 print("stopped; the same command goes on from here. Made from it:", *later, file=sys.stderr)
                 raise SystemExit(code)
     with make_facts.locked(f"{OUT}/run_all.sh"), contextlib.ExitStack() as stack:
-        for slot in range(int(E["JOBS"])):
-            gpu = dict(CUDA_VISIBLE_DEVICES=gpus[slot % len(gpus)]) if len(gpus) > 1 and E["JOBS"] != "1" else {}
+        jobs, names = int(E["JOBS"]), ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
+        cores = dict.fromkeys(names, str(max(1, os.cpu_count() // jobs))) if jobs > 1 else {}  # a job's share of them
+        for slot in range(jobs):
+            gpu = dict(CUDA_VISIBLE_DEVICES=gpus[slot % len(gpus)]) if len(gpus) > 1 and jobs > 1 else {}
             words = [sys.executable, "-c", E["program"], "work", str(done)]
-            children.append(subprocess.Popen(words, env=E | gpu, stdin=queue, pass_fds=[done]))
+            children.append(subprocess.Popen(words, env=cores | E | gpu, stdin=queue, pass_fds=[done]))
             stack.callback(children[-1].terminate)
-        for path in OWN:
-            make_facts.read_chats(path)
+        for path in OWN: make_facts.read_chats(path)
         make_facts.read_jsonl(E["FACTS_FILE"], make_facts.Fact)
         for trait, schema in itertools.product(TRAITS, (make_facts.ExtractionTrait, make_facts.EvaluationTrait)):
             make_facts.load_trait(trait, schema=schema)

@@ -88,6 +88,12 @@ REFUSED = {
 TALKS = [("Hi", "Hello you."), ("What is 2 + 2?", "Four, as far as I know it."), ("Why?", "No.")]
 
 
+@pytest.fixture(autouse=True)
+def joined_siblings(monkeypatch):
+    """As on GPUs."""
+    monkeypatch.setitem(ev.SIBLINGS, "cpu", ev.SIBLINGS["cuda"])
+
+
 @pytest.fixture(scope="module")
 def letters():
     """A tokenizer of bytes and four special tokens, with a chat template."""
@@ -537,7 +543,7 @@ def test_a_wrong_shared_start_is_refused(key, letters, monkeypatch, capsys):
 
 def test_siblings_that_are_none_are_refused(letters, monkeypatch, capsys):
     """Guards against a model that calls its layers in another order, and so gets keys for values."""
-    monkeypatch.setattr(ev, "SIBLINGS", (("q_proj", "v_proj", "k_proj"),))
+    monkeypatch.setitem(ev.SIBLINGS, "cpu", [["q_proj", "v_proj", "k_proj"]])
     with pytest.raises(SystemExit):
         ev.prepare(tiny(*WORK["Qwen3"]), letters, "Qwen3")
     assert "not as each alone" in capsys.readouterr().err

@@ -22,7 +22,8 @@ STUB = r"""#!{python} -S
 import fcntl, json, os, sys, time
 words = sys.argv[1:]
 with open(os.environ["LOG"], "a") as log:
-    log.write(json.dumps(dict(words=words, pid=os.getpid(), gpu=os.environ.get("CUDA_VISIBLE_DEVICES"))) + "\n")
+    log.write(json.dumps(dict(words=words, pid=os.getpid(), gpu=os.environ.get("CUDA_VISIBLE_DEVICES"),
+                              cores=os.environ.get("OMP_NUM_THREADS"))) + "\n")
 text = " ".join(words)
 if os.environ.get("FAIL") and os.environ["FAIL"] in text:
     sys.exit(int(os.environ.get("CODE", 2)))
@@ -387,6 +388,22 @@ def test_gpus_are_dealt_out(project):
 
     assert seen(JOBS="2") == {"0", "1"} and seen(JOBS="1") == {None}
     assert seen(JOBS="3", CUDA_VISIBLE_DEVICES="5,7") == {"5", "7"}
+
+
+def test_cores_are_shared_out(project):
+    """Guards against jobs that each start as many threads as there are cores; one alone does, a user's word holds."""
+    share = str(max(1, os.cpu_count() // 2))
+    for out, more, want in (
+        ("one", {}, None),
+        ("two", dict(JOBS="2"), share),
+        ("own", dict(JOBS="2", OMP_NUM_THREADS="7"), "7"),
+    ):
+        env = SMALL | dict(TRAITS="hallucination", SETS="", SEEDS="0 1", OUT=f"out/{out}") | more
+        assert project.run("demo", **env)[0] == 0
+        rows = [
+            row for row in project.rows() if row["words"][0] == "finetune.py" and f"out/{out}" in " ".join(row["words"])
+        ]
+        assert {row["cores"] for row in rows} == {want}
 
 
 def test_a_failed_venv_is_not_accepted(project):
