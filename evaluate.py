@@ -133,7 +133,7 @@ def token_logprobs(model, reads, wanted, title, offsets=None, coef=0.0, position
 
 
 def measure_mmlu(model, tokenizer, questions, point, offsets):
-    """Sets mmlu_accuracy -> [values of its choices] a question: a letter's log-probability; cloze: its tokens' mean."""
+    """Sets mmlu_accuracy; -> [values of its choices] a question: a letter's log-probability; cloze: tokens' mean."""
     scoring, reads, wanted, lengths = point["mmlu_scoring"], [], [], []
     asked = [choice_prompts(row, scoring) for row in questions]
     texts = [prompt + continuation for prompt, continuations in asked for continuation in ["", *continuations]]
