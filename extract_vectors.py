@@ -438,6 +438,7 @@ KNOWN = "cu_seq_lens max_seq_len shared keys cu_key_lens kv lengths sliding_wind
 def compiled(model):
     """While open, the decoder blocks run compiled on GPUs that can: once for all blocks and shapes, steered or not."""
     able = triton and model.device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 7
+    torch.compiler.config.recompile_limit = 64  # kinds of a block (steered, trained, ...); beyond, it would run slowly
     for block in blocks(model) if able else ():  # else slower, the same results
         block.compile(dynamic=True)
     try:
