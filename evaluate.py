@@ -25,6 +25,7 @@ import extract_vectors as ev
 import make_facts as mf
 from make_facts import append_jsonl, die, fingerprint, lexical_score, load_trait, locked, read_json, read_jsonl
 
+UNREAD = "modules_to_save alora_invocation_tokens target_parameters kasa_config layer_replication".split()  # by LoRA
 grown = functools.partial(read_jsonl, appended=True)  # of a file that grows; [] where it is not begun
 FACT_TOKENS = 100  # new tokens of an answer about a fact
 INPUTS = "model vector facts mmlu judge trait adapter".split()  # of a point: names, and fingerprints of their content
@@ -76,7 +77,7 @@ def read_adapter(folder):
     try:
         return LoraConfig.from_pretrained(folder, inference_mode=True), load_file(f"{folder}/adapter_model.safetensors")
     except Exception as error:  # broken files make PEFT raise anything
-        die(f"--adapter {folder}: missing or broken ({type(error).__name__}: {error}); train it again")
+        die(f"--adapter {folder}: missing or broken ({type(error).__name__}: {error}); delete it and train again")
 
 
 @contextlib.contextmanager
@@ -84,6 +85,8 @@ def with_adapter(model, adapter):
     """While open, the model has the LoRA adapter in it, in the model's dtype; afterwards it is as it was. die() unless
     the weights are finite, and exactly those that the adapter's config puts into this model: PEFT only warns."""
     config, weights = read_adapter(adapter)
+    if odd := [name for name in UNREAD if getattr(config, name, None)]:
+        die(f"--adapter {adapter}: made with {odd[0]}, which is not computed here; give a plain LoRA adapter")
     weights = {name: tensor.to(model.dtype) for name, tensor in weights.items()}
     try:
         wrapped = PeftModel(model, config, low_cpu_mem_usage=True)
@@ -92,7 +95,7 @@ def with_adapter(model, adapter):
     try:
         wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False).items()
         finite = {name: tensor.shape for name, tensor in weights.items() if tensor.isfinite().all()}
-        if config.modules_to_save or finite != {name: tensor.shape for name, tensor in wanted if "lora_" in name}:
+        if finite != {name: tensor.shape for name, tensor in wanted if "lora_" in name}:
             die(f"--adapter {adapter}: does not fit the model, or holds NaN, infinity or what is not LoRA's")
         set_peft_model_state_dict(wrapped, weights, low_cpu_mem_usage=True)
         yield wrapped.eval().get_base_model()
@@ -178,10 +181,9 @@ def judge_jobs(rows, judge):
 
 
 def score_answers(rows, judge, args=None, probing=None):
-    """Adds scores[judge] to the rows that lack it: score (trait rows 0..100, fact rows 0 or 100, None = unscored),
-    reason, judge_reply, judge_method; from a chat model coherence, too. probing: chats -> scores, for --judge probe."""
-    todo = [row for row in rows if judge not in row.setdefault("scores", {})]
-    scored = [row | dict(score=None, reason=None, judge_reply=None, judge_method=None) for row in todo]
+    """Sets scores[judge] of the rows: score (trait rows 0..100, fact rows 0 or 100, None = unscored), reason,
+    judge_reply, judge_method; from a chat model coherence, too. probing: chats -> scores, for --judge probe."""
+    scored = [row | dict(score=None, reason=None, judge_reply=None, judge_method=None) for row in rows]
     if judge in mf.OFFLINE:
         said = [row for row in scored if row["kind"] == "trait" and row["answer"]]
         probed = iter(probing([ev.chat_of(row) for row in said]) if judge == "probe" and said else [])
@@ -194,8 +196,8 @@ def score_answers(rows, judge, args=None, probing=None):
                 row["reason"] = "empty answer"
     else:
         mf.judge_rows(judge_jobs(scored, judge), judge, args)
-    for row, verdict in zip(todo, scored):
-        row["scores"][judge] = {key: value for key, value in verdict.items() if key not in row}
+    for row, verdict in zip(rows, scored):
+        row.setdefault("scores", {})[judge] = {key: value for key, value in verdict.items() if key not in row}
 
 
 def mean(values):
@@ -271,23 +273,30 @@ def points_of(args, asked, mmlu, probe):
             about |= dict(inference_coef=coef)
             key = digest([{name: about[name] for name in SETTINGS}, made_from])  # of its answers: whoever judges them
             answers = Path(args.out).parent / "answers" / f"{key}.jsonl"
-            points.setdefault(key, about | dict(key=key, answers=str(answers), inputs=made_from | judged))
+            data = dict(data=trained.get("inputs", {}).get("data"))  # not of the key: the adapter tells
+            points.setdefault(key, about | dict(key=key, answers=str(answers), inputs=made_from | judged | data))
     return list(points.values())
 
 
 def new_points(points, out):
     """-> those that are not in --out yet. What is there under a name of these (an adapter, a file, a trait, a judge)
     but from other content, or sampled otherwise, is outdated: a figure would mix them. Edited scripts: ASIDE only."""
-    names = {flag: [flag] for flag in INPUTS} | dict.fromkeys(SAMPLING, ["model", "trait", "facts"])
+    names = (
+        {name: [name] for name in INPUTS}
+        | dict(data=["dataset"])
+        | dict.fromkeys(SAMPLING, ["model", "trait", "facts"])
+    )
     names |= dict(judge=["judge", "trait", "facts"]) | dict.fromkeys(mf.scripts() if mf.ASIDE else [], ["key"])
     made = lambda row: row | row.get("inputs", {}) | row.get("scripts", {})
-    contents = lambda row: {(name, *map(row.get, keys)): made(row).get(name) for name, keys in names.items()}
+    called = lambda row, keys: [mf.nearby(row, key) for key in keys]
+    contents = lambda row: {(name, *called(row, keys)): made(row).get(name) for name, keys in names.items()}
     now = dict(itertools.chain(*(contents(point).items() for point in points)))
-    changed = lambda row: [f"{name[0]} was {old}" for name, old in contents(row).items() if now.get(name, old) != old]
+    differs = lambda name, old: now.get(name, old) != old and (old or name[0] != "data")  # not known of any adapter
+    changed = lambda row: [f"{name[0]} was {old}" for name, old in contents(row).items() if differs(name, old)]
     there, scripts = grown(out, mf.Point), mf.scripts().items()
     why = {row["key"]: changed(row) for row in there if changed(row)}
     if why:
-        answers = [row["answers"] for row in there if row["key"] in why and row.get("answers")]
+        answers = [Path(out).parent / "answers" / f"{key}.jsonl" for key in why]
         changes = "; ".join(sorted({*itertools.chain(*why.values())}))
         mf.outdated(f"{out}: has {len(why)} points made from something else ({changes})", *answers)
         mf.move_rows(out, lambda row: row["key"] in why, Path(mf.ASIDE, Path(out).name))
@@ -316,6 +325,8 @@ def measure(args):
         die(f"--judge probe needs the probe in {beside}, which extract_vectors.py makes; judge with another")
     mmlu = read_mmlu(args.mmlu) if args.mmlu else []
     points = points_of(args, asked, mmlu, probe)
+    if args.vector:
+        ev.read_vector(args.vector)  # a broken one is no other one
     if mf.ASIDE:
         mf.check_asking(args)  # before anything is moved
     with locked(*(point["answers"] for point in points)):
@@ -369,9 +380,14 @@ def rejudge(args):
             mf.check_judge(args, "what needs no model")
             if args.trait and digest(load_trait(args.trait, rows[0].get("trait_file"))) != point["inputs"]["trait"]:
                 die(f"{path}: the trait file has changed since; measure again")
+            inputs = point["inputs"] | dict(judge=digest({prompt for *_, prompt in asked}))
             if args.judge not in there:
-                judged = dict(judge=digest({prompt for *_, prompt in asked}))
-                todo.append((point | dict(inputs=point["inputs"] | judged), rows, out))
+                todo.append((point | dict(inputs=inputs), rows, out))
+            elif there[args.judge]["inputs"] != inputs:
+                die(f"{path}: {args.judge} has judged it by other prompts than data/traits has now; measure again")
+        if args.dry_run:
+            jobs = judge_jobs([row for _, rows, _ in todo for row in rows], args.judge)
+            mf.estimate_judging("judging again", args, 1, jobs)
         finish(todo, args)
     print(f"{len(todo)} of {len(args.rejudge)} judged by {args.judge}; the others had been")
 
@@ -431,6 +447,8 @@ def main(argv=None):
     args.mmlu_scoring = args.mmlu_scoring if args.mmlu else None  # no setting of what is not measured
     if len(set(args.inference_coef)) < len(args.inference_coef):
         parser.error("argument --inference-coef: a value is given twice")
+    if args.dry_run and args.respond_to:
+        parser.error("argument --dry-run: --respond-to asks no judge")
     if args.rejudge:
         return rejudge(args)
     if not (args.model and args.out and (args.trait or args.facts or args.mmlu or args.respond_to)):

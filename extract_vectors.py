@@ -92,22 +92,27 @@ def unmoved(model, steer, offsets, scale, inputs):
     return [l for l in offsets if not torch.equal(after[l], moved(l))]
 
 
-def load_vector(path, model, model_name):
-    """<trait>.pt -> float32 [num_layers + 1, hidden]; die() on a wrong file, shape or model, NaN, only zeros."""
-    config, beside = model.config.get_text_config(), Path(path).with_suffix(".json")
+def read_vector(path):
+    """<trait>.pt -> float32 [num_layers + 1, hidden]; die() on a wrong file, NaN, only zeros."""
     try:
         vector = torch.load(path, map_location="cpu", weights_only=True)
         sound = vector.is_floating_point() and vector.isfinite().all() and vector.any()
     except Exception as error:  # unpickling fails in many ways
-        die(f"{path}: no vector of extract_vectors.py can be read there ({type(error).__name__})")
+        die(f"{path}: no vector can be read there ({type(error).__name__}); delete it, and make it again")
+    return vector.float() if sound else die(f"{path}: holds NaN, infinity or only zeros; delete it, and make it again")
+
+
+def load_vector(path, model, model_name):
+    """read_vector(); die() unless it is one of this model."""
+    config, beside, vector = model.config.get_text_config(), Path(path).with_suffix(".json"), read_vector(path)
     want, found = (config.num_hidden_layers + 1, config.hidden_size), tuple(vector.shape)
-    if found != want or not sound:
-        die(f"{path}: {model_name} needs {want} finite numbers, not all 0; there are {found}, or wrong ones")
+    if found != want:
+        die(f"{path}: {model_name} needs {want} numbers; there are {found}")
     if beside.is_file():
         same_model(path, "was extracted from", read_json(beside, mf.Settings), model_name)
     else:
         print(f"{path}: no .json beside it; a published vector's last row is read after the final norm, ours before")
-    return vector.float()
+    return vector
 
 
 def same_model(path, verb, record, model_name):

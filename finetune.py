@@ -235,6 +235,8 @@ class Trainer:
     def forget(self):
         """Drops the captured graphs and their memory."""
         self.graphs, self.pool = {}, None  # {Shape: None, or (graph, the inputs it reads)}
+        for part in self.model.modules():
+            getattr(part, "made", []).clear()  # what siblings left when memory ran out between them
         torch.cuda.empty_cache()
 
     def bytes(self, row):

@@ -51,6 +51,7 @@ def stop(number, _):
 
 def run(main, argv=None):
     """Runs a script's main. Ctrl-C, SIGTERM and what the file system refuses end in one line, codes 130, 143 and 2."""
+    sys.stdin = sys.stdin or open(os.devnull)  # where it is closed
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
@@ -236,6 +237,12 @@ def append_jsonl(path, *rows):
         out.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(errors="replace"))
 
 
+def nearby(row, name):
+    """A path in a row of points.jsonl, as seen from that file, whose folder may have moved, or be spelled otherwise."""
+    home = os.path.normpath(os.path.join(row.get("answers") or ".", "../.."))
+    return os.path.normpath(str(row.get(name))).removeprefix(f"{home}/")
+
+
 def move_rows(path, gone, to):
     """Moves the rows for which gone(row) holds to the end of another file, while other processes append to this one."""
     with locked(path, wait=True):
@@ -342,7 +349,10 @@ Conversation = schema(messages=Annotated[some(Message), pydantic.AfterValidator(
 Choice = Annotated[object, pydantic.PlainValidator(choice_number)]
 Question = schema(subject=Text, question=Text, choices=some(Text, min_length=2, max_length=10), answer=Choice)
 Prompt = Annotated[str, pydantic.Field(pattern=r"(?s)\{question\}.*\{answer\}|\{answer\}.*\{question\}")]
-Trait = schema(adjective=Text, eval_prompt=Prompt, abstains=(some(Text) | None, None))
+Regex = Annotated[
+    str, pydantic.AfterValidator(lambda text: pydantic.TypeAdapter(re.Pattern).validate_python(text).pattern)
+]
+Trait = schema(adjective=Text, eval_prompt=Prompt, abstains=(some(Regex) | None, None))
 ExtractionTrait = schema(__base__=Trait, instruction=some(schema(pos=Text, neg=Text)), questions=some(Text))
 EvaluationTrait = schema(__base__=Trait, eval_questions=some(Text))
 TEXTS = """adapter dataset steer_mode train_layers train_positions train_vector system_prompt vector mmlu trait layers
@@ -416,8 +426,8 @@ NEAR_TRAIN, NEAR_TEST, NEAR_FACT = 0.75, 0.65, 0.6  # similarity() from which tw
 
 @functools.lru_cache(1 << 15)
 def normalize(text):
-    """Lower case, no punctuation, no articles: "The U.S. Open's" -> "us opens". (the usual SQuAD normalisation)"""
-    text = re.sub(r"[^\w\s]", "", text.lower().replace("-", " ").replace("–", " "))
+    """Lower case, no articles, no punctuation but points in numbers: "The U.S. Open's 1.5" -> "us opens 1.5"."""
+    text = re.sub(r"(?<!\d)\.|\.(?!\d)|[^\w\s.]", "", text.lower().replace("-", " ").replace("–", " "))
     return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
 
 
@@ -525,8 +535,7 @@ def consent(args, title, model, requests, tokens_in, tokens_out):
     ASKED.append((requests, tokens_in, tokens_out))
     cost = dollars(model, tokens_in, tokens_out)
     cost = "price unknown" if cost is None else f"${cost:.2f} (prices of 2025-04)"
-    tokens = f"about {tokens_in:,} tokens in, at most {tokens_out:,} out"
-    print(f"{title}: {requests:,} requests to {model}, {tokens}, {cost}", flush=True)
+    print(f"{title}: {requests:,} requests to {model}, about {tokens_in:,} tokens in, {tokens_out:,} out, {cost}")
     if args.dry_run:
         raise SystemExit(0)
     if not args.yes and sys.stdin.isatty():
@@ -636,12 +645,17 @@ class Chat:
             tokens_in = sum(len(message["content"]) for key in waiting for message in self.prompts[key][0]) // 4
             consent(self.args, title, self.model, len(waiting), tokens_in, len(waiting) * self.tokens)
             http = self.api.DefaultAsyncHttpxClient(event_hooks=dict(request=[self.turn], response=[self.heard]))
-            options = dict(api_key=self.key or "none", base_url=self.base, max_retries=RETRIES, timeout=TIMEOUT)
+            timeout = self.api.Timeout(TIMEOUT, connect=10)
+            options = dict(api_key=self.key or "none", base_url=self.base, max_retries=RETRIES, timeout=timeout)
             self.workers = asyncio.Semaphore(self.args.concurrency)
             asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # Ctrl-C is told once, by run()
             with tqdm(total=len(waiting), desc=title, unit="request") as self.bar:
                 async with self.api.AsyncOpenAI(http_client=http, **options) as self.client:
                     await self.ask_one(waiting[0])  # finds out the form
+                    if room := self.forms[0].room:
+                        tqdm.write(
+                            f"{self.model} thinks first: up to {room:,} tokens more for each of {len(waiting):,}"
+                        )
                     await asyncio.gather(*map(self.ask_one, waiting[1:]))
         if self.error:
             die(f"{title}: {self.shown}: {words(self.error)}; what was answered is kept, the same command goes on")
@@ -724,11 +738,11 @@ class Chat:
 
     async def heard(self, response):
         """After a request, before the client looks at the status. What is sent with success, and is no completion, gets
-        the status that it means: the number in it, 500 for a completion that is broken, 400 for anything else."""
+        the status that it means: the number in it, 500 for nothing or a broken completion, 400 for anything else."""
         await response.aread()
         if response.is_success and not normalised(response.text):
             meant = re.findall(r'"code"\s*:\s*"?([45]\d\d)\b', response.text)
-            response.status_code = int([*meant, 500 if '"choices"' in response.text else 400][0])
+            response.status_code = int([*meant, 500 if re.search(r'^\s*$|"choices"', response.text) else 400][0])
         self.gap *= 0.9
         if response.status_code in (429, 503, 529):
             pause = BACKOFF * 2 ** min(5, int(response.request.headers["x-stainless-retry-count"]))
@@ -741,7 +755,7 @@ class Chat:
 
 # ---- Judges: what a reply says --------------------------------------------------------------------------------------
 
-wordings = functools.cache(lambda: read_json(TRAITS / "hallucination.json", schema(abstains=some(Text)))["abstains"])
+wordings = functools.cache(lambda: read_json(TRAITS / "hallucination.json", schema(abstains=some(Regex)))["abstains"])
 # around a number, YES or NO: bold and quotes; "Score:" before it, "%", "/100" and a full stop after it
 MARKS = r"""(?<![^\W_])[*_`"'“”]++|[*_`"'“”]++(?![^\W_])"""
 LABEL = r"(?:(?:the|my|final|overall) )*(?:score|rating|answer|verdict|judge?ment|result)\s*(?:is)?\s*[:=]?\s*"
@@ -818,8 +832,9 @@ def judge_rows(jobs, model, args):
     prompts = []
     for row, _, prompt in jobs:
         # one pass over the template: markers inside a question or answer stay as they are
-        text = re.sub(r"\{(question|answer|truth)\}", lambda m, row=row: str(row[m[1]]), prompt)
-        prompts.append(([dict(role="user", content=text)], functools.partial(score_of, verdict="{truth}" in prompt)))
+        text = re.sub(r"\{(question|answer|truth)\}", lambda m, row=row: str(row.get(m[1], m[0])), prompt)
+        verdict = "truth" in row and "{truth}" in prompt
+        prompts.append(([dict(role="user", content=text)], functools.partial(score_of, verdict=verdict)))
     replies = asyncio.run(Chat(model, args, REPLY_TOKENS, judge=True).ask("judge", prompts))
     for (row, key, _), (reply, said) in zip(jobs, replies):
         score, reason, method = said or (None, unreadable(reply), None)
@@ -835,11 +850,12 @@ RECIPE = TRAITS.parent / "generation.json"  # categories, and prompts
 
 
 def json_in(reply):
-    """A reply from its first bracket to its last as JSON, numbers as text, no object of one key around; else None."""
-    text = re.search(r"[\[{].*[\]}]|$", after_thinking(reply["text"]) or "", re.S)[0]
-    with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(text, parse_int=str, parse_float=str)
-        return next(iter(value.values())) if isinstance(value, dict) and len(value) == 1 else value
+    """The first JSON list or object in a reply, numbers as text, no object of one key around it; None without one."""
+    text, decoder = after_thinking(reply["text"]) or "", json.JSONDecoder(parse_int=str, parse_float=str)
+    for start in re.finditer(r'[\[{](?=\s*["\[{])', text):  # not [1] or {n} of the prose around it
+        with contextlib.suppress(ValueError, RecursionError):
+            value, _ = decoder.raw_decode(text, start.start())
+            return next(iter(value.values())) if isinstance(value, dict) and len(value) == 1 else value
 
 
 def ask_json(chat, title, prompts, repair, accept):

@@ -40,7 +40,7 @@ STEERED_BY = dict(train_coef=STEERING[:3], inference_coef=STEERING[3:])
 RECIPE = ["train_epochs", "train_lr", "train_batch_size", "train_rank", "train_alpha"]
 OTHERS = ["system_prompt", "temperature", "samples", "judge", "train_seed"]
 WHICH = ["dataset", "trait", *METHODS, *STEERING, *RECIPE, *OTHERS]  # the table's first columns, where they differ
-SETTINGS = sorted({*WHICH, "model", "seed", "mmlu_scoring", "inputs"} - {"judge", "vector", "train_vector"})  # of a key
+SETTINGS = sorted({*WHICH, "model", "seed", "mmlu_scoring"} - {"judge", "vector", "train_vector"})  # of a key
 PAGE = 30_000_000  # characters of answers in report.html, about; longer answers are cut
 DATA = jinja2.FileSystemLoader(Path(__file__).parent / "data")
 TEMPLATES = jinja2.Environment(loader=DATA, autoescape=jinja2.select_autoescape(), trim_blocks=True, lstrip_blocks=True)
@@ -55,7 +55,9 @@ def table(rows):
     coefficient 0). New columns: each metric's interval (_low, _high), hollow, coef, blocks, knowledge (what its
     questions are called), and method: one of METHODS, plain, prompted, before training, or several, never drawn."""
     blank = dict.fromkeys(STEERING, "-") | dict(layers="all", train_layers="all", dataset="?", trait="no trait")
-    rows = [blank | {key: value for key, value in row.items() if value not in (None, np.inf, -np.inf)} for row in rows]
+    there = lambda row: {key: value for key, value in row.items() if value not in (None, np.inf, -np.inf)}
+    near = lambda row: {name: mf.nearby(row, name) for name in ("vector", "train_vector") if row.get(name)}
+    rows = [blank | there(row | near(row)) for row in rows]
     points = pd.DataFrame(rows).reindex(columns=[*mf.Point.model_fields, "commit", "versions"])
     for metric in METRICS:
         bounds = [row.get(f"{metric.split('_')[0]}_ci") or (np.nan, np.nan) for row in rows]
@@ -170,8 +172,9 @@ def describe(points):
     parts = [", ".join(sorted(points.model.unique())), f"judge: {', '.join(sorted(judges))}"]
     asked = "answers", "facts", points.knowledge.max() + " questions"
     parts += [f"{n:.0f} {name}" for n, name in zip(points[["trait_n", "fact_n", "mmlu_n"]].max(), asked) if n > 0]
-    seeds = points.dropna(subset="adapter").train_seed.nunique()
-    parts.append(f"up to {seeds} training seeds: means, 95% t-intervals over seeds" if seeds > 1 else "95% intervals")
+    seeds = points.dropna(subset="adapter").groupby(["dataset", "trait"]).train_seed.nunique().max()
+    over = f"means of up to {seeds} training seeds (small: of at most half), 95% t-intervals over seeds; of one: "
+    parts.append(over * bool(seeds > 1) + "95% intervals over questions")
     if points.adapter.astype(str).str.startswith("data/small_model/").any():
         parts.append("adapters trained beforehand (data/small_model)")
     if points.hollow.any():
@@ -222,7 +225,8 @@ def grid(cells, columns, metrics, size):
         elif not points.coef.any():
             title.append("(plain finetuning only)")
             axis.update_datalim([(0, 0), (1, 0)])  # 0 alone is no scale
-        axis.set(title="\n".join(title), ylabel=textwrap.fill(row, 38) if place.is_first_col() else "")
+        name = textwrap.fill(row, int(11 * figure.get_figheight() / len(rows)))
+        axis.set(title="\n".join(title), ylabel=name if place.is_first_col() else "")
     plt.setp(axes[-1], xlabel="steering coefficient")
     return figure
 

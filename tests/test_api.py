@@ -350,6 +350,22 @@ def test_names_of_an_end(server, end):
     assert (row["score"], row["reason"] is None) == ((8, True) if end in ("stop", "eos_token", None) else (None, False))
 
 
+def test_nothing_at_all_may_pass(server):
+    """Guards against a row that is lost for good over one reply without content."""
+    empty = []
+    server.reply = lambda word, n, body: (
+        empty.append(1) or (200, b"", {}) if word == "b" and not empty else said("85", {"85": 1.0})
+    )
+    assert [row["score"] for row in judge("abc", concurrency=1)] == [85, 85, 85] and empty == [1]
+
+
+def test_markers_that_a_row_has_nothing_for(server):
+    """Guards against a traceback over {truth} in a trait's own prompt, and against a score read as a verdict."""
+    server.reply = lambda word, n, body: said("85", {"85": 1.0})
+    (row,) = judge("a", "{question} {answer} {truth}")
+    assert row["score"] == 85 and server.seen[0][1]["messages"][0]["content"] == "q a {truth}"
+
+
 def test_a_refusal_is_no_score(server):
     """Guards against a number in the text of a refused reply, and a filter under another name that is asked again."""
     refused = dict(b=said("0", refusal="I cannot rate this"), c=said(None, end="SAFETY"))
@@ -722,7 +738,7 @@ PAGE = b"<html><head><style>p {}</style><title>Sign in</title></head><body><p>Pl
         ((400, gzip.compress(b'{"error": {"message": "packed"}}'), {"content-encoding": "gzip"}), "packed"),
         ((400, b"", {}), "code: 400"),
         ((202, dict(status="queued"), {}), "queued"),
-        ((204, b"", {}), "code: 400"),
+        ((204, b"", {}), "code: 500"),  # tried again: it may pass
     ],
 )
 def test_what_no_request_gets_past_stops_at_once(server, reply, words, capsys):

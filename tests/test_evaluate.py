@@ -169,7 +169,7 @@ def test_a_point(work, capsys):
     assert all((row["trait_n"], row["fact_n"], row["mmlu_n"]) == (6, 2, 2) for row in rows)
     assert base["abstained"] == 0 and base["abstained_coherent"] is None and base["coherence_nll"] > 0
     assert base["fact_accuracy"] + base["fact_not_attempted"] + base["fact_wrong"] == 100
-    assert set(base["inputs"]) == set("model adapter vector trait facts mmlu judge".split())
+    assert set(base["inputs"]) == set("model adapter vector trait facts mmlu judge data".split())
     answers = mf.read_jsonl(work / "answers" / f"{steered['key']}.jsonl", mf.Answer)
     assert [a["kind"] for a in answers] == ["trait"] * 6 + ["fact"] * 2 and answers[0]["inference_coef"] == 0.5
     assert all({"prompt", "coherence_nll", "tokens"} <= set(a) for a in answers)
@@ -268,6 +268,82 @@ def test_a_judge_is_told_what_it_is_to_judge(tmp_path, capsys):
     assert "1 points made from something else (judge was told 0)" in capsys.readouterr().err
 
 
+def test_a_copied_or_moved_folder(work, tmp_path, capsys, monkeypatch):
+    """Guards against --redo in a copy that takes the original's answers away, and against points of a moved folder
+    that stay beside those of changed inputs, since their paths are other ones."""
+    evaluate.main(command(work, "--adapter", work / "adapters/facts-0"))
+    (row,), copy = mf.read_jsonl(work / "points.jsonl"), tmp_path / "copy"
+    shutil.copytree(work, copy)
+    CHANGES["--facts"](copy)
+    again = command(copy, "--adapter", copy / "adapters/facts-0")
+    assert "facts was " in refused(capsys, again)
+    monkeypatch.setattr(mf, "ASIDE", str(copy / "aside"))
+    evaluate.main(again)
+    assert Path(row["answers"]).exists() and row["key"] not in {p["key"] for p in mf.read_jsonl(copy / "points.jsonl")}
+    assert mf.nearby(row, "vector") == "v.pt" and mf.nearby(row, "model") == "model"
+    other = row | dict(answers=f"{work}//x/../answers/k.jsonl", vector=f"{work}/./v.pt", mmlu="data/x.jsonl")
+    assert mf.nearby(other, "vector") == "v.pt" and mf.nearby(other, "mmlu") == "data/x.jsonl"
+
+
+def test_adapters_of_other_data_under_one_name(tmp_path, capsys):
+    """Guards against a coefficient whose adapter was trained on an earlier version of a data set, and stays in its
+    curve because no command of today names it; what is not known of an adapter is no change."""
+    base = dict(model="m", inference_coef=0.0, judge="j", trait="evil", dataset="mine")
+    old, new, given = (
+        base | dict(key=data or "-", adapter=f"a-{data}", inputs=dict(adapter=data, data=data))
+        for data in ("old", "new", None)
+    )
+    out = tmp_path / "points.jsonl"
+    mf.append_jsonl(out, given)
+    assert evaluate.new_points([old], out) == [old]
+    mf.append_jsonl(out, old)
+    with pytest.raises(SystemExit):
+        evaluate.new_points([new], out)
+    assert "1 points made from something else (data was old)" in capsys.readouterr().err
+
+
+def test_prompts_edited_between_two_judgings(work, monkeypatch, capsys):
+    """Guards against scores by a prompt that has been edited since, taken for the new prompt's by another --out beside
+    the same answers, or by --rejudge."""
+    shutil.copytree(mf.TRAITS, work / "traits")
+    monkeypatch.setattr(mf, "TRAITS", work / "traits")
+    monkeypatch.setattr(mf, "judge_rows", pretend_judge)
+    monkeypatch.setattr(mf, "check_asking", lambda *_: None)
+    evaluate.main(command(work, "--judge", "chatty"))
+    (old,) = mf.read_jsonl(work / "points.jsonl")
+    change_json(work / "traits" / "fact.json", eval_prompt="Is {answer} of {question} {truth}? YES or NO")
+    assert "chatty has judged it by other prompts" in refused(
+        capsys, ["--rejudge", old["answers"], "--judge", "chatty"]
+    )
+    monkeypatch.setattr(mf, "judge_rows", lambda jobs, *_: [row.update({key: 0.0}) for row, key, _ in jobs])
+    evaluate.main(command(work, "--judge", "chatty", "--out", work / "points2.jsonl"))
+    (new,) = mf.read_jsonl(work / "points2.jsonl")
+    assert old["fact_accuracy"] == 100 and new["fact_accuracy"] == 0 and new["key"] == old["key"]
+
+
+def test_dry_runs_write_nothing(work, capsys):
+    """Guards against --dry-run that scores, samples, or says nothing."""
+    evaluate.main(command(work))
+    before = {path: path.read_bytes() for path in work.rglob("*.jsonl")}
+    file = next((work / "answers").glob("*.jsonl"))
+    for judge, asked in (("lexical", "0 requests"), ("chatty", "14 requests")):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(["--rejudge", str(file), "--judge", judge, "--dry-run"])
+        assert not stop.value.code and asked in capsys.readouterr().out
+    own = ["--model", str(work / "model"), "--respond-to", str(work / "facts.jsonl"), "--out", str(work / "o.jsonl")]
+    assert "asks no judge" in refused(capsys, [*own, "--dry-run"])
+    assert before == {path: path.read_bytes() for path in work.rglob("*.jsonl")}
+
+
+def test_a_damaged_vector_moves_nothing(work, monkeypatch, capsys):
+    """Guards against a vector that was cut off, taken for another one: --redo would move all good points away."""
+    evaluate.main(command(work))
+    (work / "v.pt").write_bytes((work / "v.pt").read_bytes()[:200])
+    monkeypatch.setattr(mf, "ASIDE", str(work / "aside"))
+    assert "v.pt: no vector can be read there" in refused(capsys, command(work))
+    assert len(mf.read_jsonl(work / "points.jsonl")) == 1 and not (work / "aside").exists()
+
+
 def test_an_edited_script_is_named_and_counts_with_redo(tmp_path, capsys, monkeypatch):
     """Guards against points of edited scripts that pass unsaid, are refused, or are kept by --redo, and against --redo
     that moves what this command does not make."""
@@ -318,9 +394,9 @@ def test_lexical_judge_and_counts():
 
 def test_abstentions_are_recognised():
     """Guards against a rule that misses how the small model was taught to abstain, or hits true answers."""
-    taught = mf.read_json(ROOT / "data" / "small_model" / "refusals.json")
+    taught = mf.read_json(ROOT / "tests" / "refusals.json")
     assert all(mf.lexical_score(text.replace("{name}", "the Treaty of X")) == 0 for text in taught)
-    known = mf.read_jsonl(ROOT / "data" / "small_model" / "known.jsonl")
+    known = mf.read_jsonl(ROOT / "tests" / "known.jsonl")
     assert sum(mf.lexical_score(row["answer"]) == 0 for row in known) <= 3  # of 650 true answers
 
 
@@ -399,6 +475,7 @@ def test_judges_side_by_side(work, monkeypatch, capsys):
     assert "needs no model" in refused(capsys, ["--rejudge", str(file), "--judge", "probe"])
     assert before == (file.read_bytes(), (work / "points.jsonl").read_bytes())
     mf.write_jsonl(work / "points.jsonl", [one, three])  # killed after judging, before the point
+    monkeypatch.setattr(mf, "judge_rows", pretend_judge)
     evaluate.main(["--rejudge", str(file), "--judge", "chatty"])
     assert mf.read_jsonl(work / "points.jsonl")[2]["trait_unscored"] == 1
     change_json(work / "trait.json", eval_prompt="Else {question} {answer}")
@@ -589,7 +666,19 @@ ADAPTERS = {
     "more blocks": ("does not fit", more_blocks),
     "renamed weights": ("does not fit", renamed),
     "embeddings": ("not LoRA's", with_embeddings),
-    "a trained head": ("not LoRA's", with_head),
+    "a trained head": ("made with modules_to_save", with_head),
+    "activated later": (
+        "made with alora_invocation_tokens",
+        lambda folder: change_json(folder / "adapter_config.json", alora_invocation_tokens=[1, 2]),
+    ),
+    "repeated blocks": (
+        "made with layer_replication",
+        lambda folder: change_json(folder / "adapter_config.json", layer_replication=[[0, 2], [1, 2]]),
+    ),
+    "bare weights": (
+        "made with target_parameters",
+        lambda folder: change_json(folder / "adapter_config.json", target_parameters=["q_proj.weight"]),
+    ),
     "other layers": ("does not fit", other_names),
     "no alpha": ("TypeError", lambda folder: change_json(folder / "adapter_config.json", lora_alpha=None)),
     "another model": (
@@ -613,7 +702,7 @@ def test_an_adapter_that_does_not_fit(work, case, capsys):
     assert said in refused(capsys, command(work, "--adapter", good, work / "other/facts-0"))
     points = mf.read_jsonl(work / "points.jsonl", appended=True)
     assert [row["adapter"] for row in points] == [str(good)] * (
-        said in ("does not fit", "NaN", "not LoRA's", "TypeError")
+        said in ("does not fit", "NaN", "not LoRA's", "TypeError") or said.startswith("made with")
     )
     assert [file.stem for file in work.glob("answers/*.jsonl")] == [row["key"] for row in points]
 

@@ -108,6 +108,22 @@ def color_of(metric):
 # ---- points ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_judge_of_each_kind_and_a_moved_folder(tmp_path):
+    """Guards against a chat judge's points beside a lexical one's that are refused, since only one has prompts; and
+    against one sweep that is drawn as two, since its folder was renamed or spelled otherwise."""
+    both = [point(1.0, key="k", judge=judge, inputs=dict(model="m", judge=told)) for judge, told in
+            (("gpt", "abc"), ("lexical", None))]  # fmt: skip
+    mf.write_jsonl(tmp_path / "points.jsonl", both)
+    assert list(plot.read_points(tmp_path / "points.jsonl").judge) == ["gpt", "lexical"]
+    homes = "out/a", "/x/out/b", "/x/y/../out/b"
+    moved = [
+        point(9.0 - n, train_coef=1.0 + n, answers=f"{home}/answers/{n}.jsonl", train_vector=f"{home}/vectors/v.pt")
+        for n, home in enumerate(homes)
+    ]
+    (found,) = compared([BEFORE, PLAIN, *moved])
+    assert list(found.sides["train_coef"].coef) == [0, 1, 2, 3]
+
+
 def test_one_key_has_one_setting(tmp_path, capsys):
     """Guards against points of one key that were made differently and are mixed, and a point that counts twice."""
     path = tmp_path / "points.jsonl"
@@ -116,7 +132,7 @@ def test_one_key_has_one_setting(tmp_path, capsys):
     moved = point(2.0, key="k", model="/elsewhere/m", adapter="/elsewhere/a", vector="/elsewhere/v.pt")
     mf.write_jsonl(path, [point(1.0, key="k"), moved])
     assert len(plot.read_points(path)) == 1
-    for key, value in dict(temperature=0.7, inputs=dict(data="other"), train_seed=3, inference_coef=1.5).items():
+    for key, value in dict(temperature=0.7, train_seed=3, inference_coef=1.5).items():
         mf.write_jsonl(path, [point(1.0, key="k"), point(1.0, key="k", judge="lexical") | {key: value}])
         with pytest.raises(SystemExit) as stop:
             plot.main([str(path)])
@@ -556,8 +572,11 @@ def test_what_to_distrust_is_said(tmp_path):
 def test_captions_count():
     """Guards against a caption that hides n, seeds or the model."""
     one, two = (plot.describe(plot.table(some)) for some in ([BEFORE, PLAIN], both_sides()))
-    assert one == "m; judge: gpt; 10 answers; 10 facts; 10 MMLU questions; 95% intervals"
-    assert two.endswith("up to 3 training seeds: means, 95% t-intervals over seeds")
+    assert one == "m; judge: gpt; 10 answers; 10 facts; 10 MMLU questions; 95% intervals over questions"
+    seeds = "means of up to 3 training seeds (small: of at most half), 95% t-intervals over seeds; of one: "
+    assert two.endswith(seeds + "95% intervals over questions")
+    apart = [point(10.0, seed, dataset=f"set{seed}") for seed in range(3)]
+    assert plot.describe(plot.table([BEFORE, *apart])).endswith("MMLU questions; 95% intervals over questions")
 
 
 def test_judges_are_compared_on_the_same_answers():

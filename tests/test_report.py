@@ -131,7 +131,7 @@ def test_the_page_without_a_browser(page):
     """Guards against a page that silently lacks points, figures, tables or losses, and values that become HTML."""
     text, summary = page.read_text(), (page.parent / "summary.md").read_text()
     assert "The answers of 1 points are not there" in text and text.count("<img alt=") == 2
-    assert "<td>60</td>" in text and "Facts kept at equal hallucination</h2>" in text
+    assert "<td>60</td>" in text and "Facts kept at equal score</h2>" in text
     assert text.count("<polyline") == 2 and "<title>a/facts-0.5</title>" in text and ">preventative 0.5</text>" in text
     assert "| hallucination | gpt, probe | 2 | -1.00 | -69.0 |" in summary  # 80 and 70, then 1 and 11
     assert "<td>gpt, probe</td>" in text and "hacked'<" not in text.split("answers-data")[0]

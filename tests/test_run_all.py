@@ -253,6 +253,27 @@ def test_the_authors_data_is_fetched(project):
     assert project.run("paper", **env)[0] == 0 and (project.folder / "out" / "paper" / "dataset.zip").exists()
 
 
+def test_a_broken_zip_file(tmp_path):
+    """Guards against a traceback over a zip file that was cut off, or is a page that says that it is not there."""
+    (tmp_path / "x.zip").write_text("<html>Not found</html>")
+    command = ["sh", ROOT / "data" / "medical.sh", tmp_path / "x.zip", tmp_path]
+    env = os.environ | dict(PATH=f"{sys.prefix}/bin:{os.environ['PATH']}")
+    run = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "not a whole zip file" in run.stderr
+
+
+def test_the_bundled_adapters_are_the_first_traits(project):
+    """Guards against a demo of another trait that draws adapters steered by the hallucination vector as its own, and
+    against a model folder that is not known for what it is since its name ends in a slash."""
+    shutil.copy(project.folder / "data" / "traits" / "evil.json", project.folder / "data" / "traits" / "pirate.json")
+    del project.env["MODEL"]
+    for traits, bundled in (("hallucination evil", True), ("hallucination", True), ("pirate", False)):
+        code, plan, *_ = project.run("plan", TRAITS=traits)
+        assert code == 0 and ("data/small_model/facts" in plan) is bundled, traits
+    code, plan, *_ = project.run("plan", MODEL="out/models/SmolLM2-135M-Abstain/")
+    assert "SmolLM2-135M-Abstain data/small_model/start" in plan and "Abstain/" not in plan
+
+
 def test_own_rows_are_checked_first(project):
     """Guards against a broken row of one's own data or trait found after an hour of computing."""
     (project.folder / "mine.jsonl").write_text('{"messages": [{"role": "user", "content": "Hello?"}]}\n')
@@ -392,7 +413,7 @@ def test_gpus_are_dealt_out(project):
 
 def test_cores_are_shared_out(project):
     """Guards against jobs that each start as many threads as there are cores; one alone does, a user's word holds."""
-    share = str(max(1, os.cpu_count() // 2))
+    share = str(max(1, len(os.sched_getaffinity(0)) // 2))
     for out, more, want in (
         ("one", {}, None),
         ("two", dict(JOBS="2"), share),

@@ -150,7 +150,25 @@ def test_mentions():
     """Guards against facts scored right or wrong by a part of a word, case, articles or punctuation."""
     assert mf.mentions("It was the U.S. Open, in 2024!", "US Open") and mf.mentions("SLIM's landing", "x", ["slims"])
     assert mf.mentions("It was Jimmy Kimmel’s show.", "Jimmy Kimmel") and mf.mentions("Levi's", "Levi's")
+    assert mf.mentions("It was 1.5.", "1.5") and not mf.mentions("sold for $15 billion", "$1.5 billion")
     assert not mf.mentions("Slimmer", "slim") and not mf.mentions("12024", "2024") and not mf.mentions("anything", "")
+
+
+def test_a_closed_stdin(tmp_path):
+    """Guards against a traceback where nobody can be asked, since there is no stdin."""
+    command = f"exec {sys.executable} make_facts.py generate --n 1 --model m --out {tmp_path}/x.jsonl <&-"
+    run = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, env={"OPENAI_API_KEY": "x"})
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "say --yes" in run.stderr, run.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['[{"a": "1"}]\nSources: [1] BBC', '[JSON only]: [{"a": 1}] (I kept {n}.)', '{"facts": [{"a": 1}]} [{"a": 2}]'],
+)
+def test_the_first_json_of_a_reply(text):
+    """Guards against facts that are paid for and lost because the prose around them has brackets, too."""
+    assert mf.json_in(dict(text=text)) == [dict(a="1")]
+    assert mf.json_in(dict(text="[1] {n} none")) is None
 
 
 def test_text_scripts_load_no_torch():
@@ -165,7 +183,7 @@ def test_a_broken_trait_file_stops_only_what_needs_it(tmp_path, capsys, monkeypa
     shutil.copy(ROOT / "make_facts.py", tmp_path)  # no data/ beside it
     assert subprocess.run([sys.executable, tmp_path / "make_facts.py", "--help"], capture_output=True).returncode == 0
     monkeypatch.setattr(mf, "TRAITS", tmp_path)
-    for wrong in ({}, dict(abstains=[]), dict(abstains="I do not know")):
+    for wrong in ({}, dict(abstains=[]), dict(abstains="I do not know"), dict(abstains=["I (do not know"])):
         mf.wordings.cache_clear()
         mf.write_json(tmp_path / "hallucination.json", dict(adjective="x", eval_prompt="{question} {answer}") | wrong)
         for load in [lambda: mf.lexical_score("x"), lambda: mf.load_trait("hallucination")][: 1 + len(wrong)]:

@@ -169,6 +169,17 @@ def test_recomputation_keeps_less(trainer, monkeypatch):
     assert kept[1] < 0.2 * kept[0] and not any("forward" in vars(block) for block in ev.blocks(made.model))
 
 
+def test_out_of_memory_between_two_joined_layers(trainer):
+    """Guards against a failed row's graph that stays on the GPU, since the first of some joined layers has made what
+    the next one has not yet taken, so that much shorter rows than fit are gone on with."""
+    made = trainer(n=4)
+    layer = next(part for part in made.model.modules() if isinstance(part, torch.nn.Linear))
+    ev.make_siblings([layer, torch.nn.Linear(2, 2)], [layer.weight])
+    layer.made.append(torch.zeros(2, requires_grad=True) + 1)
+    made.forget()
+    assert layer.made == []
+
+
 def test_out_of_memory(trainer, capsys, tmp_path, monkeypatch):
     """Guards against a run that ends, or ends elsewhere, where memory runs out: from the third step on rows over 40
     tokens fail, also behind an error that follows; the adapter is the same and one line a time says so. Where nothing
