@@ -173,8 +173,8 @@ def describe(points):
     asked = "answers", "facts", points.knowledge.max() + " questions"
     parts += [f"{n:.0f} {name}" for n, name in zip(points[["trait_n", "fact_n", "mmlu_n"]].max(), asked) if n > 0]
     seeds = points.dropna(subset="adapter").groupby(["dataset", "trait"]).train_seed.nunique().max()
-    over = f"means of up to {seeds} training seeds (small: of at most half), 95% t-intervals over seeds; of one: "
-    parts.append(over * bool(seeds > 1) + "95% intervals over questions")
+    by = f"means of up to {seeds} training seeds (small marks: of half or fewer), 95% t-intervals over seeds; of one: "
+    parts.append(by * bool(seeds > 1) + "95% intervals over questions")
     if points.adapter.astype(str).str.startswith("data/small_model/").any():
         parts.append("adapters trained beforehand (data/small_model)")
     if points.hollow.any():

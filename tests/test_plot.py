@@ -573,7 +573,7 @@ def test_captions_count():
     """Guards against a caption that hides n, seeds or the model."""
     one, two = (plot.describe(plot.table(some)) for some in ([BEFORE, PLAIN], both_sides()))
     assert one == "m; judge: gpt; 10 answers; 10 facts; 10 MMLU questions; 95% intervals over questions"
-    seeds = "means of up to 3 training seeds (small: of at most half), 95% t-intervals over seeds; of one: "
+    seeds = "means of up to 3 training seeds (small marks: of half or fewer), 95% t-intervals over seeds; of one: "
     assert two.endswith(seeds + "95% intervals over questions")
     apart = [point(10.0, seed, dataset=f"set{seed}") for seed in range(3)]
     assert plot.describe(plot.table([BEFORE, *apart])).endswith("MMLU questions; 95% intervals over questions")
