@@ -383,7 +383,7 @@ def rejudge(args):
             inputs = point["inputs"] | dict(judge=digest({prompt for *_, prompt in asked}))
             if args.judge not in there:
                 todo.append((point | dict(inputs=inputs), rows, out))
-            elif there[args.judge]["inputs"] != inputs:
+            elif there[args.judge]["inputs"].get("judge") != inputs["judge"]:
                 die(f"{path}: {args.judge} has judged it by other prompts than data/traits has now; measure again")
         if args.dry_run:
             jobs = judge_jobs([row for _, rows, _ in todo for row in rows], args.judge)
