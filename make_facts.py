@@ -349,9 +349,8 @@ Conversation = schema(messages=Annotated[some(Message), pydantic.AfterValidator(
 Choice = Annotated[object, pydantic.PlainValidator(choice_number)]
 Question = schema(subject=Text, question=Text, choices=some(Text, min_length=2, max_length=10), answer=Choice)
 Prompt = Annotated[str, pydantic.Field(pattern=r"(?s)\{question\}.*\{answer\}|\{answer\}.*\{question\}")]
-Regex = Annotated[
-    str, pydantic.AfterValidator(lambda text: pydantic.TypeAdapter(re.Pattern).validate_python(text).pattern)
-]
+compiled = pydantic.TypeAdapter(re.Pattern).validate_python
+Regex = Annotated[str, pydantic.AfterValidator(lambda text: compiled(text).pattern)]
 Trait = schema(adjective=Text, eval_prompt=Prompt, abstains=(some(Regex) | None, None))
 ExtractionTrait = schema(__base__=Trait, instruction=some(schema(pos=Text, neg=Text)), questions=some(Text))
 EvaluationTrait = schema(__base__=Trait, eval_questions=some(Text))
@@ -653,9 +652,7 @@ class Chat:
                 async with self.api.AsyncOpenAI(http_client=http, **options) as self.client:
                     await self.ask_one(waiting[0])  # finds out the form
                     if room := self.forms[0].room:
-                        tqdm.write(
-                            f"{self.model} thinks first: up to {room:,} tokens more for each of {len(waiting):,}"
-                        )
+                        tqdm.write(f"{self.model} thinks first: up to {room:,} tokens more a request")
                     await asyncio.gather(*map(self.ask_one, waiting[1:]))
         if self.error:
             die(f"{title}: {self.shown}: {words(self.error)}; what was answered is kept, the same command goes on")
