@@ -281,12 +281,9 @@ def points_of(args, asked, mmlu, probe):
 def new_points(points, out):
     """-> those that are not in --out yet. What is there under a name of these (an adapter, a file, a trait, a judge)
     but from other content, or sampled otherwise, is outdated: a figure would mix them. Edited scripts: ASIDE only."""
-    names = (
-        {name: [name] for name in INPUTS}
-        | dict(data=["dataset"])
-        | dict.fromkeys(SAMPLING, ["model", "trait", "facts"])
-    )
-    names |= dict(judge=["judge", "trait", "facts"]) | dict.fromkeys(mf.scripts() if mf.ASIDE else [], ["key"])
+    names = {name: [name] for name in INPUTS} | dict(model=[], data=["dataset"], judge=["judge", "trait", "facts"])
+    names |= dict.fromkeys(SAMPLING, ["trait"]) | dict.fromkeys(("samples", "limit"), ["trait", "facts"])
+    names |= dict.fromkeys(mf.scripts() if mf.ASIDE else [], ["key"])
     made = lambda row: row | row.get("inputs", {}) | row.get("scripts", {})
     called = lambda row, keys: [mf.nearby(row, key) for key in keys]
     contents = lambda row: {(name, *called(row, keys)): made(row).get(name) for name, keys in names.items()}
@@ -294,16 +291,17 @@ def new_points(points, out):
     differs = lambda name, old: now.get(name, old) != old and (old or name[0] != "data")  # not known of any adapter
     changed = lambda row: [f"{name[0]} was {old}" for name, old in contents(row).items() if differs(name, old)]
     there, scripts = grown(out, mf.Point), mf.scripts().items()
-    why = {row["key"]: changed(row) for row in there if changed(row)}
+    point_of = lambda row: (row["key"], row["judge"])
+    why = {point_of(row): changed(row) for row in there if changed(row)}
     if why:
-        answers = [Path(out).parent / "answers" / f"{key}.jsonl" for key in why]
+        other = {key for (key, _), changes in why.items() if not all(text.startswith("judge ") for text in changes)}
+        answers = [Path(out).parent / "answers" / f"{key}.jsonl" for key in other]
         changes = "; ".join(sorted({*itertools.chain(*why.values())}))
         mf.outdated(f"{out}: has {len(why)} points made from something else ({changes})", *answers)
-        mf.move_rows(out, lambda row: row["key"] in why, Path(mf.ASIDE, Path(out).name))
+        mf.move_rows(out, lambda row: point_of(row) in why, Path(mf.ASIDE, Path(out).name))
     elif edited := sorted({name for row in there for name, _ in row.get("scripts", {}).items() - scripts}):
         print(f"{out}: begun before {', '.join(edited)} was edited; made anew by bash run_all.sh --redo", flush=True)
-    made = {(row["key"], row["judge"]) for row in there if row["key"] not in why}
-    return [point for point in points if (point["key"], point["judge"]) not in made]
+    return [point for point in points if point_of(point) not in {*map(point_of, there)} - {*why}]
 
 
 # ---- The three jobs: to measure points, to judge again, to answer ---------------------------------------------------
@@ -351,14 +349,14 @@ def measure(args):
                 there = {row["id"]: row for row in grown(point["answers"], mf.Answer)}
                 rows = [there[row["id"]] for row in asked]
                 add_coherence_nll(model, tokenizer, rows)
-                finish([(point, rows, args.out)], args, probing)
+                finish([(point, rows, point["answers"], args.out)], args, probing)
 
 
 def finish(measured, args, probing=None):
-    """[(point, its answers, points.jsonl)]: scores; keeps the scores, then the point: where it is, all of it is."""
-    score_answers([row for _, rows, _ in measured for row in rows], args.judge, args, probing)
-    for point, rows, out in measured:
-        mf.write_jsonl(point["answers"], rows)
+    """[(point, answers, their file, points.jsonl)]: scores; keeps these, then the point: where it is, all of it is."""
+    score_answers([row for _, rows, *_ in measured for row in rows], args.judge, args, probing)
+    for point, rows, path, out in measured:
+        mf.write_jsonl(path, rows)
         limit = coherence_limit(point, out) if point["trait"] else None
         point |= summary(rows, args.judge, limit) | mf.provenance()
         append_jsonl(out, point)
@@ -372,21 +370,23 @@ def rejudge(args):
     with locked(*paths):
         for path in paths:
             rows, out = read_jsonl(path, mf.Answer), args.out or path.parent.parent / "points.jsonl"
-            there = {row["judge"]: row for row in grown(out, mf.Point) if row["key"] == path.stem and "inputs" in row}
+            points = [row for row in grown(out, mf.Point) if "inputs" in row]
+            there = {row["judge"]: row for row in points if row["key"] == path.stem}
             if not there:
                 die(f"{path}: no point in {out} belongs to it; give answers/<key>.jsonl of a finished point")
-            point = next(iter(there.values())) | dict(judge=args.judge, answers=str(path), scripts=mf.scripts())
+            point = next(iter(there.values())) | dict(judge=args.judge, scripts=mf.scripts())
             args.trait, asked = point["trait"], judge_jobs(rows, args.judge)
             mf.check_judge(args, "what needs no model")
             if args.trait and digest(load_trait(args.trait, rows[0].get("trait_file"))) != point["inputs"]["trait"]:
                 die(f"{path}: the trait file has changed since; measure again")
-            inputs = point["inputs"] | dict(judge=digest({prompt for *_, prompt in asked}))
+            judged = dict(judge=digest({prompt for *_, prompt in asked}))
+            kind = lambda row: (row["judge"], row["trait"], bool(row.get("facts")))
+            if {row["inputs"].get("judge") for row in points if kind(row) == kind(point)} - {judged["judge"]}:
+                die(f"{out}: {args.judge} has judged by other prompts than data/traits has now; measure again")
             if args.judge not in there:
-                todo.append((point | dict(inputs=inputs), rows, out))
-            elif there[args.judge]["inputs"].get("judge") != inputs["judge"]:
-                die(f"{path}: {args.judge} has judged it by other prompts than data/traits has now; measure again")
+                todo.append((point | dict(inputs=point["inputs"] | judged), rows, path, out))
         if args.dry_run:
-            jobs = judge_jobs([row for _, rows, _ in todo for row in rows], args.judge)
+            jobs = judge_jobs([row for _, rows, *_ in todo for row in rows], args.judge)
             mf.estimate_judging("judging again", args, 1, jobs)
         finish(todo, args)
     print(f"{len(todo)} of {len(args.rejudge)} judged by {args.judge}; the others had been")

@@ -257,6 +257,8 @@ def load_model(name, content=None):
         model, lacks = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except Exception as error:  # broken files make transformers raise anything
         die(f"--model {name}: cannot be loaded ({' '.join(str(error).split())[:300] or type(error).__name__})")
+    if getattr(model, "is_quantized", False):
+        die(f"--model {name}: is quantized, which is not computed here; give the model that it was made from")
     if missing := sorted(lacks["missing_keys"]):
         die(f"--model {name}: {len(missing)} weights are not in its files, such as {missing[0]}")
     print(f"{name}: {model.num_parameters() / 1e6:,.0f}M parameters on {device}, {model.dtype}", flush=True)
@@ -411,8 +413,8 @@ def check_chats(tokenizer, name, most):
     for chat, (ids, _) in zip(chats, encode_chats(tokenizer, chats)):
         if lost := [turn["content"] for turn in chat if turn["content"] not in tokenizer.decode(ids)]:
             die(f"--model {name}: its chat template loses {lost[0]!r}; use another chat model")
-        if max(ids) >= most:
-            die(f"--model {name}: its tokenizer has ids up to {max(ids)}, but the model has {most} only")
+        if (top := max(*ids, *(tokenizer.get_vocab().values() - tokenizer.added_tokens_decoder.keys()))) >= most:
+            die(f"--model {name}: its tokenizer has ids up to {top}, but the model has {most} only")
     if not chat_format(tokenizer)[2]:
         print(f"{name}: no system turn in its chat template; a system text goes in front of the user's")
 

@@ -356,7 +356,9 @@ ExtractionTrait = schema(__base__=Trait, instruction=some(schema(pos=Text, neg=T
 EvaluationTrait = schema(__base__=Trait, eval_questions=some(Text))
 TEXTS = """adapter dataset steer_mode train_layers train_positions train_vector system_prompt vector mmlu trait layers
     positions mmlu_scoring answers judge_method day""".split()
-TRAINED = "coef seed epochs lr batch_size rank alpha".split()  # of an adapter's settings; of a point: train_coef ...
+TRAINED = (
+    "coef seed epochs lr batch_size rank alpha max_steps limit".split()
+)  # of an adapter's settings; of a point: train_coef ...
 MEASURED = """trait_score trait_n trait_unscored fact_accuracy fact_not_attempted fact_wrong fact_n fact_unscored
     mmlu_accuracy mmlu_n coherence_nll abstained abstained_coherent coherence""".split()
 NUMBERS = [*(f"train_{name}" for name in TRAINED), "samples", "temperature", "seed", *MEASURED]

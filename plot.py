@@ -37,7 +37,7 @@ METHODS = dict(train_coef="Preventative steering", inference_coef="Inference-tim
 STYLES = dict(train_coef=("#5e3c99", "-"), inference_coef=("#b8860b", (0, (4, 1.5))))
 STEERING = "train_layers train_positions train_vector layers positions vector".split()
 STEERED_BY = dict(train_coef=STEERING[:3], inference_coef=STEERING[3:])
-RECIPE = ["train_epochs", "train_lr", "train_batch_size", "train_rank", "train_alpha"]
+RECIPE = [f"train_{name}" for name in mf.TRAINED if name not in ("coef", "seed")]
 OTHERS = ["system_prompt", "temperature", "samples", "judge", "train_seed"]
 WHICH = ["dataset", "trait", *METHODS, *STEERING, *RECIPE, *OTHERS]  # the table's first columns, where they differ
 SETTINGS = sorted({*WHICH, "model", "seed", "mmlu_scoring"} - {"judge", "vector", "train_vector"})  # of a key
@@ -56,7 +56,7 @@ def table(rows):
     questions are called), and method: one of METHODS, plain, prompted, before training, or several, never drawn."""
     blank = dict.fromkeys(STEERING, "-") | dict(layers="all", train_layers="all", dataset="?", trait="no trait")
     there = lambda row: {key: value for key, value in row.items() if value not in (None, np.inf, -np.inf)}
-    near = lambda row: {name: mf.nearby(row, name) for name in ("vector", "train_vector") if row.get(name)}
+    near = lambda row: {name: mf.nearby(row, name) for name in ("adapter", "vector", "train_vector") if row.get(name)}
     rows = [blank | there(row | near(row)) for row in rows]
     points = pd.DataFrame(rows).reindex(columns=[*mf.Point.model_fields, "commit", "versions"])
     for metric in METRICS:
@@ -356,8 +356,8 @@ def main(argv=None):
     files = {key: folder / "answers" / f"{key}.jsonl" for key in points.key}
     answers = read_rows(files, folder / "answers.jsonl.xz", "key", mf.Answer)
     adapters = points.dropna(subset="adapter").drop_duplicates("adapter")
-    paths, moved = adapters.adapter.map(Path), folder / "adapters"  # those that came with the points go first
-    files = {str(path): (moved / path.name if (moved / path.name).is_dir() else path) / "loss.jsonl" for path in paths}
+    moved = lambda path: folder / "adapters" / Path(path).name  # those that came with the points go first
+    files = {path: Path(moved(path) if moved(path).is_dir() else path, "loss.jsonl") for path in adapters.adapter}
     losses = read_rows(files, folder / "losses.jsonl.xz", "adapter", mf.Loss)
     shown = points[points.shown]
     found, others = comparisons(shown, facts=True), comparisons(shown, facts=False)

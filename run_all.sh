@@ -25,7 +25,7 @@ for word in "$@"; do
 done
 gpus=$(nvidia-smi --query-gpu=index,memory.total --format=csv,noheader,nounits 2>/dev/null || true)
 if [ -z "$mode" ]; then
-    mode=demo; [ -z "${OPENAI_API_KEY:-}" ] || ! echo "$gpus" | awk '$2 > 22000 { f = 1 } END { exit !f }' || mode=paper
+    mode=demo; [ -z "${OPENAI_API_KEY:-}" ] || ! echo "$gpus" | awk '$2+0 > 22000 { f=1 } END { exit !f }' || mode=paper
     echo "profile $mode (a GPU of 24 GiB and OPENAI_API_KEY choose paper)"
 fi
 
@@ -118,8 +118,7 @@ if authors:
     plan(PREPARE, [*map(data, medical)], "sh", "data/medical.sh", E["MEDICAL_ZIP"], f"{OUT}/data")
 for name in medical if not authors else []:
     subset(f"{E['MEDICAL']}/{name}.jsonl", E["ROWS"], name)
-if E["MMLU"] == data("general_knowledge"):
-    subset("data/general_knowledge.jsonl", 40, "general_knowledge")
+if E["MMLU"] == data("general_knowledge"): subset("data/general_knowledge.jsonl", 40, "general_knowledge")
 if MODEL.startswith("out/models/SmolLM2-135M-"):
     start = ["data/small_model/start"] if MODEL.endswith("-Abstain") else []
     plan(PREPARE, [MODEL], "sh", "-c", '[ -e "$0" ] || exec python data/small_model/convert.py "$0" $1', MODEL, *start)
@@ -171,10 +170,11 @@ def work(done):  # one of JOBS processes: takes numbers of commands from stdin, 
     gc.freeze()  # these need not be looked through for garbage after each command
     with contextlib.suppress(BrokenPipeError):  # when the first process is gone
         while number := os.read(0, 2):
-            os.write(done, number + bytes([run(ALL[int.from_bytes(number)].words) & 255]))
+            os.write(done, number + bytes([code := run(ALL[int.from_bytes(number)].words) & 255]))
+            if code: break
 def main(dry_run):
     if sys.argv[1] == "work":
-        make_facts.stop = lambda number, _: sys.exit(128 + number)  # the first process says that it was stopped
+        make_facts.stop = lambda number, _: number == 2 or sys.exit(128 + number)  # Ctrl-C: the first process ends it
         return make_facts.run(work, int(sys.argv[2]))
     (queue, begin), (finished, done), children = os.pipe(), os.pipe(), []
     gpus = E.get("CUDA_VISIBLE_DEVICES", ",".join(line.split(",")[0] for line in E["gpus"].splitlines())).split(",")

@@ -940,7 +940,7 @@ def two_gpus_table(found):
             text.append(f"| {kind} | {found.get(f'{kind}, two GPUs', {}).get('error', 'not measured')} | | | | |")
     about = found["about"]
     text.append(f"\n{about['gpu']}, {about['shape']}, {about['run']}.")
-    return "\n".join(text + [about["note"]] * ("note" in about))
+    return "\n".join([*text, about.get("note", "")]).rstrip()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -237,8 +237,9 @@ def test_a_changed_input_is_named(work, flag, capsys, monkeypatch):
     mf.append_jsonl(work / "points.jsonl", old | unchanged | dict(key="k"))
     monkeypatch.setattr(mf, "ASIDE", str(work / "aside"))  # run_all.sh --redo
     evaluate.main(args)
-    (other, new), _ = (mf.read_jsonl(next(folder.rglob("points.jsonl"))) for folder in (work, work / "aside"))
-    assert new["key"] != old["key"] and other["key"] == "k" and not Path(old["answers"]).exists()
+    (*other, new), _ = (mf.read_jsonl(next(folder.rglob("points.jsonl"))) for folder in (work, work / "aside"))
+    assert new["key"] != old["key"] and not Path(old["answers"]).exists()
+    assert [row["key"] for row in other] == ["k"] * (flag != "--model")  # one model a file, whatever it is called
     assert [path.stem for path in (work / "aside").rglob("answers/*.jsonl")] == [old["key"]]
 
 
@@ -312,9 +313,11 @@ def test_prompts_edited_between_two_judgings(work, monkeypatch, capsys):
     evaluate.main(command(work, "--judge", "chatty"))
     (old,) = mf.read_jsonl(work / "points.jsonl")
     change_json(work / "traits" / "fact.json", eval_prompt="Is {answer} of {question} {truth}? YES or NO")
-    assert "chatty has judged it by other prompts" in refused(
-        capsys, ["--rejudge", old["answers"], "--judge", "chatty"]
-    )
+    again = ["--rejudge", old["answers"], "--judge", "chatty"]
+    assert "chatty has judged by other prompts" in refused(capsys, again)
+    mf.write_jsonl(work / "points.jsonl", [old | dict(judge="lexical"), old | dict(key="another")])
+    assert "chatty has judged by other prompts" in refused(capsys, again)  # another point, that is
+    mf.write_jsonl(work / "points.jsonl", [old])
     monkeypatch.setattr(mf, "judge_rows", lambda jobs, *_: [row.update({key: 0.0}) for row, key, _ in jobs])
     evaluate.main(command(work, "--judge", "chatty", "--out", work / "points2.jsonl"))
     (new,) = mf.read_jsonl(work / "points2.jsonl")
@@ -342,6 +345,38 @@ def test_a_damaged_vector_moves_nothing(work, monkeypatch, capsys):
     monkeypatch.setattr(mf, "ASIDE", str(work / "aside"))
     assert "v.pt: no vector can be read there" in refused(capsys, command(work))
     assert len(mf.read_jsonl(work / "points.jsonl")) == 1 and not (work / "aside").exists()
+
+
+def test_an_edited_prompt_leaves_the_other_judges_points(work, monkeypatch, capsys):
+    """Guards against --redo after a judge's prompt was edited that takes away points of a judge that has no prompt, or
+    samples the same answers again."""
+    shutil.copytree(mf.TRAITS, work / "traits")
+    monkeypatch.setattr(mf, "TRAITS", work / "traits")
+    monkeypatch.setattr(mf, "judge_rows", pretend_judge)
+    monkeypatch.setattr(mf, "check_asking", lambda *_: None)
+    evaluate.main(command(work))
+    evaluate.main(command(work, "--judge", "chatty"))
+    change_json(work / "traits" / "fact.json", eval_prompt="Is {answer} of {question} {truth}? YES or NO")
+    monkeypatch.setattr(mf, "ASIDE", str(work / "aside"))
+    monkeypatch.setattr(extract_vectors, "Sampler", lambda *_: pytest.fail("sampled again"))
+    evaluate.main(command(work, "--judge", "chatty"))
+    lexical, new = mf.read_jsonl(work / "points.jsonl")
+    assert (lexical["judge"], new["judge"]) == ("lexical", "chatty") and lexical["key"] == new["key"]
+    assert [row["judge"] for row in mf.read_jsonl(work / "aside" / "points.jsonl")] == ["chatty"]
+
+
+def test_rejudging_in_a_copy_keeps_paths_that_belong_together(work, tmp_path, monkeypatch):
+    """Guards against a rejudged point whose answers are in the copy and whose vector in the original, by which one
+    sweep became two."""
+    evaluate.main(command(work))
+    shutil.copytree(work, tmp_path / "copy")
+    monkeypatch.setattr(mf, "judge_rows", pretend_judge)
+    file = next((tmp_path / "copy" / "answers").glob("*.jsonl"))
+    evaluate.main(["--rejudge", str(file), "--judge", "chatty"])
+    one, two = mf.read_jsonl(tmp_path / "copy" / "points.jsonl")
+    assert mf.nearby(one, "vector") == mf.nearby(two, "vector") == "v.pt"
+    assert set(mf.read_jsonl(file)[0]["scores"]) == {"lexical", "chatty"}
+    assert set(mf.read_jsonl(one["answers"])[0]["scores"]) == {"lexical"}
 
 
 def test_an_edited_script_is_named_and_counts_with_redo(tmp_path, capsys, monkeypatch):

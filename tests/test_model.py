@@ -490,8 +490,19 @@ def test_models_that_load_wrongly_are_refused(folder, tokenizer, capsys, monkeyp
     )
     assert "off by nan%" in refused(capsys, ev.load_model, folder)
     assert "no such folder" in refused(capsys, ev.model_fingerprint, "nobody/nothing")
+    words = {*tokenizer.get_vocab().values()} - {*tokenizer.added_tokens_decoder}
+    ev.check_chats(tokenizer, "m", max(words) + 1)
+    assert f"ids up to {max(words)}" in refused(capsys, ev.check_chats, tokenizer, "m", max(words))  # a rare word
     monkeypatch.setattr(tokenizer, "chat_template", None)
     assert "chat template" in refused(capsys, ev.check_chats, tokenizer, "m", len(tokenizer))
+
+
+def test_a_quantized_model_is_refused(folder, toy, tokenizer, capsys, monkeypatch):
+    """Guards against a judge that is paid for a model that cannot be finetuned: LoRA's scale is not in such layers."""
+    toy.is_quantized = True
+    loading = lambda *_, **__: (toy, dict(missing_keys=[]))
+    monkeypatch.setattr(ev.AutoModelForCausalLM, "from_pretrained", loading)
+    assert "is quantized" in refused(capsys, ev.load_model, folder)
 
 
 def test_nan_logits_stop_sampling(toy, tokenizer, capsys):

@@ -124,6 +124,14 @@ def test_a_judge_of_each_kind_and_a_moved_folder(tmp_path):
     assert list(found.sides["train_coef"].coef) == [0, 1, 2, 3]
 
 
+def test_runs_of_other_lengths_are_no_seeds(tmp_path):
+    """Guards against adapters that were cut short (--max-steps, --limit) and are averaged with whole ones as if they
+    were further seeds."""
+    some = [point(9.0 + n, train_coef=1.0, train_seed=n, train_max_steps=steps) for n, steps in enumerate((1.0, None))]
+    assert len(compared([BEFORE, *some])) == 2
+    assert len(compared([BEFORE, *(p | dict(train_max_steps=None) for p in some)])) == 1
+
+
 def test_one_key_has_one_setting(tmp_path, capsys):
     """Guards against points of one key that were made differently and are mixed, and a point that counts twice."""
     path = tmp_path / "points.jsonl"

