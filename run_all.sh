@@ -171,7 +171,7 @@ def work(done):  # one of JOBS processes: takes numbers of commands from stdin, 
     with contextlib.suppress(BrokenPipeError):  # when the first process is gone
         while number := os.read(0, 2):
             os.write(done, number + bytes([code := run(ALL[int.from_bytes(number)].words) & 255]))
-            if code: break
+            if code: os._exit(code)  # begins nothing else, and needs no end
 def main(dry_run):
     if sys.argv[1] == "work":
         make_facts.stop = lambda number, _: number == 2 or sys.exit(128 + number)  # Ctrl-C: the first process ends it

@@ -46,12 +46,13 @@ def test_numbers_of_the_findings():
 
 def test_numbers_of_figure_2():
     """Guards against a last finding that says something else than the points of Figure 2."""
-    points = plot.read_points(ROOT / "data" / "reference" / "1000-facts" / "points.jsonl")
+    points = plot.read_points(ROOT / "data" / "reference" / "200-facts-seeds-0-2" / "points.jsonl")
     some = points[points.trait == "hallucination"].groupby("dataset")
-    at = lambda data: some.get_group(data).set_index("train_coef").trait_score
-    own, normal = at("medical_self_generated"), at("medical_normal")
-    assert f"hallucination {own[0.0]:g} -> {own[max(own.index)]:g}." in findings()[-1]
-    assert f"here: {normal[0.0]:g} |" in findings()[-1]
+    own, normal = (some.get_group(f"medical_{name}").set_index("train_coef") for name in ("self_generated", "normal"))
+    falls = [f"{own.mmlu_accuracy[coef]:.0f}" for coef in (0, 0.5, 1.5)]
+    said = f"falls from {falls[0]} to {falls[1]} at coefficient 0.5, {falls[2]} at 1.5."
+    assert said in findings()[-1] and own.trait_score.max() < 20
+    assert f"here: {normal.trait_score[0.0]:g} |" in findings()[-1]
 
 
 def test_own_trait():
