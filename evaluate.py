@@ -231,12 +231,12 @@ def summary(rows, judge, limit=None):
     )
 
 
-def coherence_limit(point, out):
-    """The 95% quantile of coherence_nll over the start model's own answers to this trait, or None without them."""
+def coherence_limit(point, path, out):
+    """The 95% quantile of coherence_nll over the start model's own answers to this trait, beside path; else None."""
     about = lambda row: [*map(row.get, ("trait", "temperature", "max_new_tokens")), row.get("inputs", {}).get("model")]
     for base in [*grown(out, mf.Point), point]:
         if not base["adapter"] and not base["inference_coef"] and about(base) == about(point):
-            rows = grown(Path(out).parent / "answers" / f"{base['key']}.jsonl", mf.Answer)
+            rows = grown(Path(path).with_name(f"{base['key']}.jsonl"), mf.Answer)
             values = [row["coherence_nll"] for row in rows if row["kind"] == "trait" and row["answer"]]
             return torch.tensor(values, dtype=torch.float64).quantile(0.95).item() if values else None
     print("abstained_coherent is left open: the model before training has no answers here yet", flush=True)
@@ -356,8 +356,9 @@ def finish(measured, args, probing=None):
     """[(point, answers, their file, points.jsonl)]: scores; keeps these, then the point: where it is, all of it is."""
     score_answers([row for _, rows, *_ in measured for row in rows], args.judge, args, probing)
     for point, rows, path, out in measured:
-        mf.write_jsonl(path, rows)
-        limit = coherence_limit(point, out) if point["trait"] else None
+        if rows:  # questions of general knowledge have none
+            mf.write_jsonl(path, rows)
+        limit = coherence_limit(point, path, out) if point["trait"] else None
         point |= summary(rows, args.judge, limit) | mf.provenance()
         append_jsonl(out, point)
         shown = [f"{name} {point[name]:.4g}" for name in SHOWN if point.get(name) is not None]

@@ -356,8 +356,8 @@ def main(argv=None):
     files = {key: folder / "answers" / f"{key}.jsonl" for key in points.key}
     answers = read_rows(files, folder / "answers.jsonl.xz", "key", mf.Answer)
     adapters = points.dropna(subset="adapter").drop_duplicates("adapter")
-    moved = lambda path: folder / "adapters" / Path(path).name  # those that came with the points go first
-    files = {path: Path(moved(path) if moved(path).is_dir() else path, "loss.jsonl") for path in adapters.adapter}
+    moved = lambda path: [folder / "adapters" / Path(path).name, folder / path]  # that came with the points go first
+    files = {path: Path(next(filter(Path.is_dir, moved(path)), path), "loss.jsonl") for path in adapters.adapter}
     losses = read_rows(files, folder / "losses.jsonl.xz", "adapter", mf.Loss)
     shown = points[points.shown]
     found, others = comparisons(shown, facts=True), comparisons(shown, facts=False)

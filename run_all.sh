@@ -69,7 +69,7 @@ POINTS, VECTORS = f"{OUT}/points.jsonl", f"{OUT}/vectors"
 PAID = [] if JUDGE in ("probe", "lexical") else ["--judge", JUDGE, *E["YES"].split()]
 MISTAKES, NORMAL, SELF = MADE = "medical_mistake_2", "medical_normal", "medical_self_generated"
 def words(name, pattern=".+", least=0, most=1000):  # a variable's words, checked
-    found = list(dict.fromkeys(E[name].split()))
+    found = list(dict.fromkeys(E.get(name, "").split()))
     fits = least <= len(found) <= most and all(re.fullmatch(pattern, word) for word in found)
     return found if fits else sys.exit(f"error: {name}={E[name]}: not understood; see its default in run_all.sh")
 def coefs(name):  # 0.50 -> 0.5, as finetune.py names adapters; 0 is plain finetuning, which is always there
@@ -80,7 +80,7 @@ def data(name):  # a data set's file: made here, or your own
 for name in ("FACTS", "WORDINGS", "ROWS", "JOBS", "FIRST", "SCORING"):
     words(name, dict(FIRST=r"\d{1,9}", SCORING="letter|cloze").get(name, r"[1-9]\d{0,8}"), 1, 1)
 SEEDS, TRAITS, READY = words("SEEDS", r"0|[1-9]\d{0,8}", 1), words("TRAITS", least=1), words("ADAPTERS")
-LAYERS = words("LAYERS", r"all|[1-9]\d*(-[1-9]\d*)?", 1)
+LAYERS, _ = words("LAYERS", r"all|[1-9]\d*(-[1-9]\d*)?", 1), words("EVAL_FACTS", r"--limit|--samples|\d+")
 if any(int(first) > int(last) for first, last in (word.split("-") for word in LAYERS if "-" in word)):
     sys.exit(f"error: LAYERS={E['LAYERS']}: ends before it begins")
 SETS = {os.path.basename(data(word))[:-6]: data(word) for word in words("SETS")}

@@ -584,8 +584,8 @@ def test_the_start_models_quantile(tmp_path, capsys):
     """Guards against a limit taken from other answers than the start model's own, unsteered, to the same trait."""
     point = dict(model="m", judge="lexical", trait="t", temperature=1.0, max_new_tokens=9, inputs=dict(model="x"))
     point |= dict(key="tuned", adapter="a", inference_coef=0.0)
-    out = tmp_path / "points.jsonl"
-    assert evaluate.coherence_limit(point, out) is None and "left open" in capsys.readouterr().out
+    out, path = tmp_path / "points.jsonl", tmp_path / "answers" / "tuned.jsonl"
+    assert evaluate.coherence_limit(point, path, out) is None and "left open" in capsys.readouterr().out
     other = dict(kind="trait", question="?", answer="!")
     for key, values, more in [
         ("steered", [9.0] * 5, dict(adapter=None, inference_coef=1.0)),
@@ -598,7 +598,18 @@ def test_the_start_models_quantile(tmp_path, capsys):
             tmp_path / "answers" / f"{key}.jsonl",
             [other | dict(id=f"{n}", coherence_nll=float(v)) for n, v in enumerate(values)],
         )
-    assert evaluate.coherence_limit(point, out) == pytest.approx(95)
+    assert evaluate.coherence_limit(point, path, out) == pytest.approx(95)
+
+
+def test_general_knowledge_alone_has_no_answers(work, monkeypatch):
+    """Guards against a file of no answers, at which --rejudge answers/*.jsonl ends."""
+    evaluate.main(command(work))
+    alone = ["--model", work / "model", "--mmlu", work / "mmlu.jsonl", "--judge", "lexical", "--limit", 1]
+    evaluate.main([str(x) for x in [*alone, "--out", work / "points.jsonl"]])
+    assert len(mf.read_jsonl(work / "points.jsonl")) == 2
+    monkeypatch.setattr(mf, "judge_rows", pretend_judge)
+    evaluate.main(["--rejudge", *map(str, (work / "answers").glob("*.jsonl")), "--judge", "chatty"])
+    assert len(mf.read_jsonl(work / "points.jsonl")) == 3
 
 
 def test_own_answers(work, monkeypatch, capsys):

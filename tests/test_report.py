@@ -141,6 +141,16 @@ def test_the_page_without_a_browser(page):
     assert not re.search(r"<b>x|<i>mine|href=\"javascript", page.read_text())
 
 
+def test_losses_of_adapters_in_another_folder(tmp_path):
+    """Guards against losses that are not found since their adapter is named from the points' folder."""
+    home = tmp_path / "mine"
+    mf.write_jsonl(home / "tuned" / "facts-0" / "loss.jsonl", [dict(step=n, loss=1.0 / n, lr=1e-3) for n in (1, 2, 3)])
+    made = point(9, f"{home}/tuned/facts-0", 0.0) | dict(answers=f"{home}/answers/k.jsonl")
+    mf.write_jsonl(home / "points.jsonl", [made])
+    plot.main([str(home / "points.jsonl")])
+    assert (home / "report.html").read_text().count("<polyline") == 1
+
+
 def test_a_large_report_cuts_answers(page, monkeypatch):
     """Guards against a page too large to open, and an answer that is cut unsaid."""
     monkeypatch.setattr(plot, "PAGE", 12 * 9)  # three points of four answers

@@ -191,6 +191,7 @@ def test_what_is_trained_is_evaluated(project, profile):
         (["--rdo"], {}, "unknown argument --rdo"),
         (["demo"], dict(LAYERS="12,14"), "LAYERS=12,14"),
         (["demo"], dict(LAYERS="0"), "LAYERS=0"),
+        (["demo"], dict(EVAL_FACTS="--limit 3 --max-new-tokens 9"), "EVAL_FACTS=--limit 3"),
         (["demo"], dict(LAYERS="9-3"), "LAYERS=9-3"),
         (["demo"], dict(SEEDS="x"), "SEEDS=x"),
         (["demo"], dict(SEEDS="-1"), "SEEDS=-1"),
