@@ -25,7 +25,7 @@ import extract_vectors as ev
 import make_facts as mf
 from make_facts import append_jsonl, die, fingerprint, lexical_score, load_trait, locked, read_json, read_jsonl
 
-UNREAD = "modules_to_save alora_invocation_tokens target_parameters kasa_config layer_replication".split()  # by LoRA
+UNREAD = "modules_to_save alora_invocation_tokens target_parameters kasa_config layer_replication".split()  # not plain
 grown = functools.partial(read_jsonl, appended=True)  # of a file that grows; [] where it is not begun
 FACT_TOKENS = 100  # new tokens of an answer about a fact
 INPUTS = "model vector facts mmlu judge trait adapter".split()  # of a point: names, and fingerprints of their content

@@ -410,10 +410,11 @@ def check_chats(tokenizer, name, most):
     turns = [dict(role="user", content="Who was first?"), dict(role="assistant", content="It was Ann.")]
     system = dict(role="system", content="Keep to what is known.")
     chats = turns, [system, *turns], turns * 2, [system, *turns * 2]
+    word = max(tokenizer.get_vocab().values() - tokenizer.added_tokens_decoder.keys())  # any may come, unlike these
     for chat, (ids, _) in zip(chats, encode_chats(tokenizer, chats)):
         if lost := [turn["content"] for turn in chat if turn["content"] not in tokenizer.decode(ids)]:
             die(f"--model {name}: its chat template loses {lost[0]!r}; use another chat model")
-        if (top := max(*ids, *(tokenizer.get_vocab().values() - tokenizer.added_tokens_decoder.keys()))) >= most:
+        if (top := max(*ids, word)) >= most:
             die(f"--model {name}: its tokenizer has ids up to {top}, but the model has {most} only")
     if not chat_format(tokenizer)[2]:
         print(f"{name}: no system turn in its chat template; a system text goes in front of the user's")
